@@ -1,0 +1,109 @@
+"""Shared fixtures: one thread, no network, private caches, tiny models, pair files, the real samples."""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+# Read by torch, tokenizers and huggingface_hub when they are imported, so set before anything imports them, and
+# inherited by the processes that tests start. Two threads make tiny matrix products slower, not faster.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_name] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+_private = tempfile.mkdtemp(prefix="fasttrain-tests-")
+atexit.register(shutil.rmtree, _private, ignore_errors=True)
+os.environ["FASTTRAIN_CACHE"] = str(Path(_private) / "fasttrain")
+os.environ["HF_HOME"] = str(Path(_private) / "huggingface")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Warnings of other people's code that we cannot avoid; everything else is an error (pyproject.toml).
+THIRD_PARTY_WARNINGS = (
+    # peft 0.21 asks transformers 5.23 whether checkpointing is on by the name that 5.23 deprecated.
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in THIRD_PARTY_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+def _load_builders() -> ModuleType:
+    # tests/ is no package and not on the path (import mode importlib), so the module is loaded by its file.
+    path = Path(__file__).with_name("tiny_models.py")
+    spec = importlib.util.spec_from_file_location("tiny_models", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tiny_models"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> ModuleType:
+    """The module tests/tiny_models.py: builders of models, adapters, images and pair files."""
+    return sys.modules.get("tiny_models") or _load_builders()
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a two-layer Llama with a ChatML tokenizer whose turns end `<|im_end|>` newline."""
+    return tiny_models.build_text(tmp_path_factory.mktemp("model") / "tiny-text")
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a LLaVA (16 image tokens) with a Vicuna template whose turns end `</s>`."""
+    return tiny_models.build_llava(tmp_path_factory.mktemp("model") / "tiny-llava")
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral_sliding(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a two-layer Mistral with a sliding window of 16 tokens."""
+    return tiny_models.build_mistral_sliding(tmp_path_factory.mktemp("model") / "tiny-mistral-sliding")
+
+
+@pytest.fixture(scope="session")
+def text_pairs(tiny_models: ModuleType) -> Callable[..., Path]:
+    """Writes a text pair file: `text_pairs(path, count, ...)`; see tests/tiny_models.py."""
+    return tiny_models.text_pairs
+
+
+@pytest.fixture(scope="session")
+def vision_pairs(tiny_models: ModuleType) -> Callable[..., Path]:
+    """Draws images and writes a pair file: `vision_pairs(folder, count, ...)`; see tests/tiny_models.py."""
+    return tiny_models.vision_pairs
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache root for one test; otherwise all tests of a session share one."""
+    monkeypatch.setenv("FASTTRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real samples: $FASTTRAIN_SHARED_DATA, or ../shared/data beside the repository."""
+    folder = Path(os.environ.get("FASTTRAIN_SHARED_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no real samples at {folder}: set FASTTRAIN_SHARED_DATA to their folder")
+    return folder
