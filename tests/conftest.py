@@ -14,8 +14,8 @@ from types import ModuleType
 
 import pytest
 
-# Read by torch, tokenizers and huggingface_hub when they are imported, so set before anything imports them, and
-# inherited by the processes that tests start. Two threads make tiny matrix products slower, not faster.
+# Read by torch, tokenizers and huggingface_hub when they are imported, so set before anything imports them,
+# and inherited by the processes that tests start. Two threads make tiny matrix products slower, not faster.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,7 +1,7 @@
-"""Builds the tests' models and pair files: random weights, real architectures, real tokenizers, each below 1 MB.
+"""Builds the tests' models and pair files: random weights, real architectures and tokenizers, below 1 MB each.
 
-Weights are drawn several times wider than a fresh model's, so that log-probs differ from token to token and a wrong
-position, mask or image changes every number a test compares.
+Weights are drawn several times wider than a fresh model's, so that log-probs differ from token to token and
+a wrong position, mask or image changes every number a test compares.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-WORDS = (
-    "the a bar line chart shows value of red green blue left right highest lowest is are not because answer question "
-    "image picture describe how many what which color between and 1 2 3 7 15 42 percent yes no larger smaller than"
-).split()
+WORDS = """
+the a bar line chart shows value of red green blue left right highest lowest is are not because answer question
+image picture describe how many what which color between and 1 2 3 7 15 42 percent yes no larger smaller than
+""".split()
 
 # As SmolLM2's: the end-of-turn token is eos, and the template writes a newline after it.
 CHATML = (
@@ -30,7 +30,8 @@ CHATML = (
 
 # The same, but the newline opens the next turn: nothing follows the end-of-turn token.
 CHATML_NEWLINE_FIRST = (
-    "{% for message in messages %}{{ '' if loop.first else '\n' }}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% for message in messages %}{{ '' if loop.first else '\n' }}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
     "{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}"
@@ -46,8 +47,9 @@ VICUNA = (
     "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}{{ ' ' }}"
     "{% else %}{{ 'USER:' if message['role'] == 'user' else 'ASSISTANT:' }}"
     "{% if message['content'] is string %}{{ ' ' + message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ ' <image>\n' }}{% endif %}"
-    "{% endfor %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ ' ' + part['text'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ ' <image>\n' }}{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ ' ' + part['text'] }}"
     "{% endif %}{% endfor %}{% endif %}{{ ' ' if message['role'] == 'user' else eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
@@ -128,7 +130,7 @@ def build_text(folder: Path, seed: int = 1, template: str = CHATML, **changes: A
 
 
 def build_mistral_sliding(folder: Path, seed: int = 2, window: int = 16) -> Path:
-    """A two-layer Mistral whose attention looks back `window` tokens: layers that cannot share a long prompt."""
+    """A two-layer Mistral whose attention looks back `window` tokens: its layers cannot share a prompt."""
     from transformers import MistralConfig, MistralForCausalLM
 
     tokenizer = build_tokenizer(CHATML, eos="<|im_end|>")
@@ -139,14 +141,9 @@ def build_mistral_sliding(folder: Path, seed: int = 2, window: int = 16) -> Path
 
 
 def build_llava(folder: Path, seed: int = 3, template: str = VICUNA, **changes: Any) -> Path:
-    """A LLaVA: three-layer CLIP tower (28 px, patch 7: 16 image tokens, features of layer -2), projector, Llama."""
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
+    """A LLaVA: three-layer CLIP tower (28 px, patch 7: 16 image tokens, layer -2), projector, two-layer Llama."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
+    from transformers import LlavaForConditionalGeneration as Llava
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     tokenizer = build_tokenizer(template, eos="</s>")
@@ -168,7 +165,7 @@ def build_llava(folder: Path, seed: int = 3, template: str = VICUNA, **changes: 
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
-    draw_weights(LlavaForConditionalGeneration(config), seed).save_pretrained(folder)
+    draw_weights(Llava(config), seed).save_pretrained(folder)
     # The PIL processor, because the default one needs torchvision.
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     LlavaProcessor(
@@ -182,22 +179,18 @@ def build_llava(folder: Path, seed: int = 3, template: str = VICUNA, **changes: 
     return folder
 
 
-def build_adapter(
-    model_folder: Path, folder: Path, *, seed: int = 4, rank: int = 4, b_std: float = 0.0
-) -> Path:
-    """A LoRA adapter on every linear of the language model, saved by peft; B is N(0, b_std), zero by default."""
+def build_adapter(base: Path, folder: Path, *, seed: int = 4, rank: int = 4, b_std: float = 0.0) -> Path:
+    """A LoRA adapter on every linear of the language model, saved by peft; B is N(0, b_std), by default zero."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    has_images = hasattr(AutoConfig.from_pretrained(model_folder), "vision_config")
+    has_images = hasattr(AutoConfig.from_pretrained(base), "vision_config")
     auto = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
     names = "[qkvo]_proj|gate_proj|up_proj|down_proj"
     targets = rf".*language_model.*\.({names})" if has_images else rf".*\.({names})"
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(auto.from_pretrained(model_folder, dtype=torch.float32), config)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(auto.from_pretrained(base, dtype=torch.float32), config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -214,7 +207,7 @@ def sentence(rng: random.Random, words: int) -> str:
 
 
 def _answer_pairs(rng: random.Random, count: int, longest: int) -> list[tuple[str, str]]:
-    """`count` (chosen, rejected) of one prompt; from three on, the second answer is rejected once and chosen once."""
+    """`count` (chosen, rejected) of one prompt; from three on, the second answer is both rejected and chosen."""
     answers: list[str] = []
     while len(answers) < max(2, count + 1 if count < 3 else count):
         answer = sentence(rng, rng.randint(1, longest))
@@ -226,7 +219,7 @@ def _answer_pairs(rng: random.Random, count: int, longest: int) -> list[tuple[st
 
 
 def _prompt_messages(rng: random.Random, images: int, turns: int) -> list[dict[str, Any]]:
-    """User and assistant turns that end with the user; the images are spread over the user's turns, first ones first."""
+    """User and assistant turns, the user's last; the images are spread evenly over the user's turns."""
     messages: list[dict[str, Any]] = []
     for turn in range(turns):
         share = images // turns + (turn < images % turns)
@@ -277,14 +270,13 @@ def text_pairs(
 ) -> Path:
     """Write `count` text rows as JSON lines.
 
-    per_prompt, turns: cycled over the prompts: rows of one prompt (they stand together), user turns in a prompt.
+    per_prompt, turns: cycled over the prompts; rows of one prompt (they stand together), its user turns.
     longest: most words in an answer. short: prompt, chosen and rejected as plain strings (one turn).
     """
     rng = random.Random(seed)
     rows: list[dict[str, Any]] = []
-    for group, (size, turn_count) in enumerate(
-        zip(itertools.cycle(per_prompt), itertools.cycle(turns), strict=False)
-    ):
+    cycles = zip(itertools.cycle(per_prompt), itertools.cycle(turns), strict=False)
+    for group, (size, turn_count) in enumerate(cycles):
         if len(rows) >= count:
             return write_rows(path, rows[:count])
         prompt: Any = sentence(rng, 6) + "?" if short else _prompt_messages(rng, 0, turn_count)
