@@ -1,4 +1,4 @@
-"""Builds the tests' models and pair files: random weights, real architectures and tokenizers, below 1 MB each.
+"""Builds the tests' models and pair files: random weights, real architectures, below 1 MB each.
 
 Weights are drawn several times wider than a fresh model's, so that log-probs differ from token to token and
 a wrong position, mask or image changes every number a test compares.
@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-WORDS = """
-the a bar line chart shows value of red green blue left right highest lowest is are not because answer question
-image picture describe how many what which color between and 1 2 3 7 15 42 percent yes no larger smaller than
-""".split()
+VOCABULARY = """
+the a bar line chart shows value of red green blue left right highest lowest is are not because answer image
+question picture describe how many what which color between and 1 2 3 7 15 42 percent yes no larger smaller than
+"""
+WORDS = VOCABULARY.split()
 
 # As SmolLM2's: the end-of-turn token is eos, and the template writes a newline after it.
 CHATML = (
@@ -141,7 +142,7 @@ def build_mistral_sliding(folder: Path, seed: int = 2, window: int = 16) -> Path
 
 
 def build_llava(folder: Path, seed: int = 3, template: str = VICUNA, **changes: Any) -> Path:
-    """A LLaVA: three-layer CLIP tower (28 px, patch 7: 16 image tokens, layer -2), projector, two-layer Llama."""
+    """A LLaVA: three-layer CLIP tower (28 px, patch 7: 16 image tokens, layer -2), projector, Llama."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
     from transformers import LlavaForConditionalGeneration as Llava
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -180,7 +181,7 @@ def build_llava(folder: Path, seed: int = 3, template: str = VICUNA, **changes: 
 
 
 def build_adapter(base: Path, folder: Path, *, seed: int = 4, rank: int = 4, b_std: float = 0.0) -> Path:
-    """A LoRA adapter on every linear of the language model, saved by peft; B is N(0, b_std), by default zero."""
+    """A LoRA adapter on every linear of the language model, saved by peft; B is N(0, b_std)."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -207,7 +208,7 @@ def sentence(rng: random.Random, words: int) -> str:
 
 
 def _answer_pairs(rng: random.Random, count: int, longest: int) -> list[tuple[str, str]]:
-    """`count` (chosen, rejected) of one prompt; from three on, the second answer is both rejected and chosen."""
+    """`count` (chosen, rejected) of one prompt; from three on, the second is both rejected and chosen."""
     answers: list[str] = []
     while len(answers) < max(2, count + 1 if count < 3 else count):
         answer = sentence(rng, rng.randint(1, longest))
