@@ -1,0 +1,166 @@
+"""The `fasttrain` command. Heavy imports happen inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from fasttrain import __version__
+from fasttrain.errors import UserError
+
+RECIPE_OPTIONS = (
+    click.option("-c", "--config", "recipe", required=True, metavar="RECIPE.yaml", help="The recipe."),
+    click.option(
+        "-s", "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+        help="Override a setting, for example -s train.learning_rate=1e-5. May be repeated.",
+    ),
+)  # fmt: skip
+
+
+def _with_recipe(command):  # type: ignore[no-untyped-def]
+    for option in reversed(RECIPE_OPTIONS):
+        command = option(command)
+    return command
+
+
+class _Commands(click.Group):
+    """Answers `loss.beta=0.2` without -s with what was meant."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for before, word in zip(["", *args], args):
+            key, equals, _ = word.partition("=")
+            if equals and "." in key and not key.startswith("-") and before not in ("-s", "--set"):
+                raise click.UsageError(f"unexpected {word!r}; did you mean -s {word}?", ctx)
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fasttrain")
+def cli() -> None:
+    """Direct Preference Optimization for vision-language models, fast and exact."""
+
+
+@cli.command()
+@_with_recipe
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the run folder.")
+@click.option("--overwrite", is_flag=True, help="Start anew in a run folder that is in use.")
+@click.option("--dry-run", is_flag=True, help="Check recipe, data and model, print counts; train nothing.")
+def dpo(recipe: str, overrides: tuple[str, ...], resume: bool, overwrite: bool, dry_run: bool) -> None:
+    """Align a model on preference pairs.
+
+    Fills the cache of reference log-probs where needed, trains, and writes the run folder: metrics.jsonl, checkpoints/, and
+    the adapter in final/.
+
+    \b
+    Example:
+      fasttrain dpo -c recipe.yaml -s train.output=runs/first -s lora.rank=64
+    """
+    from fasttrain.config import load_config
+
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite: wanted one of them, got both")
+    config = load_config(recipe, overrides)
+    _prepare_torch()
+    if dry_run:
+        from fasttrain.train.dry_run import dry_run as run
+
+        click.echo(run(config, may_exist=resume or overwrite))
+        return
+    from fasttrain.train.loop import train_dpo
+
+    result = train_dpo(config, resume=resume, overwrite=overwrite)
+    last = result.metrics[-1] if result.metrics else {}
+    if last:
+        click.echo(
+            f"loss {last['loss']:.4f}, rewards/margins {last['rewards/margins']:.3f} at step {last['step']}"
+        )
+    click.echo(f"run folder: {result.folder}")
+    if result.adapter.exists():
+        click.echo(f"adapter: {result.adapter}" if config.lora else f"model: {result.adapter}")
+
+
+@cli.command()
+@_with_recipe
+def reference(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Fill the cache of reference log-probs, and nothing else.
+
+    \b
+    Example:
+      fasttrain reference -c recipe.yaml
+    """
+    from fasttrain.config import load_config
+
+    config = load_config(recipe, overrides)
+    _prepare_torch()
+    from fasttrain.train.first_step import check_sharing
+    from fasttrain.train.job import build_job
+    from fasttrain.train.loop import fill_references
+
+    job = build_job(config)
+    check_sharing(job)
+    report = fill_references(job)
+    click.echo(f"completions: {report.completions:,}, computed now: {report.computed:,}")
+    click.echo(f"cache: {job.cache.path}")
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def env(as_json: bool) -> None:
+    """Show versions, devices, and which backend is picked and why. Paste it into bug reports."""
+    import json
+
+    _prepare_torch()
+    from fasttrain.environment import collect_facts
+
+    facts = collect_facts()
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        if name == "versions":
+            for package, version in value.items():
+                click.echo(f"{package:24} {version or 'not installed'}")
+        elif name != "command":
+            shown = ", ".join(value) or "none" if isinstance(value, list) else value
+            click.echo(f"{name.replace('_', ' '):24} {shown}")
+
+
+def _prepare_torch() -> None:
+    """Settings that must stand before torch and tokenizers are imported, and other people's noise turned off."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we fork workers after tokenizing
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("bitsandbytes", "kernels"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\.")
+
+
+def main() -> None:
+    """Entry point: one line and exit code 2 for a user's mistake, 130 for Ctrl-C, no traceback for either."""
+    try:
+        cli(standalone_mode=False)
+    except UserError as error:
+        _fail(str(error), 2)
+    except click.ClickException as error:
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            click.echo(error.ctx.get_usage(), err=True)
+        _fail(error.format_message(), 2)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; what is done is kept, go on with --resume", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except OSError as error:
+        where = f": {Path(str(error.filename))}" if error.filename else ""
+        _fail(f"the machine failed: {error.strerror or error}{where}", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    text = " ".join(message.split())
+    click.echo(f"fasttrain: {'error: ' if code != 130 else ''}{text}", err=True)
+    sys.exit(code)

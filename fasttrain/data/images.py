@@ -1,0 +1,113 @@
+"""Images: where a row's image is, safe to open, its content hash, its pixels through the model's own processor."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fasttrain.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+MAX_PIXELS = 100_000_000  # more than any camera makes; a decompression bomb needs far more
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """One image of a row: a file inside the image root, or bytes embedded in the pair file."""
+
+    path: Path | None = None
+    content: bytes | None = None
+
+    def size(self) -> int:
+        """Bytes of the encoded image; OSError if the file is missing."""
+        return len(self.content) if self.content is not None else self._file().stat().st_size
+
+    def read(self) -> bytes:
+        return self.content if self.content is not None else self._file().read_bytes()
+
+    def name(self) -> str:
+        return str(self.path) if self.path is not None else "embedded image"
+
+    def _file(self) -> Path:
+        assert self.path is not None
+        return self.path
+
+
+def hash_bytes(content: bytes) -> str:
+    """blake2b-128, hex: the same function that `files.hash_file` applies to a file."""
+    return blake2b(content, digest_size=16).hexdigest()
+
+
+def resolve_inside(root: Path, name: str) -> Path:
+    """The file `name` under `root`; ValueError if it leaves the root, by `..`, an absolute path or a link."""
+    path = Path(os.path.realpath(root / name))
+    if not path.is_relative_to(os.path.realpath(root)):
+        raise ValueError(f"a path inside the image root {root}")
+    return path
+
+
+def open_image(content: bytes) -> Image:
+    """Decode to RGB, upright; ValueError says what is wrong with the bytes."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # size is judged below; PIL's other warnings concern metadata
+        try:
+            image = Image.open(io.BytesIO(content))
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+            return ImageOps.exif_transpose(image).convert("RGB")
+        except Image.DecompressionBombError:
+            raise ValueError(f"more than {MAX_PIXELS:,} pixels") from None
+        except UnidentifiedImageError:
+            raise ValueError("not an image that PIL can read") from None
+        except (OSError, SyntaxError, EOFError, IndexError, TypeError) as error:
+            raise ValueError(f"broken image: {error}") from None  # what PIL raises on damaged files
+
+
+def check_header(ref: ImageRef) -> None:
+    """Cheap check that an image can probably be opened: header only. ValueError or OSError if not."""
+    from PIL import Image, UnidentifiedImageError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            source: Any = io.BytesIO(ref.content) if ref.content is not None else ref.path
+            with Image.open(source) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+        except Image.DecompressionBombError:
+            raise ValueError(f"more than {MAX_PIXELS:,} pixels") from None
+        except UnidentifiedImageError:
+            raise ValueError("not an image that PIL can read") from None
+
+
+class PixelMaker:
+    """Encoded images -> pixel values, exactly as the model's image processor makes them."""
+
+    def __init__(self, image_processor: Any) -> None:
+        self.image_processor = image_processor
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the pixel values, for the reference key."""
+        settings: dict[str, Any] = self.image_processor.to_dict()
+        for incidental in ("_processor_class", "processor_class", "auto_map"):
+            settings.pop(incidental, None)
+        return settings
+
+    def __call__(self, contents: list[bytes]) -> torch.Tensor:
+        """Pixel values (I, C, H, W) fp32; ValueError if an image is broken."""
+        images = [open_image(content) for content in contents]
+        return self.image_processor(images=images, return_tensors="pt")["pixel_values"]
+
+
+def bad_image(ref: ImageRef, where: str, problem: object) -> UserError:
+    return UserError(f"{where}: images: wanted an image, got {ref.name()} ({problem})")

@@ -1,0 +1,205 @@
+"""One row of a pair file -> one checked pair: prompt messages, images, chosen and rejected text.
+
+Reads TRL's vision preference format (explicit or implicit prompt) and the short form with plain strings.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from fasttrain.data.images import ImageRef, check_header, resolve_inside
+from fasttrain.data.sources import BadRow
+
+PLACEHOLDER = "<image>"
+IMAGE = ("image", "")
+Part = tuple[str, str]  # ("text", its text) or IMAGE
+Message = tuple[str, tuple[Part, ...]]  # role, parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    where: str
+    id: str
+    messages: tuple[Message, ...]
+    images: tuple[ImageRef, ...]
+    chosen: str
+    rejected: str
+
+    def prompt_hash(self) -> bytes:
+        """16 bytes that are equal for equal prompts (images not included)."""
+        return blake2b(json.dumps(self.messages).encode(), digest_size=16).digest()
+
+
+def read_pair(row: dict[str, Any], where: str, image_root: Path) -> Pair:
+    """Check one row; BadRow names the first field that is wrong. Image files are found, not opened."""
+    for key in ("chosen", "rejected"):
+        if row.get(key) is None:
+            raise BadRow(where, key, "an answer", "nothing")
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if prompt is None:
+        prompt, chosen, rejected = _split_common_prompt(chosen, rejected, where)
+    images = _read_images(row, where, image_root)
+    messages = _place_images(_read_prompt(prompt, where), len(images), where)
+    texts = {"chosen": _read_completion(chosen, "chosen", where)}
+    texts["rejected"] = _read_completion(rejected, "rejected", where)
+    if texts["chosen"] == texts["rejected"]:
+        raise BadRow(where, "rejected", "an answer that differs from chosen", "the same answer")
+    return Pair(where=where, id=str(row.get("id", where)), messages=messages, images=images, **texts)
+
+
+def check_images(pair: Pair) -> None:
+    """Open the header of every image; BadRow if one is missing or no image."""
+    for ref in pair.images:
+        try:
+            check_header(ref)
+        except FileNotFoundError:
+            raise BadRow(pair.where, "images", "an existing image file", str(ref.path)) from None
+        except (ValueError, OSError) as error:
+            raise BadRow(pair.where, "images", "an image", f"{ref.name()} ({error})") from None
+
+
+def _split_common_prompt(chosen: Any, rejected: Any, where: str) -> tuple[Any, Any, Any]:
+    """TRL's implicit prompt: both answers are whole conversations; what they share is the prompt."""
+    if not (isinstance(chosen, list) and isinstance(rejected, list)):
+        raise BadRow(where, "prompt", "a prompt", "nothing")
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    if not shared:
+        raise BadRow(where, "prompt", "a prompt, or conversations that begin alike", "neither")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _text(value: Any, field: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow(where, field, "text", value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRow(where, field, "valid Unicode", "a lone surrogate") from None
+    return value
+
+
+def _read_parts(content: Any, field: str, where: str) -> tuple[Part, ...]:
+    if isinstance(content, str):
+        return (("text", _text(content, field, where)),)
+    if not isinstance(content, list):
+        raise BadRow(where, field, "text or a list of parts", content)
+    parts: list[Part] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image":
+            parts.append(IMAGE)
+        elif kind == "text":
+            parts.append(("text", _text(part.get("text"), field, where)))
+        else:
+            raise BadRow(where, field, 'parts of type "text" or "image"', part)
+    return tuple(parts)
+
+
+def _read_prompt(prompt: Any, where: str) -> list[Message]:
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not prompt:
+        raise BadRow(where, "prompt", "text or a list of messages", prompt)
+    messages: list[Message] = []
+    for message in prompt:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise BadRow(where, "prompt", "messages with role and content", message)
+        messages.append((message["role"], _read_parts(message.get("content"), "prompt", where)))
+    if messages[-1][0] not in ("user", "tool"):
+        raise BadRow(where, "prompt", "a last message by the user", f"one by {messages[-1][0]!r}")
+    if not any(text.strip() for _, parts in messages for _, text in parts) and IMAGE not in messages[-1][1]:
+        raise BadRow(where, "prompt", "some text", "an empty prompt")
+    return messages
+
+
+def _read_completion(value: Any, field: str, where: str) -> str:
+    if isinstance(value, list):
+        if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
+            raise BadRow(where, field, "one message by the assistant", value)
+        parts = _read_parts(value[0].get("content"), field, where)
+        if IMAGE in parts:
+            raise BadRow(where, field, "text only", "an image")
+        text = "".join(text for _, text in parts)
+    else:
+        text = _text(value, field, where)
+    if not text.strip():
+        raise BadRow(where, field, "a non-empty answer", text)
+    return text
+
+
+def _place_images(messages: list[Message], images: int, where: str) -> tuple[Message, ...]:
+    """Make the image placeholders explicit; their number must be the number of images."""
+    given = sum(part == IMAGE for _, parts in messages for part in parts)
+    if not given and images:
+        literal = sum(text.count(PLACEHOLDER) for _, parts in messages for _, text in parts)
+        if literal:
+            messages = [(role, _split_placeholders(parts)) for role, parts in messages]
+            given = literal
+        else:
+            first = next(index for index, (role, _) in enumerate(messages) if role in ("user", "tool"))
+            role, parts = messages[first]
+            messages[first] = (role, (IMAGE,) * images + parts)
+            given = images
+    if given != images:
+        raise BadRow(
+            where, "images", f"as many images as placeholders in the prompt ({given})", f"{images} image(s)"
+        )
+    return tuple(messages)
+
+
+def _split_placeholders(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    """Literal `<image>` in text becomes an image part; the line break beside it belongs to the template."""
+    result: list[Part] = []
+    for kind, text in parts:
+        if kind != "text" or PLACEHOLDER not in text:
+            result.append((kind, text))
+            continue
+        for index, piece in enumerate(text.split(PLACEHOLDER)):
+            if index:
+                result.append(IMAGE)
+                piece = piece.removeprefix("\n")
+            if piece.strip():
+                result.append(("text", piece))
+    return tuple(result)
+
+
+def _read_images(row: dict[str, Any], where: str, root: Path) -> tuple[ImageRef, ...]:
+    images = row.get("images")
+    field = "images"
+    if images is None and row.get("image") is not None:
+        images, field = [row["image"]], "image"
+    if images is None:
+        return ()
+    if not isinstance(images, list):
+        images = [images]
+    return tuple(_read_image(image, field, where, root) for image in images)
+
+
+def _read_image(image: Any, field: str, where: str, root: Path) -> ImageRef:
+    if isinstance(image, dict):
+        content = image.get("bytes")
+        if isinstance(content, dict) and isinstance(content.get("base64"), str):
+            try:
+                content = base64.b64decode(content["base64"], validate=True)
+            except binascii.Error:
+                raise BadRow(where, field, "base64 image bytes", "broken base64") from None
+        if isinstance(content, bytes) and content:
+            return ImageRef(content=content)
+        image = image.get("path")
+    if not isinstance(image, str) or not image:
+        raise BadRow(where, field, "an image path or embedded bytes", image)
+    try:
+        path = resolve_inside(root, image)
+    except ValueError as error:
+        raise BadRow(where, field, str(error), image) from None
+    if not path.is_file():
+        raise BadRow(where, field, "an existing image file", str(path))
+    return ImageRef(path=path)

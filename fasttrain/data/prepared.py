@@ -1,0 +1,275 @@
+"""All groups of a data set as token ids in one memory-mapped file, with the account of what was left out."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fasttrain.config import DataConfig
+from fasttrain.data.groups import GroupIndex, PairFiles, Skipped, group_rows
+from fasttrain.data.images import ImageRef
+from fasttrain.data.pairs import Pair, check_images
+from fasttrain.data.sources import BadRow
+from fasttrain.data.tokens import ChatTokenizer
+from fasttrain.errors import UserError
+from fasttrain.files import HashMemo, cache_root
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt with its distinct completions and the pairs among them."""
+
+    number: int
+    where: str
+    prompt_ids: np.ndarray
+    completion_ids: list[np.ndarray]
+    pairs: np.ndarray  # (P, 2) int: chosen, rejected as indices into completion_ids
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt_ids) + sum(map(len, self.completion_ids))
+
+
+@dataclass
+class Account:
+    """What happened to the rows of a data set."""
+
+    rows: int = 0
+    pairs: int = 0
+    groups: int = 0
+    images: int = 0
+    truncated: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+class PreparedData:
+    """Groups by number. Token ids are int32 in an unlinked temporary file; the index is a few flat arrays."""
+
+    def __init__(self, files: PairFiles, account: Account) -> None:
+        self.files, self.account = files, account
+        folder = cache_root() / "spool"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (lives as long as this object)
+        self._lengths, self._pairs = array("i"), array("i")
+        self._token_starts, self._length_starts, self._pair_starts = (
+            array("q", [0]),
+            array("q", [0]),
+            array("q", [0]),
+        )
+        self._rows, self._images = array("q"), array("i")
+        self._order: np.ndarray = np.zeros(0, np.int64)
+        self._dropped: set[int] = set()
+
+    def append(
+        self, prompt: np.ndarray, completions: list[np.ndarray], pairs: np.ndarray, row: int, images: int
+    ) -> None:
+        for ids in (prompt, *completions):
+            self._spool.write(ids.astype(np.int32).tobytes())
+            self._lengths.append(len(ids))
+        self._token_starts.append(self._token_starts[-1] + len(prompt) + sum(map(len, completions)))
+        self._length_starts.append(len(self._lengths))
+        self._pairs.extend(pairs.ravel().tolist())
+        self._pair_starts.append(len(self._pairs) // 2)
+        self._rows.append(row)
+        self._images.append(images)
+
+    def seal(self, order: np.ndarray | None = None) -> None:
+        """Map the written tokens; `order` puts groups back into file order."""
+        self._spool.flush()
+        self._tokens = np.memmap(self._spool, np.int32, "r") if self._lengths else np.zeros(0, np.int32)
+        self._order = np.arange(len(self._rows)) if order is None else order
+        self.account.groups = len(self._rows)
+        self.account.pairs = self._pair_starts[-1]
+        self.account.images = sum(self._images)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Group]:
+        return (self.group(number) for number in range(len(self)))
+
+    def lengths(self, number: int) -> np.ndarray:
+        """Prompt length, then completion lengths."""
+        at = self._order[number]
+        return np.array(self._lengths[self._length_starts[at] : self._length_starts[at + 1]], np.int64)
+
+    def pair_count(self, number: int) -> int:
+        at = self._order[number]
+        return 0 if number in self._dropped else self._pair_starts[at + 1] - self._pair_starts[at]
+
+    def pairs(self, number: int) -> np.ndarray:
+        """(P, 2) chosen and rejected, as indices into the group's completions; empty for a dropped group."""
+        if number in self._dropped:
+            return np.zeros((0, 2), np.int64)
+        at = self._order[number]
+        flat = self._pairs[2 * self._pair_starts[at] : 2 * self._pair_starts[at + 1]]
+        return np.array(flat, np.int64).reshape(-1, 2)
+
+    def group(self, number: int) -> Group:
+        at = self._order[number]
+        bounds = self._token_starts[at] + np.cumsum([0, *self.lengths(number)])
+        prompt, *completions = [np.asarray(self._tokens[a:b]) for a, b in itertools.pairwise(bounds)]
+        return Group(number, self.where(number), prompt, completions, self.pairs(number))
+
+    def where(self, number: int) -> str:
+        """File and line of the row that first held this prompt."""
+        return self.files.where(self._rows[self._order[number]])
+
+    def images(self, number: int) -> tuple[ImageRef, ...]:
+        """The images of a group's prompt, read again from the row that first held it."""
+        at = self._order[number]
+        return self.files.pair(self._rows[at]).images if self._images[at] else ()
+
+    def image_count(self, number: int) -> int:
+        return self._images[self._order[number]]
+
+    def drop(self, number: int, reason: str) -> None:
+        """Leave a group out after all (its image turned out broken); its number stays, with no pairs."""
+        pairs = self.pair_count(number)
+        self.account.skipped.append(
+            Skipped(self.where(number), None, f"{reason} ({pairs} pair(s) of this prompt)")
+        )
+        self.account.pairs -= pairs
+        self.account.groups -= 1
+        self._dropped.add(number)
+
+    def skipped_lines(self) -> list[dict[str, Any]]:
+        return [asdict(entry) for entry in self.account.skipped]
+
+
+@dataclass
+class _Candidate:
+    """A group while its rows are tokenized."""
+
+    prompt: np.ndarray
+    completions: dict[bytes, np.ndarray] = field(default_factory=dict)
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+
+    def number(self, ids: np.ndarray) -> int:
+        key = ids.tobytes()
+        self.completions.setdefault(key, ids)
+        return list(self.completions).index(key)
+
+
+def prepare(
+    paths: str | list[str],
+    data: DataConfig,
+    chat: ChatTokenizer,
+    memo: HashMemo,
+    *,
+    seed: int,
+    limit_pairs: int | None = None,
+    progress: Callable[[str, int], Callable[[int], object]] = lambda name, total: lambda n: None,
+) -> PreparedData:
+    """Read, group and tokenize pair files; UserError at the first bad row unless data.on_bad_row is skip."""
+    files = PairFiles([paths] if isinstance(paths, str) else paths, data.image_root)
+    account = Account(rows=len(files))
+
+    def on_bad(error: BadRow) -> None:
+        if data.on_bad_row == "stop":
+            raise error
+        account.skipped.append(Skipped(error.where, None, error.reason))
+
+    index = group_rows(files, memo, on_bad, progress("reading pairs", len(files)))
+    prepared = PreparedData(files, account)
+    order = np.random.default_rng([seed, 7]).permutation(len(index)) if limit_pairs else np.arange(len(index))
+    kept, taken = [], 0
+    tick = progress("tokenizing", len(order))
+    for number in order:
+        tick(1)
+        room = limit_pairs - taken if limit_pairs else None
+        group = _tokenize_group(files, index, int(number), chat, data, account, on_bad, room)
+        if group is not None:
+            candidate, row, images = group
+            pairs = np.array(candidate.pairs)
+            prepared.append(candidate.prompt, list(candidate.completions.values()), pairs, row, images)
+            kept.append(int(number))
+            taken += len(pairs)
+            if limit_pairs and taken >= limit_pairs:
+                break
+    prepared.seal(np.argsort(kept) if limit_pairs else None)
+    if not prepared.account.pairs:
+        reasons = {entry.reason for entry in account.skipped}
+        raise UserError(
+            f"{paths}: wanted at least one usable pair, got none" + (f" ({min(reasons)})" if reasons else "")
+        )
+    return prepared
+
+
+def _tokenize_group(
+    files: PairFiles, index: GroupIndex, number: int, chat: ChatTokenizer, data: DataConfig, account: Account,
+    on_bad: Callable[[BadRow], None], room: int | None,
+) -> tuple[_Candidate, int, int] | None:  # fmt: skip
+    candidate, first, images = None, 0, 0
+    for row in index.group(number).tolist():
+        if candidate is not None and room is not None and len(candidate.pairs) >= room:
+            break
+        pair = files.pair(row)
+        try:
+            if candidate is None:
+                check_images(pair)
+                prompt = chat.prompt(pair.messages, pair.where)
+                fresh, first, images = _Candidate(prompt.ids), row, len(pair.images)
+                _check_prompt_fits(pair, fresh.prompt, data)
+            else:
+                fresh = candidate
+            ids = _fit(pair, prompt, chat, data, account)
+        except BadRow as error:
+            on_bad(error)
+            continue
+        except _Dropped as dropped:
+            account.skipped.append(Skipped(pair.where, pair.id, str(dropped)))
+            continue
+        candidate = fresh
+        candidate.pairs.append((candidate.number(ids[0]), candidate.number(ids[1])))
+    return (candidate, first, images) if candidate is not None else None
+
+
+class _Dropped(Exception):
+    """A pair that data.overflow leaves out."""
+
+
+def _check_prompt_fits(pair: Pair, prompt: np.ndarray, data: DataConfig) -> None:
+    if len(prompt) >= data.max_length:
+        message = (
+            f"a prompt of fewer than data.max_length = {data.max_length} tokens",
+            f"{len(prompt)} tokens",
+        )
+        if data.overflow == "drop":
+            raise _Dropped(f"prompt: wanted {message[0]}, got {message[1]}")
+        raise BadRow(pair.where, "prompt", *message)
+
+
+def _fit(
+    pair: Pair, prompt: Any, chat: ChatTokenizer, data: DataConfig, account: Account
+) -> list[np.ndarray]:
+    """Token ids of chosen and rejected, cut, refused or dropped as data.overflow says."""
+    result = []
+    for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        ids = chat.completion(pair.messages, prompt, answer, pair.where)
+        total, room = len(prompt.ids) + len(ids), data.max_length - len(prompt.ids)
+        if total > data.max_length:
+            if data.overflow == "error":
+                raise UserError(
+                    f"{pair.where}: {name}: wanted at most data.max_length = {data.max_length} tokens with its prompt, "
+                    f"got {total}; raise it, or set data.overflow to truncate or drop"
+                )
+            if data.overflow == "drop":
+                raise _Dropped(
+                    f"{name}: {total} tokens with its prompt, data.max_length is {data.max_length}"
+                )
+            ids = ids[:room]
+            account.truncated += 1
+        result.append(ids)
+    if np.array_equal(result[0], result[1]):
+        cut = " after truncation" if data.overflow == "truncate" else " as tokens"
+        if data.overflow == "truncate" and len(result[0]) == data.max_length - len(prompt.ids):
+            raise _Dropped(f"rejected: the same as chosen{cut}")
+        raise BadRow(pair.where, "rejected", "an answer that differs from chosen", f"the same answer{cut}")
+    return result

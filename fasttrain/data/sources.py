@@ -1,0 +1,214 @@
+"""Pair files as rows one can fetch by number, without holding them in memory.
+
+JSON lines are indexed by byte offset and memory-mapped; Parquet and foreign layouts are spooled once to a memory-mapped file.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import mmap
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from fasttrain.errors import UserError
+from fasttrain.files import cache_root
+
+
+class BadRow(UserError):
+    """A row that cannot be used: file, place in it, field, what was wanted and what came."""
+
+    def __init__(self, where: str, field: str, wanted: str, got: Any) -> None:
+        text = got if isinstance(got, str) else repr(got)
+        self.where, self.reason = where, f"{field}: wanted {wanted}, got {text[:120]}"
+        super().__init__(f"{where}: {self.reason}")
+
+
+class Source(Protocol):
+    """One pair file. `folder` is where its relative image paths start."""
+
+    folder: Path
+
+    def __len__(self) -> int: ...
+    def row(self, number: int) -> dict[str, Any]: ...
+    def where(self, number: int) -> str: ...
+
+
+class JsonLines:
+    """A JSON-lines file, 12 bytes of index a row."""
+
+    def __init__(self, path: Path, label: str | None = None, unit: str = "line") -> None:
+        self.folder, self.label, self.unit = path.parent, label or str(path), unit
+        self._offsets, self._lines = array("Q"), array("I")
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else None
+            offset = 0
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    self._offsets.append(offset)
+                    self._lines.append(number)
+                offset += len(line)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def where(self, number: int) -> str:
+        return f"{self.label} {self.unit} {self._lines[number]}"
+
+    def row(self, number: int) -> dict[str, Any]:
+        assert self._map is not None
+        end = self._map.find(b"\n", self._offsets[number])
+        raw = self._map[self._offsets[number] : end if end >= 0 else None]
+        try:
+            row = json.loads(raw.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise BadRow(self.where(number), "row", "UTF-8", f"byte {raw[error.start]:#04x}") from None
+        except json.JSONDecodeError as error:
+            raise BadRow(self.where(number), "row", "a JSON object", f"invalid JSON ({error.msg})") from None
+        except RecursionError:
+            raise BadRow(self.where(number), "row", "a JSON object", "JSON nested too deeply") from None
+        if not isinstance(row, dict):
+            raise BadRow(self.where(number), "row", "a JSON object", row)
+        return row
+
+
+class ArrowRows:
+    """Rows of a memory-mapped Arrow table."""
+
+    def __init__(self, table: Any, folder: Path, label: str) -> None:
+        self.table, self.folder, self.label = table, folder, label
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def where(self, number: int) -> str:
+        return f"{self.label} row {number + 1}"
+
+    def row(self, number: int) -> dict[str, Any]:
+        row: dict[str, Any] = self.table.slice(number, 1).to_pylist()[0]
+        return row
+
+
+def open_source(path: Path) -> Source:
+    """Open a pair file or datasets folder; UserError if it cannot be read as one."""
+    if not path.exists():
+        raise UserError(f"{path}: data.train/data.eval: wanted a pair file or folder, got nothing there")
+    if path.is_dir():
+        return _open_datasets_folder(path)
+    source: Source
+    if path.suffix == ".parquet":
+        source = _open_parquet(path)
+    elif path.suffix == ".json":
+        source = _open_json(path)
+    elif path.suffix in (".jsonl", ".ndjson"):
+        source = JsonLines(path)
+    else:
+        raise UserError(
+            f"{path}: wanted .jsonl, .json, .parquet or a datasets folder, got {path.suffix or 'no suffix'}"
+        )
+    if not len(source):
+        raise UserError(f"{path}: wanted at least one row, got none")
+    return _convert_foreign(path, source)
+
+
+def _convert_foreign(path: Path, source: Source) -> Source:
+    """Rows in another project's layout become rows in ours, spooled to a temporary file."""
+    try:
+        first = source.row(0)
+    except BadRow:
+        return source  # reported, or skipped, when the rows are read
+    if "chosen" in first and "rejected" in first and ("prompt" in first or isinstance(first["chosen"], list)):
+        return source
+    from fasttrain_data.formats import detect_format, read_pairs
+
+    if detect_format(path) in (None, "trl"):
+        return source
+    return _spool(read_pairs(path), path)
+
+
+def _open_json(path: Path) -> Source:
+    with path.open("rb") as file:
+        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not head.startswith(b"["):
+        return JsonLines(path)
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: wanted UTF-8, got byte {error.object[error.start]:#04x} at {error.start}"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} line {error.lineno}: wanted a JSON array, got invalid JSON ({error.msg})"
+        ) from None
+    return _spool(rows, path)
+
+
+def _spool(rows: Iterable[Any], path: Path) -> JsonLines:
+    """Rows as JSON lines in an unlinked temporary file that lives as long as its mapping."""
+    folder = cache_root() / "spool"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".jsonl", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, default=_encode_bytes) + "\n")
+        file.flush()
+        source = JsonLines(Path(file.name), label=str(path), unit="row")
+    source.folder = path.parent
+    return source
+
+
+def _encode_bytes(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return {"base64": base64.b64encode(value).decode()}
+    raise TypeError(f"cannot spool {type(value).__name__}")
+
+
+def _open_parquet(path: Path) -> ArrowRows:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = cache_root() / "spool"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        parquet = pq.ParquetFile(path)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".arrow") as file:
+            with pa.ipc.new_file(file, parquet.schema_arrow) as writer:
+                for batch in parquet.iter_batches(batch_size=64):
+                    writer.write_batch(batch)
+            file.flush()
+            table = pa.ipc.open_file(pa.memory_map(file.name)).read_all()
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: wanted a Parquet file, got {str(error).splitlines()[0]}") from None
+    return ArrowRows(table, path.parent, str(path))
+
+
+def _open_datasets_folder(path: Path) -> ArrowRows:
+    import pyarrow as pa
+
+    if (path / "dataset_dict.json").exists():
+        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        raise UserError(f"{path}: wanted one split of this datasets folder, for example {path / splits[0]}")
+    try:
+        names = [entry["filename"] for entry in json.loads((path / "state.json").read_text())["_data_files"]]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError):
+        raise UserError(
+            f"{path}: wanted a folder written by datasets' save_to_disk, got no valid state.json"
+        ) from None
+    try:
+        tables = [pa.ipc.open_stream(pa.memory_map(str(path / name))).read_all() for name in names]
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: broken Arrow file: {str(error).splitlines()[0]}") from None
+    table = pa.concat_tables(tables)
+    if not table.num_rows:
+        raise UserError(f"{path}: wanted at least one row, got none")
+    return ArrowRows(table, path, str(path))
+
+
+def iterate(sources: list[Source]) -> Iterator[tuple[int, int]]:
+    """Every (source, row) in file order."""
+    for index, source in enumerate(sources):
+        for number in range(len(source)):
+            yield index, number

@@ -1,0 +1,169 @@
+"""Prompts and completions as token ids, through the model's own chat template, tokenizer and processor."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from fasttrain.data.images import PixelMaker
+from fasttrain.data.pairs import IMAGE, Message
+from fasttrain.data.sources import BadRow
+from fasttrain.errors import UserError
+
+_PROBE_SIZES = ((64, 48), (37, 123))
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    text: str
+    ids: np.ndarray
+
+
+class ChatTokenizer:
+    """Renders with the chat template and tokenizes without adding anything the template does not write.
+
+    `processor` is a processor (vision model) or a tokenizer (text model). `end_tokens` are the texts of the tokens that end
+    an assistant turn.
+    """
+
+    def __init__(self, processor: Any, end_token_ids: list[int]) -> None:
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.pixels = PixelMaker(processor.image_processor) if hasattr(processor, "image_processor") else None
+        self.image_token: str | None = getattr(processor, "image_token", None) if self.pixels else None
+        self.end_tokens = [self.tokenizer.convert_ids_to_tokens(i) for i in end_token_ids]
+        self.appended_end = 0  # completions whose template wrote no end-of-turn token
+        self.split_boundary = 0  # completions whose first token would have merged with the prompt
+        if not getattr(processor, "chat_template", None):
+            raise UserError("model.name: wanted a model with a chat template, got a tokenizer without one")
+        if not self.end_tokens:
+            raise UserError("model.name: wanted a tokenizer with an end-of-sequence token, got none")
+        self._parts_as_list = self._takes_lists()
+        self.image_token_id: int | None = None
+        self.tokens_per_image = 0
+        if self.pixels:
+            self.image_token_id, self.tokens_per_image = self._expand_image()
+
+    def fingerprint(self) -> str:
+        """Hash of everything besides prompt, completion and image bytes that decides a vision model's input."""
+        settings = self.pixels.settings() if self.pixels else {}
+        text = json.dumps(settings, sort_keys=True, default=str)
+        return blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def prompt(self, messages: tuple[Message, ...], where: str) -> EncodedPrompt:
+        """Token ids up to where the assistant's turn begins; image placeholders expanded as the processor does."""
+        if any(part == IMAGE for _, parts in messages for part in parts) and not self.pixels:
+            raise BadRow(where, "images", "a text-only row for a text-only model", "an image")
+        text = self._render([self._message(message) for message in messages], generation=True, where=where)
+        self._check_placeholders(text, messages, where)
+        return EncodedPrompt(text, self._ids(text))
+
+    def completion(
+        self, messages: tuple[Message, ...], prompt: EncodedPrompt, answer: str, where: str
+    ) -> np.ndarray:
+        """Token ids of an answer, up to and including its end-of-turn token."""
+        if self.image_token and self.image_token in answer:
+            raise BadRow(where, "answer", "no image placeholder", f"{self.image_token} in the text")
+        turns = [self._message(message) for message in (*messages, ("assistant", (("text", answer),)))]
+        full = self._render(turns, generation=False, where=where)
+        if not full.startswith(prompt.text):
+            raise BadRow(
+                where, "prompt", "a chat template that continues its own generation prompt",
+                f"{full[max(0, len(prompt.text) - 40) :][:80]!r} after {prompt.text[-40:]!r}",
+            )  # fmt: skip
+        text = self._cut_after_end(full[len(prompt.text) :], answer)
+        ids = self._ids(prompt.text + text)
+        if len(ids) > len(prompt.ids) and np.array_equal(ids[: len(prompt.ids)], prompt.ids):
+            return ids[len(prompt.ids) :]
+        self.split_boundary += 1
+        return self._ids(text)
+
+    def _cut_after_end(self, text: str, answer: str) -> str:
+        """The answer as rendered, with the first end-of-turn token behind it and nothing more."""
+        stripped = answer.strip()
+        start = text.rfind(stripped)
+        behind = start + len(stripped) if start >= 0 else len(text.rstrip())
+        found = [(text.find(token, behind), token) for token in self.end_tokens]
+        found = [(position, token) for position, token in found if position >= 0]
+        if found:
+            position, token = min(found)
+            return text[: position + len(token)]
+        self.appended_end += 1
+        return text[:behind] + self.end_tokens[0]
+
+    def _message(self, message: Message) -> dict[str, Any]:
+        role, parts = message
+        if self._parts_as_list:
+            content: Any = [
+                {"type": "image"} if part == IMAGE else {"type": "text", "text": part[1]} for part in parts
+            ]
+        else:
+            content = "".join(f"{self.image_token}\n" if part == IMAGE else part[1] for part in parts)
+        return {"role": role, "content": content}
+
+    def _render(self, messages: list[dict[str, Any]], generation: bool, where: str) -> str:
+        import jinja2
+
+        try:
+            text: str = self.processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation
+            )
+        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            wanted = "roles that the model's chat template can render"
+            raise BadRow(where, "prompt", wanted, f"{roles} ({problem})") from None
+        return text
+
+    def _takes_lists(self) -> bool:
+        """Whether the template reads content as a list of parts; otherwise it wants a string."""
+        if not self.pixels:
+            return False
+        probe = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
+        try:
+            text = self.processor.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
+        except Exception:  # noqa: BLE001 (a template may fail on a list in any way it likes)
+            return False
+        return "probe" in text and "'type'" not in text
+
+    def _check_placeholders(self, text: str, messages: tuple[Message, ...], where: str) -> None:
+        if self.image_token is None:
+            return
+        images = sum(part == IMAGE for _, parts in messages for part in parts)
+        found = text.count(self.image_token)
+        if found != images:
+            raise BadRow(
+                where, "images", f"{images} placeholder(s) in the rendered prompt",
+                f"{found}: the text itself holds {self.image_token}, or the template renders no images",
+            )  # fmt: skip
+
+    def _expand_image(self) -> tuple[int, int]:
+        """The token that the processor puts in place of an image and how often, whatever the image's size."""
+        from PIL import Image
+
+        expansions = []
+        for size in _PROBE_SIZES:
+            inputs = self.processor(
+                images=[Image.new("RGB", size)],
+                text=self.image_token,
+                add_special_tokens=False,
+                return_tensors="np",
+            )
+            expansions.append(inputs["input_ids"][0].tolist())
+        image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        if expansions[0] != expansions[1] or set(expansions[0]) != {image_id}:
+            raise UserError(
+                "model.name: wanted a processor that puts a fixed number of equal tokens in place of an image "
+                f"(LLaVA-1.5), got {len(expansions[0])} and {len(expansions[1])} tokens for two image sizes"
+            )
+        return image_id, len(expansions[0])
+
+    def _ids(self, text: str) -> np.ndarray:
+        ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        if self.image_token_id is None:
+            return ids
+        return np.repeat(ids, np.where(ids == self.image_token_id, self.tokens_per_image, 1))

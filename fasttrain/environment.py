@@ -1,0 +1,70 @@
+"""Versions, devices, and which backend is picked and why: `fasttrain env` and environment.json."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "fasttrain-dpo", "torch", "triton", "transformers", "peft", "tokenizers", "safetensors", "numpy", "pillow", "pyarrow",
+    "bitsandbytes", "deepspeed", "flash-attn", "kernels", "liger-kernel", "trl", "google-genai", "google-generativeai",
+)  # fmt: skip
+
+
+def collect_facts() -> dict[str, Any]:
+    """What one needs to know to repeat a run or to answer a bug report. No secrets, no environment variables."""
+    import torch
+
+    from fasttrain_kernels import backend_for
+
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": _commit(),
+        "cpu": _cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        "cuda": torch.version.cuda,
+        "head_backend": backend_for(torch.empty(0, device="cuda" if cuda else "cpu")),
+        "attention_backend": "sdpa",
+        "attention_reason": "the only shared-prefix attention backend of this version",
+        "versions": versions,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout fasttrain runs from, None when installed from a wheel."""
+    top = Path(__file__).resolve().parent.parent
+    if not (top / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(top), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

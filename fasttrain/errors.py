@@ -1,0 +1,13 @@
+"""The one exception that stands for a user's mistake."""
+
+
+class UserError(Exception):
+    """A mistake in command, recipe, data or files: shown as one line, exit code 2."""
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """A `; did you mean 'x'?` for the closest known word, or an empty string."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,141 @@
+"""Files that appear whole or not at all, and content hashes that are remembered."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+
+def cache_root() -> Path:
+    """Folder of everything fasttrain caches: $FASTTRAIN_CACHE, else $XDG_CACHE_HOME or ~/.cache, plus fasttrain."""
+    if folder := os.environ.get("FASTTRAIN_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fasttrain"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write beside, fsync, rename: a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill; it takes the name `path` only when the block ends well, and vanishes when it does not.
+
+    A folder that stands at `path` already is replaced.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in [temporary, *temporary.rglob("*")]:
+            handle = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        if path.exists():
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed `atomic_folder` or `write_atomic` left beside its target."""
+    for pattern in (".*.tmp", ".*.old"):
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def hash_file(path: Path) -> str:
+    """blake2b-128 of a file's content, hex."""
+    digest = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class HashMemo:
+    """Content hashes by (path, size, modification time), kept in a SQLite file so that nothing is read twice."""
+
+    def __init__(self, path: Path) -> None:
+        import sqlite3
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._new: dict[str, tuple[str, int, int]] = {}
+        self._database = sqlite3.connect(path, timeout=60)
+        with self._database:
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, hash TEXT, size INTEGER, mtime_ns INTEGER)"
+            )
+
+    def __call__(self, path: Path, compute: Callable[[Path], str] = hash_file) -> str:
+        resolved = path.resolve()
+        stat = resolved.stat()
+        row = (
+            self._new.get(str(resolved))
+            or self._database.execute(
+                "SELECT hash, size, mtime_ns FROM files WHERE path = ?", (str(resolved),)
+            ).fetchone()
+        )
+        if row and row[1:] == (stat.st_size, stat.st_mtime_ns):
+            return str(row[0])
+        digest = compute(resolved)
+        self._new[str(resolved)] = (digest, stat.st_size, stat.st_mtime_ns)
+        if len(self._new) >= 1000:
+            self.save()
+        return digest
+
+    def save(self) -> None:
+        with self._database:
+            self._database.executemany(
+                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)",
+                [(path, *row) for path, row in self._new.items()],
+            )
+        self._new.clear()
+
+    def close(self) -> None:
+        self.save()
+        self._database.close()

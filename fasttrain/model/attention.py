@@ -1,0 +1,66 @@
+"""Our attention as one of Hugging Face's: the layout of the pack travels as a keyword through the model's forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from fasttrain_kernels import SharedPrefixLayout, shared_prefix_attention
+
+SHARED = "fasttrain_shared_prefix"
+
+# Keywords some families pass to their attention that change its result and that ours does not compute.
+_UNKNOWN_TO_US = ("softcap", "s_aux", "sinks", "position_bias", "alibi")
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, shared_prefix_layout: SharedPrefixLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Hugging Face's attention signature: q (1, H, T, K), k and v (1, Hkv, T, K) -> (1, T, H, K)."""
+    if shared_prefix_layout is None:
+        raise RuntimeError(
+            f"attention {SHARED!r} needs the layout of the pack: call the model through Policy"
+        )
+    unknown = [name for name in _UNKNOWN_TO_US if kwargs.get(name) is not None]
+    if unknown or attention_mask is not None or (dropout and module.training):
+        raise RuntimeError(
+            f"{type(module).__name__} asks for attention that cannot share prefixes: {unknown}"
+        )
+    out = shared_prefix_attention(query, key, value, shared_prefix_layout, scale=scaling)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(SHARED, _attention)
+
+
+def why_unshared(model: Any, longest: int) -> str | None:
+    """Why this model's layers cannot share a prefix over sequences of `longest` tokens; None if they can."""
+    config = model.config.get_text_config()
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not take attention functions"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    other = kinds - {"full_attention", "attention", "sliding_attention"}
+    if other:
+        return f"it has layers of type {', '.join(sorted(other))}"
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in kinds or not getattr(config, "layer_types", None)
+    if getattr(config, "use_sliding_window", True) and slides and window and window < longest:
+        return f"its sliding window of {window} tokens is shorter than the longest sequence ({longest})"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "it soft-caps attention scores"
+    if getattr(config, "alibi", False):
+        return "it uses ALiBi position biases"
+    return None
+
+
+def silence_dropout(model: nn.Module) -> None:
+    """Set the base model's own dropout to zero: policy and reference must be the same function at step 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]

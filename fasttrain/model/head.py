@@ -1,0 +1,63 @@
+"""The language-model head that returns log-probs of given tokens and never makes logits for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasttrain.errors import UserError
+from fasttrain_kernels import linear_logprob
+
+
+class LogprobHead(nn.Linear):
+    """`lm_head` with a second way to be called: with targets it returns fp32 log-probs instead of logits.
+
+    Both ways are this module's forward, so that whatever gathers its weight (ZeRO-3) does so for either.
+    """
+
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def forward(self, hidden: Tensor, target_N: Tensor | None = None, log_p2: bool = False) -> Any:  # type: ignore[override]
+        """hidden (..., D) -> logits; with target_N (N,): hidden (N, D) -> object with .logprob (N,) fp32."""
+        if target_N is None:
+            return nn.functional.linear(hidden, self.weight, self.bias)
+        return linear_logprob(
+            hidden, self.weight, target_N, bias=self.bias, logit_scale=self.logit_scale, softcap=self.softcap,
+            log_p2=log_p2,
+        )  # fmt: skip
+
+
+def install_head(model: Any) -> LogprobHead:
+    """Put a LogprobHead with the same parameters in place of the model's lm_head."""
+    old = model.get_output_embeddings()
+    if not isinstance(old, nn.Linear) or type(old).__name__ not in ("Linear", "LogprobHead"):
+        raise UserError(f"model.name: wanted a model with a plain linear head, got {type(old).__name__}")
+    head = LogprobHead(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
+    head.weight, head.bias = old.weight, old.bias
+    config = model.config.get_text_config()
+    head.softcap = getattr(config, "final_logit_softcapping", None)
+    head.logit_scale = getattr(config, "logit_scale", None) or 1.0
+    if getattr(config, "logits_scaling", None):
+        head.logit_scale = 1.0 / config.logits_scaling
+    model.set_output_embeddings(head)
+    return head
+
+
+@torch.no_grad()
+def check_head(model: Any, head: LogprobHead, device: torch.device) -> None:
+    """Compare our log-probs with the model's own logits on a few tokens; UserError if the head does something else."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, 9, device=device)[None] % vocabulary
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    theirs = logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+    ours = head(hidden, ids[0, 1:]).logprob
+    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.25
+    if not torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance):
+        raise UserError(
+            f"model.name: {type(model).__name__} computes its logits in a way fasttrain does not know "
+            f"(log-prob off by {(ours - theirs).abs().max():.3g})"
+        )

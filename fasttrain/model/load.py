@@ -1,0 +1,196 @@
+"""A Hugging Face model and its processor from a hub id or a folder, with one clear line for each way this can fail."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasttrain.config import ModelConfig
+from fasttrain.errors import UserError
+
+WEIGHTS = ("*.safetensors",)
+
+
+def pick_device() -> torch.device:
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def find_folder(config: ModelConfig) -> Path:
+    """The local folder of the model: as given, or the hub snapshot, downloaded if needed."""
+    folder = Path(config.name).expanduser()
+    if folder.exists():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.name: wanted a model folder with config.json, got {folder}")
+        if not any(folder.glob("*.safetensors")):
+            kinds = ", ".join(sorted({path.suffix for path in folder.iterdir() if path.suffix})) or "nothing"
+            raise UserError(f"model.name: wanted safetensors weights in {folder}, got {kinds}")
+        return folder
+    if config.name.count("/") > 1 or config.name.startswith((".", "/", "~")):
+        raise UserError(f"model.name: wanted a model folder or hub id, got {config.name} (no such folder)")
+    return _snapshot(config)
+
+
+def _snapshot(config: ModelConfig) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+    if config.trust_remote_code:
+        patterns.append("*.py")
+    try:
+        folder = Path(snapshot_download(config.name, revision=config.revision, allow_patterns=patterns))
+    except HFValidationError:
+        raise UserError(f"model.name: wanted a model folder or hub id, got {config.name!r}") from None
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"model.name: {config.name} is neither a folder nor in the local cache, and the hub is out of reach"
+        ) from None
+    except HfHubHTTPError as error:
+        raise UserError(f"model.name: the hub refused {config.name}: {str(error).splitlines()[0]}") from None
+    except OSError as error:
+        raise UserError(f"model.name: cannot get {config.name} from the hub: {error}") from None
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"model.name: wanted safetensors weights, got none in {config.name}")
+    return folder
+
+
+def load_model_config(folder: Path, config: ModelConfig) -> Any:
+    """The model's configuration; UserError unless it is LLaVA-1.5 or a text-only causal language model."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        found = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model.name: cannot read {folder / 'config.json'}: {str(error).splitlines()[0]}"
+        ) from None
+    if found.model_type == "llava":
+        return found
+    has_vision = hasattr(found, "vision_config")
+    known = found.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.trust_remote_code
+    if has_vision or not known or getattr(found, "is_encoder_decoder", False):
+        raise UserError(
+            f"model.name: wanted LLaVA-1.5 or a text-only causal language model, got model type {found.model_type!r}"
+        )
+    return found
+
+
+def load_processor(folder: Path, config: ModelConfig, has_images: bool) -> Any:
+    """The processor of a vision model (PIL image processing), or the tokenizer of a text model."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    loader = AutoProcessor if has_images else AutoTokenizer
+    options = {"backend": "pil"} if has_images else {}
+    try:
+        with _quiet():
+            processor = loader.from_pretrained(folder, trust_remote_code=config.trust_remote_code, **options)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        kind = "processor" if has_images else "tokenizer"
+        raise UserError(
+            f"model.name: cannot load a {kind} from {folder}: {str(error).strip().splitlines()[0]}"
+        ) from None
+    return processor
+
+
+def load_model(
+    folder: Path, config: ModelConfig, model_config: Any, attention: str, device: torch.device
+) -> Any:
+    """The model on its device, in evaluation mode, every weight found in its files; UserError if one is missing."""
+    from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
+
+    has_images = model_config.model_type == "llava"
+    loader: Any = LlavaForConditionalGeneration if has_images else AutoModelForCausalLM
+    dtype = pick_dtype(config.dtype, device)
+    try:
+        with _quiet():
+            model, info = loader.from_pretrained(
+                folder,
+                config=model_config,
+                dtype=dtype,
+                attn_implementation={"text_config": attention, "vision_config": "sdpa"}
+                if has_images
+                else attention,
+                quantization_config=_quantization(config, dtype, device),
+                device_map={"": device} if device.type == "cuda" or config.quantize else None,
+                use_safetensors=True,
+                trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError) as error:
+        raise UserError(f"model.name: cannot load {folder}: {str(error).strip().splitlines()[0]}") from None
+    missing = sorted(info["missing_keys"])
+    if missing or info["mismatched_keys"]:
+        names = missing or sorted(str(key) for key in info["mismatched_keys"])
+        raise UserError(
+            f"model.name: wanted every weight in {folder}, got none for {names[0]} ({len(names)} in all)"
+        )
+    model.config.use_cache = False
+    return model.eval()
+
+
+def _quantization(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Any:
+    if config.quantize is None:
+        return None
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"model.quantize: {config.quantize} needs bitsandbytes: pip install 'fasttrain-dpo[quant]'"
+        ) from None
+    from transformers import BitsAndBytesConfig
+
+    if config.quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No loading bars and no advice from transformers; its errors still come through."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def stop_token_ids(processor: Any, folder: Path) -> list[int]:
+    """Tokens that end a turn: the tokenizer's eos first, then those generation stops at."""
+    import json
+
+    tokenizer = getattr(processor, "tokenizer", processor)
+    try:
+        stops = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get(
+            "eos_token_id"
+        )
+    except (OSError, json.JSONDecodeError):
+        stops = None
+    stops = stops if isinstance(stops, list) else [stops]
+    return list(dict.fromkeys(i for i in [tokenizer.eos_token_id, *stops] if i is not None))

@@ -1,0 +1,100 @@
+"""The policy: a Hugging Face model with our attention and our head, from a pack to one log-prob per completion token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasttrain.data.batch import PackBatch
+from fasttrain.model.attention import SHARED
+from fasttrain.model.head import LogprobHead, check_head, install_head
+from fasttrain_kernels import SharedPrefixLayout
+
+
+@dataclass
+class Counts:
+    """What ran, counted where it ran."""
+
+    images: int = 0
+    decoder_tokens: int = 0
+    head_rows: int = 0
+    passes: int = 0
+
+
+class Policy(nn.Module):
+    """Wraps a causal LM or LLaVA. Forward takes a PackBatch on the model's device and returns the head's output for its N rows."""
+
+    def __init__(self, model: Any, shared: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.shared = shared
+        self.head: LogprobHead
+        object.__setattr__(self, "head", install_head(model))  # registered once, inside the model
+        self.counts = Counts()
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def check(self) -> None:
+        """Refuse a model whose head does something our head does not."""
+        shared, self.shared = self.shared, False
+        self._set_attention()
+        check_head(self.model, self.head, self.device)
+        self.shared = shared
+        self._set_attention()
+
+    def set_shared(self, shared: bool) -> None:
+        """Run prompts once for all their completions, or every completion as an ordinary sequence."""
+        if shared != self.shared:
+            self.shared = shared
+            self._set_attention()
+
+    def _set_attention(self) -> None:
+        name = SHARED if self.shared else "sdpa"
+        self.model.set_attn_implementation(
+            {"text_config": name} if hasattr(self.model.config, "text_config") else name
+        )
+
+    def forward(self, batch: PackBatch, log_p2: bool = False) -> Any:
+        """Log-probs of the batch's N completion tokens, fp32, in order (`.logprob`; `.log_p2` if asked)."""
+        if batch.shared != self.shared:
+            raise ValueError(f"wanted a batch with shared={self.shared}, got shared={batch.shared}")
+        hidden_ND = self._hidden_shared(batch) if batch.shared else self._hidden_separate(batch)
+        self.counts.head_rows += len(batch.target_N)
+        self.counts.passes += 1
+        return self.head(hidden_ND, batch.target_N, log_p2=log_p2)
+
+    def _hidden_shared(self, batch: PackBatch) -> Tensor:
+        layout = SharedPrefixLayout.from_groups(batch.layout)
+        hidden_TD = self._decode(
+            batch.input_ids_T, batch.pixel_ICHW, layout.position_ids(self.device), shared_prefix_layout=layout
+        )
+        return hidden_TD.index_select(0, layout.predictor_rows(self.device))
+
+    def _hidden_separate(self, batch: PackBatch) -> Tensor:
+        """The same rows from one ordinary causal pass per completion: no packing, no attention of ours."""
+        rows, start, image = [], 0, 0
+        for (prompt, completions), images in zip(batch.layout, batch.images_per_run, strict=True):
+            length = prompt + completions[0]
+            pixels = (
+                batch.pixel_ICHW[image : image + images] if images and batch.pixel_ICHW is not None else None
+            )
+            positions = torch.arange(length, device=self.device)
+            hidden_TD = self._decode(batch.input_ids_T[start : start + length], pixels, positions)
+            rows.append(hidden_TD[prompt - 1 : length - 1])
+            start, image = start + length, image + images
+        return torch.cat(rows)
+
+    def _decode(self, ids_T: Tensor, pixel_ICHW: Tensor | None, positions_T: Tensor, **extra: Any) -> Tensor:
+        if pixel_ICHW is not None:
+            extra["pixel_values"] = pixel_ICHW.to(self.model.dtype)
+            self.counts.images += len(pixel_ICHW)
+        self.counts.decoder_tokens += len(ids_T)
+        out = self.model.base_model(
+            input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, return_dict=True, **extra
+        )
+        return out.last_hidden_state[0]

@@ -1,0 +1,72 @@
+"""Progress on stderr: a bar on a terminal, a plain line now and then otherwise."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+_PLAIN_EVERY_S = 20.0
+
+
+class Progress:
+    """Counts up to `total`; `note` is shown beside the count."""
+
+    def __init__(self, name: str, total: int, unit: str, initial: int = 0) -> None:
+        self.name, self.total, self.unit, self.done = name, total, unit, initial
+        self._note = ""
+        self._last = time.monotonic()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=initial, desc=name, unit=unit, file=sys.stderr, leave=False)
+
+    def tick(self, count: int = 1, note: str = "") -> None:
+        self.done += count
+        self._note = note or self._note
+        if self._bar is not None:
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(count)
+        elif time.monotonic() - self._last > _PLAIN_EVERY_S:
+            self._last = time.monotonic()
+            tail = f"  {self._note}" if self._note else ""
+            print(
+                f"{self.name}: {self.done:,} of {self.total:,} {self.unit}{tail}", file=sys.stderr, flush=True
+            )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def say(text: str) -> None:
+    """One line of account on stderr, above any bar."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def ticker(name: str, total: int) -> Callable[[int], object]:
+    """A counter for data preparation; short work shows nothing."""
+    progress = Progress(name, total, "rows")
+    if progress._bar is not None:
+        progress._bar.delay = 1.0
+
+    def tick(count: int) -> None:
+        progress.tick(count)
+        if progress.done >= total:
+            progress.close()
+
+    return tick

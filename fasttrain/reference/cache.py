@@ -1,0 +1,108 @@
+"""Reference log-probs on disk: one SQLite file per reference model, fp32 per token, one row per completion.
+
+SQLite gives crash safety, several processes at once and look-ups that do not slow down as the file grows; each row carries a
+checksum, so damage is an error and never a wrong number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fasttrain.errors import UserError
+from fasttrain.files import cache_root
+
+_LOOKUP = 500  # keys per query; SQLite allows 999 parameters everywhere
+
+
+def cache_folder(setting: str) -> Path:
+    return cache_root() / "reference" if setting == "auto" else Path(setting).expanduser()
+
+
+def _checksum(key: bytes, value: bytes) -> bytes:
+    return blake2b(key + value, digest_size=8).digest()
+
+
+class ReferenceCache:
+    """Per-token log-probs by completion key. Safe to use from forked workers: every process opens its own connection."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path = path
+        self._connection: sqlite3.Connection | None = None
+        self._owner = 0
+        self._inherited: list[sqlite3.Connection | None] = []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._open() as database:
+                database.execute("CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT)")
+                database.execute(
+                    "CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, logp BLOB NOT NULL, checksum BLOB NOT NULL)"
+                )
+                database.execute("INSERT OR IGNORE INTO about VALUES ('model', ?)", (json.dumps(identity),))
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from None
+        except OSError as error:
+            raise UserError(f"reference.cache: cannot write {path.parent}: {error.strerror}") from None
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is None or self._owner != os.getpid():
+            self._inherited.append(self._connection)  # a fork's connection is not this process's to close
+            self._connection = sqlite3.connect(self.path, timeout=120)
+            self._owner = os.getpid()
+        return self._connection
+
+    def _damaged(self, error: object) -> UserError:
+        if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):
+            return UserError(f"{self.path}: cannot use the reference cache: {error}")
+        return UserError(
+            f"{self.path}: the reference cache is damaged ({error}); delete the file and run again"
+        )
+
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
+        """Log-probs (fp32, one per token) of the keys that are cached; UserError if a stored row is damaged."""
+        found: dict[bytes, np.ndarray] = {}
+        try:
+            for start in range(0, len(keys), _LOOKUP):
+                part = list(keys[start : start + _LOOKUP])
+                marks = ",".join("?" * len(part))
+                for key, value, checksum in self._open().execute(
+                    f"SELECT key, logp, checksum FROM logps WHERE key IN ({marks})", part
+                ):
+                    if not isinstance(value, bytes) or _checksum(key, value) != checksum:
+                        raise self._damaged(f"checksum of row {bytes(key).hex()[:12]} does not match")
+                    found[key] = np.frombuffer(value, "<f4")
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from None
+        return found
+
+    def missing(self, keys: Sequence[bytes]) -> list[bool]:
+        """For every key, whether it still has to be computed."""
+        found = self.get(keys)
+        return [key not in found for key in keys]
+
+    def put(self, rows: Iterable[tuple[bytes, np.ndarray]]) -> None:
+        """Store rows durably, all or none; rows that another process stored first stay as they are."""
+        values = []
+        for key, logp in rows:
+            value = np.ascontiguousarray(logp, "<f4").tobytes()
+            values.append((key, value, _checksum(key, value)))
+        try:
+            with self._open() as database:
+                database.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?, ?)", values)
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from None
+
+    def __len__(self) -> int:
+        return int(self._open().execute("SELECT COUNT(*) FROM logps").fetchone()[0])
+
+    def close(self) -> None:
+        if self._connection is not None and self._owner == os.getpid():
+            self._connection.close()
+        self._connection = None

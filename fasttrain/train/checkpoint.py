@@ -1,0 +1,79 @@
+"""Checkpoints: weights, optimizer, position and every random state, in safetensors and JSON, whole or absent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fasttrain.errors import UserError
+from fasttrain.files import atomic_folder, remove_leftovers, write_json
+from fasttrain.train.optimizer import MasterOptimizer
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+
+
+def save_checkpoint(folder: Path, step: int, optimizer: MasterOptimizer, keep: int) -> Path:
+    """Write `step-000050/` under `folder` atomically, then delete all but the newest `keep`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / checkpoint_name(step)
+    tensors, plain = optimizer.state()
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    with atomic_folder(path) as temporary:
+        _save(optimizer.weights(), temporary / "weights.safetensors")
+        _save(tensors, temporary / "optimizer.safetensors")
+        _save(random, temporary / "random.safetensors")
+        write_json(temporary / "state.json", {"step": step, "optimizer": plain})
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    # clone: safetensors refuses tensors that share memory, as bitsandbytes' quantisation maps do
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+
+
+def restore_checkpoint(path: Path, optimizer: MasterOptimizer) -> int:
+    """Load weights, optimizer and random states; the step they belong to. UserError names a damaged file."""
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        weights = load_file(path / "weights.safetensors")
+        tensors = load_file(path / "optimizer.safetensors")
+        random = load_file(path / "random.safetensors")
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path}: the checkpoint is damaged ({error}); delete that folder to use the one before"
+        ) from None
+    missing = set(optimizer.names) ^ set(weights)
+    if missing:
+        raise UserError(f"{path}: the checkpoint is of another model: {min(missing)} is in only one of them")
+    optimizer.load_weights(weights)
+    optimizer.load_state(tensors, state["optimizer"])
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda"])
+    return int(state["step"])
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; leftovers of a kill are cleared away."""
+    if not folder.exists():
+        return None
+    remove_leftovers(folder)
+    found = list_checkpoints(folder)
+    return found[-1] if found else None

@@ -1,0 +1,152 @@
+"""`--dry-run`: check recipe, data and model as training would, open every image, print what a run would be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from fasttrain.config import DPOConfig
+from fasttrain.data.images import open_image
+from fasttrain.data.packs import Order, plan_step
+from fasttrain.data.prepared import PreparedData
+from fasttrain.errors import UserError
+from fasttrain.model.flops import pass_flops
+from fasttrain.progress import Progress
+from fasttrain.reference.fill import missing_completions
+from fasttrain.train.first_step import check_sharing
+from fasttrain.train.job import Job, build_job
+from fasttrain.train.run_folder import check_output_is_free
+
+_STEPS_LOOKED_AT = 20
+
+
+def dry_run(config: DPOConfig, *, may_exist: bool) -> str:
+    """The report of a dry run; UserError for the first mistake, as training would raise it."""
+    check_output_is_free(config, may_exist)
+    job = build_job(config)
+    check_sharing(job)
+    for data in job.datasets:
+        _open_all_images(job, data)
+    return "\n".join(_report(job))
+
+
+def _open_all_images(job: Job, data: PreparedData) -> None:
+    with Progress("opening images", data.account.images, "images") as progress:
+        for number in range(len(data)):
+            for ref in data.images(number):
+                progress.tick()
+                try:
+                    open_image(ref.read())
+                except (OSError, ValueError) as error:
+                    if job.config.data.on_bad_row != "skip":
+                        raise UserError(
+                            f"{data.where(number)}: images: wanted an image, got {ref.name()} ({error})"
+                        ) from None
+                    data.drop(number, f"images: {error}")
+                    break
+
+
+def _report(job: Job) -> Iterator[str]:
+    config, account = job.config, job.train.account
+    yield f"model       {config.model.name}: {_count(job)}, {job.policy.model.dtype}, on {job.device}"
+    yield f"data        {account.rows:,} rows: {account.pairs:,} pairs in {account.groups:,} groups, {account.images:,} images"
+    yield f"left out    {len(account.skipped):,} rows; {account.truncated:,} completions truncated"
+    for entry in account.skipped[:5]:
+        yield f"            {entry.where}: {entry.reason}"
+    numbers = [n for n in range(len(job.train)) if job.train.pair_count(n)]
+    prompts = np.array([job.train.lengths(n)[0] for n in numbers])
+    answers = np.concatenate([job.train.lengths(n)[1:] for n in numbers])
+    yield f"prompts     {_spread(prompts)} tokens"
+    yield f"completions {_spread(answers)} tokens"
+    order = Order(job.train, config.train.pairs_per_step, config.train.shuffle, config.train.seed)
+    total = config.train.max_steps or order.total_steps(config.train.epochs)
+    steps = [
+        plan_step(job.train, number, epoch, groups, job.tokens_per_pack, job.policy.shared)
+        for number, epoch, groups in order.steps(1, min(total, _STEPS_LOOKED_AT))
+    ]
+    shared, unshared, flops = _work(job, steps)
+    packs = [len(step.packs) for step in steps]
+    yield (
+        f"steps       {total:,} of at least {config.train.pairs_per_step} pairs, {np.mean(packs):.1f} packs each "
+        f"of up to {job.tokens_per_pack:,} tokens; prompts {'shared' if job.policy.shared else 'not shared'}"
+    )
+    yield (
+        f"tokens      {shared:,} a step; without sharing and cached reference {unshared:,} ({unshared / max(1, shared):.2f} x); "
+        f"{flops / 1e12:.3g} TFLOP a step"
+    )
+    gone = sum(
+        len(m) for data in job.datasets for _, m in missing_completions(data, job.keys, job.cache, job.memo)
+    )
+    every = sum(
+        len(data.lengths(n)) - 1 for data in job.datasets for n in range(len(data)) if data.pair_count(n)
+    )
+    yield f"reference   {every - gone:,} of {every:,} completions cached in {job.cache.path}"
+    largest = max(max(_pack_tokens(job, step)) for step in steps)
+    peak = job.memory.peak(largest, job.checkpointing)
+    yield (
+        f"memory      about {peak / 2**30:.2f} GiB of {job.memory.total / 2**30:.0f} GiB: weights "
+        f"{job.memory.weights / 2**30:.2f}, gradients and optimizer {job.memory.training_state / 2**30:.2f}, activations of "
+        f"{largest:,} tokens {(peak - job.memory.weights - job.memory.training_state) / 2**30:.2f}"
+        f"{' with gradient checkpointing' if job.checkpointing else ''}"
+    )
+    yield from _example(job, numbers[0])
+    yield "nothing was trained"
+
+
+def _count(job: Job) -> str:
+    parameters = list(job.policy.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return f"{sum(p.numel() for p in parameters):,} parameters, {trained:,} trained"
+
+
+def _spread(values: np.ndarray) -> str:
+    low, middle, high = (int(x) for x in np.percentile(values, [0, 50, 100]))
+    return f"{low} to {high}, median {middle}"
+
+
+def _pack_tokens(job: Job, step) -> list[int]:  # type: ignore[no-untyped-def]
+    from fasttrain.data.packs import run_tokens
+
+    return [
+        sum(
+            run_tokens(job.train.lengths(p.group)[[0, *(1 + c for c in p.completions)]], pack.shared)
+            for p in pack.pieces
+        )
+        for pack in step.packs
+    ]
+
+
+def _work(job: Job, steps) -> tuple[int, int, int]:  # type: ignore[no-untyped-def]
+    """Tokens, tokens of a trainer without sharing, and operations of an average step."""
+    shared = unshared = flops = 0
+    for step in steps:
+        shared += sum(_pack_tokens(job, step))
+        for pack in step.packs:
+            layout, images = [], 0
+            for piece in pack.pieces:
+                lengths = job.train.lengths(piece.group)
+                layout.append((int(lengths[0]), [int(lengths[1 + c]) for c in piece.completions]))
+                images += job.train.image_count(piece.group)
+            flops += pass_flops(job.shape, layout, images, backward=True, checkpointing=job.checkpointing)
+        for group in step.groups:
+            lengths = job.train.lengths(group)
+            unshared += 2 * int(
+                sum(2 * lengths[0] + lengths[1 + c] + lengths[1 + r] for c, r in job.train.pairs(group))
+            )
+    return shared // len(steps), unshared // len(steps), flops // len(steps)
+
+
+def _example(job: Job, number: int) -> Iterator[str]:
+    """One pair as the model sees it: what is scored is in brackets."""
+    group = job.train.group(number)
+    tokenizer = job.chat.tokenizer
+    prompt = group.prompt_ids
+    if job.chat.image_token_id is not None:  # show one placeholder per image
+        is_image = prompt == job.chat.image_token_id
+        prompt = prompt[~(is_image & np.roll(is_image, 1))]
+    chosen, rejected = group.pairs[0].tolist()
+    yield f"example     {group.where}; the scored tokens are in [[ ]]"
+    yield f"  prompt    {tokenizer.decode(prompt.tolist())!r}"
+    yield f"  chosen    [[{tokenizer.decode(group.completion_ids[chosen].tolist())!r}]]"
+    yield f"  rejected  [[{tokenizer.decode(group.completion_ids[rejected].tolist())!r}]]"

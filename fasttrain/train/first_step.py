@@ -1,0 +1,85 @@
+"""Checks before a run is trusted: sharing gives the model's own log-probs, and step 0 starts at the reference."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fasttrain.data.packs import Pack, Piece
+from fasttrain.errors import UserError
+from fasttrain.progress import say
+from fasttrain.train.engine import TorchEngine
+from fasttrain.train.job import Job
+from fasttrain.train.losses import sequence_sums
+from fasttrain.train.step import StepResult
+
+# Decoders whose shared log-probs the test suite compares with unshared ones.
+VERIFIED = {"llama", "mistral", "qwen2", "qwen3"}
+
+
+def tolerance(dtype: torch.dtype, lengths_S: Tensor) -> Tensor:
+    """Largest |log-ratio| of a sequence that rounding explains; errors of tokens add up like a random walk."""
+    per_token = 2e-4 if dtype == torch.float32 else 0.15
+    return per_token * (5 + lengths_S.float().sqrt())
+
+
+@torch.no_grad()
+def check_sharing(job: Job) -> None:
+    """For decoders the tests do not cover: one group, shared against ordinary sequences; fall back when they differ."""
+    policy = job.policy
+    if not policy.shared or policy.model.config.get_text_config().model_type in VERIFIED:
+        return
+    number = min(
+        (n for n in range(len(job.train)) if job.train.pair_count(n)),
+        key=lambda n: int(job.train.lengths(n).sum()),
+    )
+    piece = Piece(number, tuple(range(len(job.train.lengths(number)) - 1)))
+    maker = job.maker(job.train, with_reference=False)
+    values = []
+    for shared in (True, False):
+        batch = maker[Pack((piece,), shared)]
+        if isinstance(batch, UserError):
+            raise batch
+        if batch.broken:
+            return  # the fill reports it
+        policy.set_shared(shared)
+        values.append(
+            sequence_sums(policy(batch.to(policy.device)).logprob, batch.lengths_S.to(policy.device))
+        )
+        lengths_S = batch.lengths_S.to(policy.device)
+    off = (values[0] - values[1]).abs()
+    if (off <= 2 * tolerance(policy.model.dtype, lengths_S)).all():
+        policy.set_shared(True)
+    else:
+        say(
+            f"warning: sharing prefixes changes the log-probs of {type(policy.model).__name__} (by {off.max():.3g}); "
+            "every completion runs as its own sequence"
+        )
+
+
+def check_first_step(job: Job, engine: TorchEngine, result: StepResult) -> None:
+    """Every log-ratio of the first step must be rounding: else template, processor, dtype or cache do not match."""
+    dropout = job.config.lora is not None and job.config.lora.dropout > 0
+    for batch, seen_N in result.seen:
+        logp_N = _without_dropout(job, engine, batch) if dropout else seen_N
+        assert batch.reference_N is not None
+        ratio_S = sequence_sums(logp_N - batch.reference_N, batch.lengths_S)
+        excess_S = ratio_S.abs() / tolerance(job.policy.model.dtype, batch.lengths_S)
+        worst = int(torch.nan_to_num(excess_S, nan=math.inf).argmax())
+        if not excess_S[worst] <= 1:
+            group, completion = batch.sequence_ids[worst]
+            raise UserError(
+                f"{job.train.where(group)}: before the first update the policy differs from its cached reference: "
+                f"log-ratio {ratio_S[worst]:.4g} over {int(batch.lengths_S[worst])} tokens (completion {completion + 1} "
+                f"of its prompt); chat template, processor, dtype or the cache {job.cache.path} do not belong to this run"
+            )
+
+
+@torch.no_grad()
+def _without_dropout(job: Job, engine: TorchEngine, batch: object) -> Tensor:
+    job.policy.eval()
+    logp_N: Tensor = engine.forward(batch).logprob  # type: ignore[arg-type]
+    job.policy.train()
+    return logp_N

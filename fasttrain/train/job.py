@@ -1,0 +1,180 @@
+"""Everything a command needs before it trains: checked folders, data as tokens, the model, the cache."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasttrain.config import DPOConfig
+from fasttrain.data.batch import PackMaker
+from fasttrain.data.prepared import PreparedData, prepare
+from fasttrain.data.tokens import ChatTokenizer
+from fasttrain.errors import UserError
+from fasttrain.files import HashMemo, cache_root
+from fasttrain.memory import MemoryEstimate, choose_pack, estimate
+from fasttrain.model.attention import SHARED, silence_dropout, why_unshared
+from fasttrain.model.flops import ModelShape, measure_shape
+from fasttrain.model.load import (
+    find_folder,
+    load_model,
+    load_model_config,
+    load_processor,
+    pick_device,
+    pick_dtype,
+    stop_token_ids,
+)  # fmt: skip
+from fasttrain.model.lora import attach_lora, choose_trainable
+from fasttrain.model.policy import Policy
+from fasttrain.progress import say, ticker
+from fasttrain.reference.cache import ReferenceCache, cache_folder
+from fasttrain.reference.key import CompletionKeys, identity_hash, model_identity
+
+
+@dataclass
+class Job:
+    """A recipe brought to life. `adapted` is the PeftModel, None for full fine-tuning."""
+
+    config: DPOConfig
+    device: torch.device
+    model_folder: Path
+    processor: Any
+    chat: ChatTokenizer
+    train: PreparedData
+    eval: PreparedData | None
+    policy: Policy
+    adapted: Any | None
+    shape: ModelShape
+    memory: MemoryEstimate
+    identity: dict[str, Any]
+    keys: CompletionKeys
+    cache: ReferenceCache
+    memo: HashMemo
+    tokens_per_pack: int
+    checkpointing: bool
+    workers: int
+
+    @property
+    def datasets(self) -> list[PreparedData]:
+        return [self.train, *([self.eval] if self.eval else [])]
+
+    def maker(self, data: PreparedData, with_reference: bool) -> PackMaker:
+        return PackMaker(data, self.chat.pixels, self.keys, self.cache if with_reference else None)
+
+
+def build_job(config: DPOConfig) -> Job:
+    """Check and load everything, cheap things first; UserError at the first mistake."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "training on several ranks is not available in this version of fasttrain; start one process"
+        )
+    torch.manual_seed(config.train.seed)
+    device = pick_device()
+    folder = find_folder(config.model)
+    model_config = load_model_config(folder, config.model)
+    has_images = model_config.model_type == "llava"
+    processor = load_processor(folder, config.model, has_images)
+    chat = ChatTokenizer(processor, stop_token_ids(processor, folder))
+    memo = HashMemo(cache_root() / "hashes.sqlite")
+    train, evaluation = _prepare_data(config, chat, memo)
+    model = load_model(folder, config.model, model_config, SHARED, device)
+    _check_vocabulary(chat, model)
+    silence_dropout(model)
+    policy = Policy(model, shared=True)
+    policy.check()
+    adapted = attach_lora(model, config.lora, config.model.train_projector) if config.lora else None
+    choose_trainable(model, adapted, config.model.train_projector)
+    policy.set_shared(_may_share(config, model, [train, *([evaluation] if evaluation else [])]))
+    shape = measure_shape(model)
+    memory = estimate(model, shape, device, config.train.optimizer == "adamw_8bit")
+    longest = max(int(train.lengths(number).sum()) for number in range(len(train)))
+    checkpointing, tokens = _memory_settings(config, memory, device, longest)
+    adapter = config.lora.init_from if config.lora else None
+    dtype = str(pick_dtype(config.model.dtype, device)).removeprefix("torch.")
+    identity = model_identity(folder, model_config, dtype, config.model.quantize, adapter, memo)
+    digest = identity_hash(identity)
+    return Job(
+        config=config,
+        device=device,
+        model_folder=folder,
+        processor=processor,
+        chat=chat,
+        train=train,
+        eval=evaluation,
+        policy=policy,
+        adapted=adapted,
+        shape=shape,
+        memory=memory,
+        identity=identity,
+        keys=CompletionKeys(digest, chat.fingerprint()),
+        cache=ReferenceCache(cache_folder(config.reference.cache) / f"{digest}.sqlite", identity),
+        memo=memo,
+        tokens_per_pack=tokens,
+        checkpointing=checkpointing,
+        workers=_workers(config, train),
+    )
+
+
+def _prepare_data(
+    config: DPOConfig, chat: ChatTokenizer, memo: HashMemo
+) -> tuple[PreparedData, PreparedData | None]:
+    data, seed = config.data, config.train.seed
+    train = prepare(data.train, data, chat, memo, seed=seed, limit_pairs=data.limit_pairs, progress=ticker)
+    evaluation = prepare(data.eval, data, chat, memo, seed=seed, progress=ticker) if data.eval else None
+    if chat.appended_end:
+        say(
+            f"note: the chat template ends no answer; {chat.end_tokens[0]} is added to all {chat.appended_end} answers"
+        )
+    if chat.split_boundary:
+        say(
+            f"note: {chat.split_boundary} answers do not tokenize together with their prompt and were tokenized alone"
+        )
+    return train, evaluation
+
+
+def _check_vocabulary(chat: ChatTokenizer, model: Any) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(chat.tokenizer) > rows:
+        raise UserError(
+            f"model.name: wanted an embedding for all {len(chat.tokenizer)} tokens, got {rows} rows"
+        )
+
+
+def _may_share(config: DPOConfig, model: Any, datasets: list[PreparedData]) -> bool:
+    if not config.train.share_prefix:
+        return False
+    longest = max(
+        int(lengths[0] + lengths[1:].max(initial=0))
+        for data in datasets
+        for lengths in (data.lengths(number) for number in range(len(data)))
+    )
+    reason = why_unshared(model, longest)
+    if reason:
+        say(
+            f"warning: {type(model).__name__} cannot share prefixes: {reason}; every completion runs as its own sequence"
+        )
+    return reason is None
+
+
+def _memory_settings(
+    config: DPOConfig, memory: MemoryEstimate, device: torch.device, longest: int
+) -> tuple[bool, int]:
+    """Gradient checkpointing and tokens per pack, with `auto` decided."""
+    wanted, tokens = config.train.gradient_checkpointing, config.train.tokens_per_pack
+    smallest = longest if tokens == "auto" else int(tokens)
+    checkpointing = not memory.fits(max(smallest, 512), False) if wanted == "auto" else wanted
+    return checkpointing, choose_pack(memory, device, longest, checkpointing) if tokens == "auto" else int(
+        tokens
+    )
+
+
+def _workers(config: DPOConfig, data: PreparedData) -> int:
+    if config.data.workers != "auto":
+        return int(config.data.workers)
+    if not data.account.images or sys.platform != "linux":
+        return 0
+    return max(1, min(4, len(os.sched_getaffinity(0)) - 1))

@@ -1,0 +1,250 @@
+"""`fasttrain dpo`, top to bottom: fill the reference cache, step, log, evaluate, checkpoint, write the adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import signal
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from fasttrain.config import DPOConfig
+from fasttrain.data.batch import PackBatch, load_packs
+from fasttrain.data.packs import Order, Pack, Step, plan_step
+from fasttrain.environment import collect_facts
+from fasttrain.model.flops import pass_flops
+from fasttrain.progress import Progress, say
+from fasttrain.reference.fill import FillReport, fill, missing_completions
+from fasttrain.train.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
+from fasttrain.train.engine import TorchEngine
+from fasttrain.train.final import write_final
+from fasttrain.train.first_step import check_first_step, check_sharing
+from fasttrain.train.job import Job, build_job
+from fasttrain.train.losses import PairLoss
+from fasttrain.train.metrics import (
+    MetricsFile,
+    StepWork,
+    peak_memory,
+    peak_rate,
+    read_metrics,
+    speed_metrics,
+    step_metrics,
+)  # fmt: skip
+from fasttrain.train.optimizer import learning_rate_factor
+from fasttrain.train.run_folder import open_run_folder, write_environment, write_skipped
+from fasttrain.train.step import StepResult, StepRunner, evaluate
+from fasttrain.train.trackers import Trackers
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished (or, after SIGTERM, cleanly stopped) run."""
+
+    folder: Path
+    metrics: list[dict[str, Any]]
+    adapter: Path
+
+
+def train_dpo(config: DPOConfig, *, resume: bool = False, overwrite: bool = False) -> RunResult:
+    """Run a recipe; UserError for a mistake in it. Every file of the run is in `config.train.output`."""
+    folder = open_run_folder(config, resume=resume, overwrite=overwrite)
+    job = build_job(config)
+    return Trainer(job, folder, resume).run()
+
+
+def fill_references(job: Job) -> FillReport:
+    """Compute the reference log-probs that are not cached yet, of training and evaluation pairs."""
+    reports = []
+    for data in job.datasets:
+        total = sum(len(gone) for _, gone in missing_completions(data, job.keys, job.cache, job.memo))
+        with Progress("reference log-probs", total, "completions") as progress:
+            reports.append(
+                fill(
+                    job.policy, data, job.maker(data, with_reference=False), job.cache, job.memo,
+                    tokens_per_pack=job.tokens_per_pack, workers=job.workers,
+                    skip_broken=job.config.data.on_bad_row == "skip", tick=progress.tick,
+                )
+            )  # fmt: skip
+    return FillReport(*(sum(values) for values in zip(*[vars(report).values() for report in reports])))
+
+
+class Trainer:
+    """One run of one job."""
+
+    def __init__(self, job: Job, folder: Path, resume: bool) -> None:
+        self.job, self.folder, self.resume = job, folder, resume
+        self.config = job.config
+        self.loss = PairLoss(job.config.loss)
+        self._stop = False
+
+    def run(self) -> RunResult:
+        job, config = self.job, self.config.train
+        check_sharing(job)
+        report = fill_references(job)
+        say(
+            f"reference: {report.completions:,} completions, {report.computed:,} computed now "
+            f"({report.tokens:,} tokens in {report.seconds:.1f} s), cache {job.cache.path}"
+        )
+        write_skipped(self.folder, [line for data in job.datasets for line in data.skipped_lines()])
+        order = Order(job.train, config.pairs_per_step, config.shuffle, config.seed)
+        total = config.max_steps or order.total_steps(config.epochs)
+        peak_flops, peak_source = peak_rate(job.device, job.policy.model.dtype)
+        write_environment(self.folder, collect_facts() | self._facts(total, peak_flops, peak_source))
+        job.policy.train()
+        engine = TorchEngine(job.policy, config, job.checkpointing)
+        torch.manual_seed(config.seed)
+        done = self._restore(engine)
+        metrics = MetricsFile(self.folder / "metrics.jsonl", keep_through=done)
+        trackers = Trackers(self.config.track, self.folder, self.config.to_dict(), done + 1)
+        say(self._account(total, done))
+        try:
+            with self._signals(), Progress("dpo", total, "steps", initial=done) as progress:
+                done = self._steps(engine, order, done, total, metrics, trackers, progress, peak_flops)
+        finally:
+            metrics.close()
+            trackers.close()
+        if done < total:
+            say(f"stopped by SIGTERM after step {done} of {total}; checkpoint saved, go on with --resume")
+        else:
+            write_final(job, engine.optimizer, self.folder)
+        return RunResult(self.folder, read_metrics(self.folder / "metrics.jsonl"), self.folder / "final")
+
+    def _steps(
+        self, engine: TorchEngine, order: Order, done: int, total: int, metrics: MetricsFile, trackers: Trackers,
+        progress: Progress, peak_flops: float,
+    ) -> int:  # fmt: skip
+        job, config = self.job, self.config.train
+        runner = StepRunner(engine, self.loss, job.train)
+        planned: deque[Step] = deque()
+        batches = self._batches(order, done + 1, total, planned)
+        with contextlib.closing(batches):
+            for number in range(done + 1, total + 1):
+                start = time.perf_counter()
+                first = next(batches)
+                step = planned.popleft()
+                keep = number == 1
+                result = runner.run(step, itertools.chain([first], batches), keep)
+                if keep:
+                    check_first_step(job, engine, result)
+                factor = learning_rate_factor(config.schedule, number, total, config.warmup_ratio)
+                norm = engine.step(factor)
+                last = number == total or self._stop
+                due = bool(config.eval_every and number % config.eval_every == 0)
+                evaluates = job.eval is not None and (due or last)
+                note = ""
+                if number % config.log_every == 0 or last or evaluates:
+                    line: dict[str, Any] = {"step": number, "epoch": round(step.epoch, 6)}
+                    line |= step_metrics(result.sums, norm, step.pairs)
+                    line["learning_rate"] = config.learning_rate * factor
+                    work = self._work(step, result, time.perf_counter() - start)
+                    line |= speed_metrics(work, peak_flops, peak_memory(job.device))
+                    line |= self._evaluate(engine) if evaluates else {}
+                    metrics.write(line)
+                    trackers.log(line, number)
+                    note = f"loss {line['loss']:.4f}  margin {line['rewards/margins']:.3f}"
+                progress.tick(1, note)
+                done = number
+                if last or (config.checkpoint_every and number % config.checkpoint_every == 0):
+                    metrics.sync()
+                    save_checkpoint(
+                        self.folder / "checkpoints", number, engine.optimizer, config.keep_checkpoints
+                    )
+                if self._stop:
+                    break
+        return done
+
+    def _batches(self, order: Order, first: int, last: int, planned: deque[Step]) -> Generator[PackBatch]:
+        """Batches of all steps from `first`; each step is put in `planned` when its first pack is asked for."""
+        job = self.job
+
+        def packs() -> Iterator[Pack]:
+            for number, epoch, groups in order.steps(first, last):
+                step = plan_step(job.train, number, epoch, groups, job.tokens_per_pack, job.policy.shared)
+                planned.append(step)
+                yield from step.packs
+
+        maker = job.maker(job.train, with_reference=True)
+        return load_packs(maker, packs(), job.workers, job.device.type == "cuda")
+
+    def _evaluate(self, engine: TorchEngine) -> dict[str, float]:
+        job, data = self.job, self.job.eval
+        assert data is not None
+        groups = np.array([number for number in range(len(data)) if data.pair_count(number)])
+        step = plan_step(data, 0, 0.0, groups, job.tokens_per_pack, job.policy.shared)
+        maker = job.maker(data, with_reference=True)
+        batches = load_packs(maker, step.packs, job.workers, job.device.type == "cuda")
+        return evaluate(engine, self.loss, data, batches, step.pairs)
+
+    def _restore(self, engine: TorchEngine) -> int:
+        path = latest_checkpoint(self.folder / "checkpoints") if self.resume else None
+        if path is None:
+            return 0
+        done = restore_checkpoint(path, engine.optimizer)
+        say(f"resumed from {path}")
+        return done
+
+    def _work(self, step: Step, result: StepResult, seconds: float) -> StepWork:
+        job = self.job
+        tokens = flops = 0
+        for layout, images, twice in result.layouts:
+            held = sum(prompt + sum(completions) for prompt, completions in layout)
+            flops += pass_flops(job.shape, layout, images, backward=True, checkpointing=job.checkpointing)
+            flops += (
+                pass_flops(job.shape, layout, images, backward=False, checkpointing=False) if twice else 0
+            )
+            tokens += held * (2 if twice else 1)
+        unshared = 0
+        for group in step.groups:
+            lengths = job.train.lengths(group)
+            unshared += 2 * int(
+                sum(2 * lengths[0] + lengths[1 + c] + lengths[1 + r] for c, r in job.train.pairs(group))
+            )
+        return StepWork(
+            pairs=step.pairs, tokens=tokens, tokens_unshared=unshared, flops=flops, seconds=seconds
+        )
+
+    def _facts(self, total: int, peak_flops: float, peak_source: str) -> dict[str, Any]:
+        job = self.job
+        return {
+            "tokens_per_pack": job.tokens_per_pack,
+            "gradient_checkpointing": job.checkpointing,
+            "share_prefix": job.policy.shared,
+            "workers": job.workers,
+            "steps": total,
+            "reference_cache": str(job.cache.path),
+            "reference_model": job.identity,
+            "mfu_is_against_flops": peak_flops,
+            "mfu_peak_source": peak_source,
+        }
+
+    def _account(self, total: int, done: int) -> str:
+        account, policy = self.job.train.account, self.job.policy
+        return (
+            f"training: {account.pairs:,} pairs in {account.groups:,} groups, steps {done + 1} to {total}, "
+            f"prompts {'shared' if policy.shared else 'not shared'}, {self.job.tokens_per_pack:,} tokens per pack"
+        )
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM finishes the running step; only the main thread may listen for it."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self._stop = True
+
+        try:
+            before = signal.signal(signal.SIGTERM, stop)
+        except ValueError:  # not the main thread
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)

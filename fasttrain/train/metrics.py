@@ -1,0 +1,131 @@
+"""metrics.jsonl: one line per logged step, read off the device in one transfer, cut back to the restored step on resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.train.losses import SUMS
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepWork:
+    """What a step did, known without the device."""
+
+    pairs: int
+    tokens: int
+    tokens_unshared: int
+    flops: int
+    seconds: float
+
+
+def step_metrics(sums: Tensor, grad_norm: Tensor | float, pairs: int) -> dict[str, float]:
+    """Means over the step's pairs from the device's sums; the one transfer of a logged step."""
+    row = torch.cat(
+        [sums.float(), torch.as_tensor(grad_norm, device=sums.device).float().reshape(1)]
+    ).tolist()
+    means = {name: value / pairs for name, value in zip(SUMS, row)}
+    margins = means["rewards/chosen"] - means["rewards/rejected"]
+    result: dict[str, float] = {}
+    for name in SUMS[:3]:
+        result[name] = means[name]
+    result["rewards/margins"] = margins
+    for name in SUMS[3:]:
+        result[name] = means[name]
+    result["grad_norm"] = row[-1]
+    return result
+
+
+def speed_metrics(work: StepWork, peak_flops: float, peak_bytes: int) -> dict[str, float]:
+    rate = work.flops / work.seconds
+    return {
+        "pairs": work.pairs,
+        "tokens": work.tokens,
+        "tokens_unshared": work.tokens_unshared,
+        "step_s": work.seconds,
+        "pairs_per_s": work.pairs / work.seconds,
+        "tokens_per_s": work.tokens / work.seconds,
+        "tflops": rate / 1e12,
+        "mfu": rate / peak_flops,
+        "peak_bytes": peak_bytes,
+    }
+
+
+class MetricsFile:
+    """Append-only JSON lines; a line is complete once `write` returns."""
+
+    def __init__(self, path: Path, keep_through: int) -> None:
+        self.path = path
+        kept = [line for line in read_metrics(path) if line["step"] <= keep_through]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that a kill cut short is left out."""
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return lines
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: by tensors on a GPU, by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# Dense bf16 peaks of the vendors' data sheets, without sparsity, in TFLOP/s.
+GPU_PEAK_TFLOPS = {
+    "A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "A10": 125, "4090": 165,
+}  # fmt: skip
+
+
+def peak_rate(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s that mfu is measured against, and where the figure comes from."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for key, tflops in GPU_PEAK_TFLOPS.items():
+            if key in name and dtype != torch.float32:
+                return tflops * 1e12, f"data sheet of {key}, dense bf16"
+    return _measured_rate(device, dtype), "largest rate of a 1024-cube matrix product, measured at start"
+
+
+def _measured_rate(device: torch.device, dtype: torch.dtype) -> float:
+    left = torch.randn(1024, 1024, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        product = left @ left
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        del product
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best

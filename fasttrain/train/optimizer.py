@@ -1,0 +1,134 @@
+"""AdamW on fp32 masters, parameter groups, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasttrain.config import TrainConfig
+from fasttrain.errors import UserError
+from fasttrain.model.lora import PROJECTOR
+
+
+def learning_rate_factor(schedule: str, step: int, total: int, warmup_ratio: float) -> float:
+    """Factor on the peak rate for step 1..total: linear warm-up over ceil(ratio x total) steps, then the schedule.
+
+    The same values as transformers' schedulers give their optimizer at that step (its first step runs at factor 0 of the
+    warm-up when there is one).
+    """
+    warmup = math.ceil(warmup_ratio * total)
+    done = step - 1
+    if done < warmup:
+        return done / max(1, warmup)
+    if schedule == "constant":
+        return 1.0
+    progress = (done - warmup) / max(1, total - warmup)
+    if schedule == "linear":
+        return max(0.0, 1.0 - progress)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+class MasterOptimizer:
+    """An optimizer over the trainable parameters, with an fp32 master of every parameter that is not fp32 itself.
+
+    Gradients of masters are accumulated in fp32 after every backward pass, whatever the parameter's own type.
+    """
+
+    def __init__(self, module: nn.Module, config: TrainConfig) -> None:
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        if not named:
+            raise UserError("lora: wanted at least one trainable parameter, got none")
+        self.names = [name for name, _ in named]
+        self.live = [parameter for _, parameter in named]
+        self.masters: list[Tensor] = [
+            p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.live
+        ]
+        self.grad_clip = config.grad_clip
+        self.optimizer = _make_optimizer(self._groups(config), config.optimizer, self.live[0].device)
+
+    def _groups(self, config: TrainConfig) -> list[dict[str, Any]]:
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for name, master in zip(self.names, self.masters):
+            rate = config.projector_learning_rate if PROJECTOR in name else config.learning_rate
+            plain = master.dim() < 2 or "norm" in name or "embed" in name
+            groups.setdefault((rate, 0.0 if plain else config.weight_decay), []).append(master)
+        return [
+            {"params": params, "lr": rate, "peak_lr": rate, "weight_decay": decay}
+            for (rate, decay), params in groups.items()
+        ]
+
+    def gather_gradients(self) -> None:
+        """Add the live gradients of a backward pass to the masters'."""
+        for live, master in zip(self.live, self.masters):
+            if live is not master and live.grad is not None:
+                grad = live.grad.float()
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                live.grad = None
+
+    def step(self, factor: float) -> Tensor:
+        """Clip, update at `factor` times the peak rates, clear gradients; the norm before clipping, on the device."""
+        gradients = [master.grad for master in self.masters if master.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.masters, self.grad_clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for live, master in zip(self.live, self.masters):
+                if live is not master:
+                    live.copy_(master)
+        return norm
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trained parameters in master precision, by name."""
+        return {name: master.detach() for name, master in zip(self.names, self.masters)}
+
+    @torch.no_grad()
+    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+        for name, live, master in zip(self.names, self.live, self.masters):
+            master.copy_(tensors[name])
+            if live is not master:
+                live.copy_(master)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The optimizer's state as tensors by name, and what is not a tensor."""
+        tensors: dict[str, Tensor] = {}
+        plain: dict[str, Any] = {}
+        for name, master in zip(self.names, self.masters):
+            for key, value in self.optimizer.state.get(master, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{name}/{key}"] = value
+                else:
+                    plain[f"{name}/{key}"] = value
+        return tensors, plain
+
+    def load_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+        for name, master in zip(self.names, self.masters):
+            prefix = f"{name}/"
+            state: dict[str, Any] = {
+                k.removeprefix(prefix): v for k, v in plain.items() if k.startswith(prefix)
+            }
+            for key, value in tensors.items():
+                if key.startswith(prefix):
+                    short = key.removeprefix(prefix)
+                    state[short] = value if short == "step" else value.to(master.device)
+            if state:
+                self.optimizer.state[master] = state
+
+
+def _make_optimizer(groups: list[dict[str, Any]], kind: str, device: torch.device) -> torch.optim.Optimizer:
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UserError(
+            "train.optimizer: adamw_8bit needs bitsandbytes: pip install 'fasttrain-dpo[quant]'"
+        ) from None
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, betas=(0.9, 0.999), eps=1e-8)
+    return optimizer

@@ -1,0 +1,89 @@
+"""The run folder: refused when in use, compared on resume, and what stands in it besides metrics and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fasttrain.config import DPOConfig
+from fasttrain.errors import UserError
+from fasttrain.files import remove_leftovers, write_atomic, write_json
+
+OURS = (
+    "config.yaml", "environment.json", "metrics.jsonl", "metrics.tmp", "skipped.jsonl", "report.html",
+    "checkpoints", "final", "tensorboard",
+)  # fmt: skip
+MAY_CHANGE = {
+    "train.max_steps", "train.epochs", "train.log_every", "train.eval_every", "train.checkpoint_every",
+    "train.keep_checkpoints", "train.output", "data.workers", "track",
+}  # fmt: skip
+
+
+def check_output_is_free(config: DPOConfig, may_exist: bool) -> None:
+    """UserError if the output folder is in use and the user has not said what to do about it."""
+    folder = Path(config.train.output)
+    if not may_exist and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"train.output: {folder} is in use; --resume goes on with it, --overwrite starts anew"
+        )
+
+
+def open_run_folder(config: DPOConfig, *, resume: bool, overwrite: bool) -> Path:
+    """Make the folder and write config.yaml, or say why not: in use, or resumed with another recipe."""
+    folder = Path(config.train.output)
+    check_output_is_free(config, may_exist=resume or overwrite)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"train.output: cannot make {folder}: {error.strerror}") from None
+    if overwrite:
+        for name in OURS:
+            path = folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    elif resume:
+        _check_same_recipe(folder, config)
+    remove_leftovers(folder)
+    write_atomic(folder / "config.yaml", config.to_yaml())
+    return folder
+
+
+def _check_same_recipe(folder: Path, config: DPOConfig) -> None:
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    before = _flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    now = _flatten(config.to_dict())
+    different = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in MAY_CHANGE
+    ]
+    if different:
+        raise UserError(f"--resume: the recipe differs from {path}: " + "; ".join(different))
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.rstrip("."): tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{key}."))
+    return flat
+
+
+def write_skipped(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """skipped.jsonl: every row that was left out and why; always there, empty when nothing was."""
+    write_atomic(
+        folder / "skipped.jsonl", "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    )
+
+
+def write_environment(folder: Path, facts: dict[str, Any]) -> None:
+    write_json(folder / "environment.json", facts)

@@ -1,0 +1,142 @@
+"""Loss and gradient of one step over its packs, and the same pairs without gradient for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.data.batch import PackBatch
+from fasttrain.data.packs import Step
+from fasttrain.data.prepared import PreparedData
+from fasttrain.train.engine import TorchEngine
+from fasttrain.train.losses import SUMS, PairLoss
+
+
+@dataclass
+class StepResult:
+    """Sums over the step's pairs, on the device, and per-pack log-probs if they were asked for."""
+
+    sums: Tensor
+    layouts: list[tuple[list[tuple[int, list[int]]], int, bool]] = field(default_factory=list)
+    seen: list[tuple[PackBatch, Tensor]] = field(default_factory=list)
+
+
+@dataclass
+class _Deferred:
+    """A pack whose pairs need other packs: run once for values, then again for gradients."""
+
+    batch: PackBatch
+    value_N: Tensor
+    log_p2_N: Tensor | None
+    random: list[Tensor]
+
+
+class StepRunner:
+    """Runs the packs of a step through the engine.
+
+    A pack that holds its pairs whole goes forward and backward at once. Packs of split groups, and every pack when the loss
+    couples pairs, run twice: first without gradient to get all log-probs of the step, then with the known derivative of the
+    loss by each of them.
+    """
+
+    def __init__(self, engine: TorchEngine, loss: PairLoss, data: PreparedData) -> None:
+        self.engine, self.loss, self.data = engine, loss, data
+
+    def run(self, step: Step, batches: Iterator[PackBatch], keep: bool = False) -> StepResult:
+        """Add the step's gradient to the engine; `keep` also returns every pack's log-probs."""
+        device = self.engine.policy.device
+        result = StepResult(torch.zeros(len(SUMS), device=device))
+        deferred: list[_Deferred] = []
+        for _ in step.packs:
+            batch = next(batches)
+            batch = batch.to(device)
+            whole = not self.loss.couples_pairs and not any(p.group in step.split for p in batch.pack.pieces)
+            images = 0 if batch.pixel_ICHW is None else len(batch.pixel_ICHW)
+            result.layouts.append((batch.layout, images, not whole))
+            if not whole:
+                deferred.append(self._values(batch))
+                continue
+            out = self.engine.forward(batch, log_p2=self.loss.needs_log_p2)
+            assert batch.reference_N is not None
+            pairs = self.loss(out.logprob, batch.reference_N, batch.lengths_S, batch.pairs_P2, out.log_p2)
+            self.engine.backward(pairs.total / step.pairs)
+            result.sums += pairs.sums
+            if keep:
+                result.seen.append((batch, out.logprob.detach()))
+        if deferred:
+            result.sums += self._finish(step, deferred)
+            if keep:
+                result.seen += [(entry.batch, entry.value_N) for entry in deferred]
+        return result
+
+    @torch.no_grad()
+    def _values(self, batch: PackBatch) -> _Deferred:
+        random = _random_state()
+        out = self.engine.forward(batch, log_p2=self.loss.needs_log_p2)
+        return _Deferred(batch, out.logprob, out.log_p2, random)
+
+    def _finish(self, step: Step, deferred: list[_Deferred]) -> Tensor:
+        """Loss over all deferred pairs, then one backward per pack from the derivative by each log-prob."""
+        leaf_N = torch.cat([entry.value_N for entry in deferred]).requires_grad_()
+        pairs = pairs_across(leaf_N, [(e.batch, e.log_p2_N) for e in deferred], self.data, self.loss)
+        (slope_N,) = torch.autograd.grad(pairs.total / step.pairs, leaf_N)
+        after = _random_state()
+        for entry, slope in zip(deferred, slope_N.split([len(e.value_N) for e in deferred])):
+            _set_random_state(entry.random)  # the same dropout as in the first pass
+            out = self.engine.forward(entry.batch)
+            self.engine.backward((out.logprob * slope).sum())
+        _set_random_state(after)
+        return pairs.sums
+
+
+def pairs_across(
+    logp_N: Tensor, packs: list[tuple[PackBatch, Tensor | None]], data: PreparedData, loss: PairLoss
+) -> Any:
+    """The loss of all pairs of the groups in `packs`; logp_N are the packs' log-probs in turn."""
+    index: dict[tuple[int, int], int] = {}
+    for batch, _ in packs:
+        for sequence in batch.sequence_ids:
+            index[sequence] = len(index)
+    groups = dict.fromkeys(group for group, _ in index)
+    pairs = [(index[g, c], index[g, r]) for g in groups for c, r in data.pairs(g).tolist()]
+    lengths_S = torch.cat([batch.lengths_S for batch, _ in packs])
+    reference_N = torch.cat([batch.reference_N for batch, _ in packs if batch.reference_N is not None])
+    log_p2 = [value for _, value in packs if value is not None]
+    pairs_P2 = torch.tensor(pairs, dtype=torch.int64, device=logp_N.device).reshape(-1, 2)
+    return loss(logp_N, reference_N, lengths_S, pairs_P2, torch.cat(log_p2) if log_p2 else None)
+
+
+@torch.no_grad()
+def evaluate(
+    engine: TorchEngine, loss: PairLoss, data: PreparedData, batches: Iterator[PackBatch], pairs: int
+) -> dict[str, float]:
+    """Means over all pairs of an evaluation set, by metric name."""
+    policy = engine.policy
+    training = policy.training
+    policy.eval()
+    values, packs = [], []
+    for batch in batches:
+        moved = batch.to(policy.device)
+        out = engine.forward(moved, log_p2=loss.needs_log_p2)
+        values.append(out.logprob)
+        packs.append((moved, out.log_p2))
+    policy.train(training)
+    sums = pairs_across(torch.cat(values), packs, data, loss).sums
+    means = dict(zip(SUMS, (sums / pairs).tolist()))
+    means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+    return {f"eval_{name}": value for name, value in means.items()}
+
+
+def _random_state() -> list[Tensor]:
+    state = [torch.get_rng_state()]
+    return [*state, torch.cuda.get_rng_state()] if torch.cuda.is_available() else state
+
+
+def _set_random_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state(state[1])

@@ -1,0 +1,76 @@
+"""TensorBoard, Weights & Biases, Trackio: told every metrics line; none of them can stop a run."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+INSTALL = {
+    "tensorboard": "pip install 'fasttrain-dpo[track]'",
+    "wandb": "pip install wandb",
+    "trackio": "pip install trackio",
+}
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, config: dict[str, Any], first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+    def log(self, line: dict[str, Any], step: int) -> None:
+        for name, value in line.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandbLike:
+    """wandb, and trackio, which copies its calls."""
+
+    def __init__(self, module: str, folder: Path, config: dict[str, Any]) -> None:
+        self._module = importlib.import_module(module)
+        options = {"dir": str(folder)} if module == "wandb" else {}
+        self._module.init(project="fasttrain", name=folder.name, config=config, **options)
+
+    def log(self, line: dict[str, Any], step: int) -> None:
+        self._module.log({name: value for name, value in line.items() if name != "step"}, step=step)
+
+    def close(self) -> None:
+        self._module.finish()
+
+
+class Trackers:
+    """All trackers of the recipe. One that is missing or fails is named once on stderr and left out."""
+
+    def __init__(self, names: list[str], folder: Path, config: dict[str, Any], first_step: int) -> None:
+        self._open: dict[str, Any] = {}
+        for name in names:
+            try:
+                if name == "tensorboard":
+                    self._open[name] = _TensorBoard(folder, config, first_step)
+                else:
+                    self._open[name] = _WandbLike(name, folder, config)
+            except ImportError:
+                print(f"fasttrain: {name} is not installed, not tracked ({INSTALL[name]})", file=sys.stderr)
+            except Exception as error:  # noqa: BLE001 (a tracker must not stop a run)
+                print(f"fasttrain: {name} failed, not tracked: {error}", file=sys.stderr)
+
+    def log(self, line: dict[str, Any], step: int) -> None:
+        for name, tracker in list(self._open.items()):
+            try:
+                tracker.log(line, step)
+            except Exception as error:  # noqa: BLE001 (a tracker must not stop a run)
+                print(f"fasttrain: {name} failed, no longer tracked: {error}", file=sys.stderr)
+                del self._open[name]
+
+    def close(self) -> None:
+        for tracker in self._open.values():
+            try:
+                tracker.close()
+            except Exception as error:  # noqa: BLE001 (a tracker must not stop a run)
+                print(f"fasttrain: a tracker failed while closing: {error}", file=sys.stderr)
