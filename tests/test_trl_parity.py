@@ -1,0 +1,218 @@
+"""Step by step, our trainer and TRL's DPOTrainer report the same losses, rewards and gradient norms.
+
+Both start from one saved adapter and take the rows in file order, without dropout, in fp32. TRL forwards
+prompt and images once per completion and model, pads, and runs its reference online; we share prompts, pack, and
+read the reference from the cache. The groups of `PER_PROMPT` fill steps of four pairs exactly, so that our
+steps, which take whole groups, hold TRL's batches.
+
+TRL scores all that the template writes after the prompt; we score up to the end-of-turn token. Both are the same
+with templates that write nothing after it: `CHATML_NEWLINE_FIRST` and `VICUNA`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+pytestmark = [
+    # TRL 1.16 still calls transformers' checkpointing option by its old name.
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+PER_PROMPT = (1, 3, 2, 2, 1, 2, 1)  # twelve rows, three steps of four
+PAIRS_PER_STEP = 4
+LEARNING_RATE = 1e-3
+COMPARED = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "grad_norm",
+)
+
+
+def trl_steps(
+    model_folder: Path, adapter: Path, pair_file: Path, output: Path, steps: int, **options: Any
+) -> list[dict[str, float]]:
+    """TRL's log history, one entry a step, of a LoRA run over the rows in file order."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    dataset = trl_dataset(pair_file)
+    auto, reader = (AutoModelForCausalLM, AutoTokenizer)
+    if "images" in dataset.column_names:
+        auto, reader = (AutoModelForImageTextToText, AutoProcessor)
+    base = auto.from_pretrained(model_folder, dtype=torch.float32)
+    settings = {
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "max_length": None,
+        "bf16": False,
+        "gradient_checkpointing": False,
+    }
+    trainer = DPOTrainer(
+        model=PeftModel.from_pretrained(base, adapter, is_trainable=True),
+        args=DPOConfig(
+            output_dir=str(output),
+            max_steps=steps,
+            per_device_train_batch_size=PAIRS_PER_STEP,
+            train_sampling_strategy="sequential",
+            use_cpu=True,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **(settings | options),
+        ),
+        train_dataset=dataset,
+        processing_class=reader.from_pretrained(model_folder),
+    )
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trl_dataset(pair_file: Path) -> Any:
+    """The rows as TRL reads them: an `images` column of decoded images, empty for text-only rows."""
+    from datasets import Dataset, Image, List
+
+    rows = [json.loads(line) for line in pair_file.read_text(encoding="utf-8").splitlines()]
+    columns: dict[str, list] = {key: [row[key] for row in rows] for key in ("prompt", "chosen", "rejected")}
+    if not any("images" in row for row in rows):
+        return Dataset.from_dict(columns)
+    columns["images"] = [[str(pair_file.parent / name) for name in row.get("images", [])] for row in rows]
+    return Dataset.from_dict(columns).cast_column("images", List(Image()))
+
+
+def fasttrain_steps(
+    model_folder: Path,
+    adapter: Path,
+    pair_file: Path,
+    output: Path,
+    steps: int,
+    *,
+    loss: dict[str, Any] | None = None,
+    train: dict[str, Any] | None = None,
+) -> list[dict[str, float]]:
+    """Our metrics of the same run, from a recipe file."""
+    from fasttrain import load_config, train_dpo
+
+    settings = {
+        "learning_rate": LEARNING_RATE,
+        "schedule": "constant",
+        "warmup_ratio": 0.0,
+        "grad_clip": 1.0,
+        "tokens_per_pack": 400,
+    }
+    schedule = {"epochs": 100, "max_steps": steps, "pairs_per_step": PAIRS_PER_STEP, "shuffle": False}
+    recipe = {
+        "model": {"name": str(model_folder), "dtype": "float32"},
+        "lora": {"init_from": str(adapter)},
+        "data": {"train": str(pair_file), "workers": 0},
+        "loss": loss or {},
+        "train": {"output": str(output)} | schedule | settings | (train or {}),
+        "track": [],
+    }
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return list(train_dpo(load_config(path)).metrics)
+
+
+def assert_same_steps(
+    ours: list[dict[str, float]], theirs: list[dict[str, float]], steps: int, beta: float = 0.1
+) -> None:
+    """Relative 1e-4 in every compared metric of every step.
+
+    Rewards are beta times a difference of log-prob sums near -150, whose last fp32 bit is 1.5e-5 and which the
+    two add up in different orders: they may also differ by beta x 1e-4.
+    """
+    assert len(ours) == len(theirs) == steps
+    for number, (our, their) in enumerate(zip(ours, theirs, strict=True), start=1):
+        # While policy and reference are equal, rounding decides which reward is larger.
+        tied = their["rewards/margins"] == 0
+        for name in COMPARED:
+            if name == "rewards/accuracies" and tied:
+                continue
+            absolute = beta * 1e-4 if name.startswith("rewards/") else 0.0
+            expected = pytest.approx(their[name], rel=1e-4, abs=absolute)
+            assert our[name] == expected, f"step {number}, {name}"
+
+
+@pytest.fixture(scope="module")
+def text_model(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parity") / "text"
+    return tiny_models.build_text(folder, template=tiny_models.CHATML_NEWLINE_FIRST)
+
+
+def test_text_steps_equal_trl(
+    text_model: Path, text_pairs: Callable[..., Path], tiny_models: ModuleType, tmp_path: Path
+) -> None:
+    adapter = tiny_models.build_adapter(text_model, tmp_path / "adapter")
+    pairs = text_pairs(tmp_path / "pairs.jsonl", 24, per_prompt=PER_PROMPT)
+    theirs = trl_steps(text_model, adapter, pairs, tmp_path / "trl", 12)
+    ours = fasttrain_steps(text_model, adapter, pairs, tmp_path / "ours", 12)
+    assert theirs[-1]["loss"] < 0.6 < theirs[0]["loss"]  # the run moves, so later steps test the updates too
+    assert_same_steps(ours, theirs, 12)
+
+
+@pytest.mark.parametrize(
+    ("images", "pool"),
+    [((1,), None), ((1,), 2), ((1, 0, 1, 2), 3)],
+    ids=["own image", "two images shared by all prompts", "text-only and two-image prompts"],
+)
+def test_llava_steps_equal_trl(
+    images: tuple[int, ...],
+    pool: int | None,
+    tiny_llava: Path,
+    vision_pairs: Callable[..., Path],
+    tiny_models: ModuleType,
+    tmp_path: Path,
+) -> None:
+    # B is not zero: the reference is the adapter that the run starts from, not the base model.
+    adapter = tiny_models.build_adapter(tiny_llava, tmp_path / "adapter", b_std=0.05)
+    pairs = vision_pairs(tmp_path / "data", 24, per_prompt=PER_PROMPT, images=images, pool=pool)
+    theirs = trl_steps(tiny_llava, adapter, pairs, tmp_path / "trl", 10)
+    ours = fasttrain_steps(tiny_llava, adapter, pairs, tmp_path / "ours", 10)
+    assert theirs[-1]["loss"] < 0.6 < theirs[0]["loss"]
+    assert_same_steps(ours, theirs, 10)
+
+
+@pytest.mark.parametrize(("kind", "label_smoothing"), [("hinge", 0.0), ("ipo", 0.0), ("robust", 0.1)])
+def test_loss_kind_steps_equal_trl(
+    kind: str,
+    label_smoothing: float,
+    text_model: Path,
+    text_pairs: Callable[..., Path],
+    tiny_models: ModuleType,
+    tmp_path: Path,
+) -> None:
+    adapter = tiny_models.build_adapter(text_model, tmp_path / "adapter")
+    pairs = text_pairs(tmp_path / "pairs.jsonl", 24, per_prompt=PER_PROMPT)
+    shared = {"beta": 0.3, "label_smoothing": label_smoothing}
+    theirs = trl_steps(text_model, adapter, pairs, tmp_path / "trl", 5, loss_type=[kind], **shared)
+    ours = fasttrain_steps(text_model, adapter, pairs, tmp_path / "ours", 5, loss={"kind": kind} | shared)
+    assert_same_steps(ours, theirs, 5, beta=0.3)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_schedule_warm_up_and_weight_decay_equal_trl(
+    schedule: str, text_model: Path, text_pairs: Callable[..., Path], tiny_models: ModuleType, tmp_path: Path
+) -> None:
+    adapter = tiny_models.build_adapter(text_model, tmp_path / "adapter")
+    pairs = text_pairs(tmp_path / "pairs.jsonl", 24, per_prompt=PER_PROMPT)
+    options = {"lr_scheduler_type": schedule, "warmup_steps": 2, "weight_decay": 5.0, "max_grad_norm": 3.0}
+    train = {"schedule": schedule, "warmup_ratio": 0.25, "weight_decay": 5.0, "grad_clip": 3.0}
+    theirs = trl_steps(text_model, adapter, pairs, tmp_path / "trl", 8, **options)
+    ours = fasttrain_steps(text_model, adapter, pairs, tmp_path / "ours", 8, train=train)
+    assert_same_steps(ours, theirs, 8)
