@@ -1,0 +1,78 @@
+"""What a stage kept, changed and left out, and why: counted, listed, printed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+class Account:
+    """Counts by group (a source file, for example) and reason, and a file that lists every row left out.
+
+    Only the counts are held in memory.
+    """
+
+    def __init__(self, listing: IO[str] | None = None) -> None:
+        self.kept: Counter[str] = Counter()
+        self.changed: dict[str, Counter[str]] = {}
+        self.dropped: dict[str, Counter[str]] = {}
+        self.notes: list[str] = []
+        self._listing = listing
+
+    def keep(self, group: str, count: int = 1) -> None:
+        self.kept[group] += count
+
+    def change(self, group: str, what: str, count: int = 1) -> None:
+        self.changed.setdefault(group, Counter())[what] += count
+
+    def drop(self, group: str, reason: str, where: str, detail: str = "") -> None:
+        self.dropped.setdefault(group, Counter())[reason] += 1
+        if self._listing is not None:
+            row: dict[str, Any] = {"where": where, "reason": reason}
+            if detail:
+                row["detail"] = detail
+            self._listing.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def total_dropped(self, reason: str | None = None) -> int:
+        counters = self.dropped.values()
+        return sum(counter[reason] if reason else counter.total() for counter in counters)
+
+    def total_kept(self) -> int:
+        return self.kept.total()
+
+    def lines(self) -> Iterator[str]:
+        """The account as indented text, one group after the other."""
+        for group in dict.fromkeys([*self.kept, *self.dropped, *self.changed]):
+            dropped, changed = self.dropped.get(group, Counter()), self.changed.get(group, Counter())
+            yield f"{group}: {self.kept[group] + dropped.total():,} read, {self.kept[group]:,} kept"
+            yield from (f"  changed {count:>8,}  {what}" for what, count in changed.most_common())
+            yield from (f"  dropped {count:>8,}  {reason}" for reason, count in dropped.most_common())
+        yield from self.notes
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "kept": dict(self.kept),
+            "changed": {group: dict(counter) for group, counter in self.changed.items()},
+            "dropped": {group: dict(counter) for group, counter in self.dropped.items()},
+        }
+
+
+def listing_path(output: Path) -> Path:
+    """Where a stage that writes `output` lists what it left out: `x.jsonl` -> `x.skipped.jsonl`."""
+    return output.with_name(f"{output.stem}.skipped.jsonl")
+
+
+@contextmanager
+def account_of(output: Path) -> Iterator[Account]:
+    """An account whose listing stands beside `output`; no file is left when nothing was left out."""
+    path = listing_path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        account = Account(file)
+        yield account
+    if not account.total_dropped():
+        path.unlink()

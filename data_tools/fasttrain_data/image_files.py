@@ -1,0 +1,114 @@
+"""Image files of records: found inside their root, checked, read, and named again relative to an output."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from fasttrain_data.errors import UserError
+from fasttrain_data.ids import image_hash
+
+MAX_PIXELS = 100_000_000  # more than any camera makes; a decompression bomb needs far more
+_MAGIC = {
+    b"\x89PNG\r\n\x1a\n": "image/png",
+    b"\xff\xd8\xff": "image/jpeg",
+    b"GIF8": "image/gif",
+    b"BM": "image/bmp",
+}
+
+
+class BadImage(Exception):
+    """An image that cannot be used; the text says why."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """The bytes of one image, with its media type and SHA-256."""
+
+    content: bytes
+    mime_type: str
+    sha256: str
+
+
+def find_image(root: Path, name: str) -> Path:
+    """The file `name` under `root`; BadImage if it is missing or leaves the root by `..`, absolute path or link."""
+    if "\x00" in name:
+        raise BadImage(f"not a file name: {name!r}")
+    path = Path(os.path.realpath(root / name))
+    if not path.is_relative_to(os.path.realpath(root)):
+        raise BadImage(f"outside the image root {root}: {name}")
+    if not path.is_file():
+        raise BadImage(f"no such file: {root / name}")
+    return path
+
+
+def read_image(path: Path) -> ImageFile:
+    """Read and check one image (header only, nothing is decoded); BadImage says what is wrong with it."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadImage(f"{path}: {error.strerror}") from None
+    return check_image(content, str(path))
+
+
+def check_image(content: bytes, name: str) -> ImageFile:
+    """The same for bytes at hand."""
+    from PIL import Image, UnidentifiedImageError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                pixels, kind = image.width * image.height, image.get_format_mimetype()
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError):
+            raise BadImage(f"{name}: not an image") from None
+    if pixels > MAX_PIXELS:
+        raise BadImage(f"{name}: {pixels:,} pixels, more than {MAX_PIXELS:,}")
+    return ImageFile(content, kind or mime_type(content), image_hash(content))
+
+
+def mime_type(content: bytes) -> str:
+    """Media type by the first bytes; `application/octet-stream` if they are unknown."""
+    for magic, kind in _MAGIC.items():
+        if content.startswith(magic):
+            return kind
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "image/webp"
+    return "application/octet-stream"
+
+
+@dataclass(frozen=True)
+class ImageNames:
+    """How image names of an input file become names in an output file.
+
+    in_root: where relative names of the input start. out_root: where those of the output start. They differ
+    only when no image root was given and the output stands in another folder.
+    """
+
+    in_root: Path
+    out_root: Path
+
+    @classmethod
+    def between(cls, source: Path, output: Path, image_root: Path | None) -> ImageNames:
+        if image_root is not None:
+            if not image_root.is_dir():
+                raise UserError(f"--image-root: wanted a folder, got {image_root}")
+            return cls(image_root, image_root)
+        here, there = source.parent, output.parent
+        inside = Path(os.path.realpath(here)).is_relative_to(os.path.realpath(there))
+        return cls(here, there if inside else here)
+
+    def written(self, name: str) -> str:
+        """The name as the output says it."""
+        if self.in_root == self.out_root:
+            return name
+        return os.path.relpath(os.path.realpath(self.in_root / name), os.path.realpath(self.out_root))
+
+    def note(self, output: Path) -> str | None:
+        """What to tell the user when later stages will need an image root."""
+        if os.path.realpath(self.out_root) == os.path.realpath(output.parent):
+            return None
+        return f"note: image names in {output} are relative to {self.out_root}: pass --image-root {self.out_root}"

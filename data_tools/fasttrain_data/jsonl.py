@@ -1,0 +1,177 @@
+"""JSON rows in and out: streamed reading that names file and line, files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fasttrain_data.errors import BadRow, UserError
+
+Row = dict[str, Any]
+_CHUNK = 1 << 20
+_BETWEEN = re.compile(r"[\s,]*")
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """(place, row) of a JSON-lines file or a JSON array, streamed; place is "line 3" or "row 3".
+
+    The content decides, not the suffix: several published `.json` files hold JSON lines. BadRow names the
+    first row that is not a JSON object; UserError if the file is missing.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: wanted a file, got {'a folder' if path.is_dir() else 'nothing there'}")
+    with path.open("rb") as file:
+        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    rows = _array_rows(path) if head.startswith(b"[") else _line_rows(path)
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise BadRow(path, place, "row", "a JSON object", row)
+        yield place, row
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str, Row]]:
+    """(byte offset, place, row) of a JSON-lines file: what `row_at` needs to fetch a row again."""
+    if not path.is_file():
+        raise UserError(f"{path}: wanted a JSON-lines file, got nothing there")
+    offset = 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if raw.strip():
+                yield offset, f"line {number}", parse_line(raw, path, f"line {number}")
+            offset += len(raw)
+
+
+def parse_line(raw: bytes, path: object, place: str) -> Row:
+    row = _parse(raw, path, place)
+    if not isinstance(row, dict):
+        raise BadRow(path, place, "row", "a JSON object", row)
+    return row
+
+
+def _parse(raw: bytes, path: object, place: str) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadRow(path, place, "row", "UTF-8", f"byte {raw[error.start]:#04x}") from None
+    except json.JSONDecodeError as error:
+        raise BadRow(path, place, "row", "a JSON object", f"invalid JSON ({error.msg})") from None
+    except RecursionError:
+        raise BadRow(path, place, "row", "a JSON object", "JSON nested too deeply") from None
+
+
+def _line_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if raw.strip():
+                yield f"line {number}", _parse(raw, path, f"line {number}")
+
+
+def _array_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Elements of one big array, holding one chunk and one element at a time."""
+    decoder = json.JSONDecoder()
+    number = 0
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            buffer = file.read(max(_CHUNK, 4096))
+            at = buffer.index("[") + 1
+            while True:
+                at = _BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]
+                if buffer[at : at + 1] == "]":
+                    return
+                problem = "the array does not end"
+                try:
+                    value, end = decoder.raw_decode(buffer, at)
+                except json.JSONDecodeError as error:
+                    end, problem = len(buffer), error.msg
+                if end < len(buffer):  # else it may go on in the next chunk
+                    number, at = number + 1, end
+                    yield f"row {number}", value
+                elif chunk := file.read(max(_CHUNK, len(buffer) - at)):
+                    buffer, at = buffer[at:] + chunk, 0
+                else:
+                    wanted = "a JSON array of objects"
+                    raise BadRow(path, f"row {number + 1}", "row", wanted, f"invalid JSON ({problem})")
+        except UnicodeDecodeError as error:
+            got = f"byte {error.object[error.start]:#04x}"
+            raise BadRow(path, f"row {number + 1}", "row", "UTF-8", got) from None
+        except RecursionError:
+            got = "JSON nested too deeply"
+            raise BadRow(path, f"row {number + 1}", "row", "a JSON object", got) from None
+
+
+class LineFile:
+    """Rows of a JSON-lines file by byte offset."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("rb")
+
+    def row_at(self, offset: int) -> Row:
+        self._file.seek(offset)
+        return parse_line(self._file.readline(), self.path, f"byte {offset}")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def dump_row(row: Row) -> str:
+    """One line of JSON, without its line break."""
+    return json.dumps(row, ensure_ascii=False, separators=(", ", ": "), allow_nan=False)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Any]:
+    """A binary file to write; it takes the name `path` only when the block ends well (fsync, rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Delete what a killed writer of this file left; a living one's is kept."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = leftover.name.split(".")[-2]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def whole_rows(path: Path) -> Iterator[Callable[[Row], None]]:
+    """A function that writes rows to a JSON-lines file which appears whole or not at all."""
+    with whole_file(path) as file:
+        yield lambda row: file.write((dump_row(row) + "\n").encode())
+
+
+def write_text(path: Path, text: str) -> None:
+    with whole_file(path) as file:
+        file.write(text.encode())

@@ -1,0 +1,101 @@
+"""Questions seen before: exact and near duplicates on the same image, overlap with evaluation files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fasttrain_data.ids import content_hash
+from fasttrain_data.image_files import BadImage, find_image, read_image
+from fasttrain_data.questions.readers import Draft, read_drafts
+from fasttrain_data.questions.text import normal_form, similarity, trigrams
+from fasttrain_data.spill import SeenKeys, Spill
+
+_COCO = re.compile(r"^coco_(?:train|val|test)\d{4}_")
+
+
+def image_key(name: str) -> str:
+    """An image's identity by name: no folder, no suffix, no case, COCO's split prefix dropped."""
+    return _COCO.sub("", Path(name).stem.casefold())
+
+
+def images_key(images: list[str]) -> str:
+    return json.dumps([image_key(name) for name in images])
+
+
+class Duplicates:
+    """Finds questions already asked about the same images.
+
+    near: Jaccard index of word trigrams from which two questions about one image count as the same; 1 keeps
+    all but those whose normal forms are equal. A text-only question is compared by its normal form alone.
+    Questions are kept on disk; one image's questions are compared at a time.
+    """
+
+    def __init__(self, near: float) -> None:
+        self.near = near
+        self._spill = Spill(
+            "CREATE TABLE asked (image BLOB, normal TEXT)", "CREATE INDEX by_image ON asked (image)"
+        )
+        self._text_only = SeenKeys()
+
+    def verdict(self, draft: Draft) -> str | None:
+        """`duplicate`, `near duplicate` or None; None also remembers the question."""
+        normal = normal_form(" ".join([turn.text for turn in draft.history] + [draft.question]))
+        if not draft.images:
+            return None if self._text_only.add(content_hash(normal)) else "duplicate"
+        key = bytes.fromhex(content_hash(images_key(draft.images)))
+        rows = self._spill.database.execute("SELECT normal FROM asked WHERE image = ?", (key,)).fetchall()
+        earlier = [row[0] for row in rows]
+        if normal in earlier:
+            return "duplicate"
+        mine = trigrams(normal)
+        if self.near < 1 and any(similarity(mine, trigrams(other)) >= self.near for other in earlier):
+            return "near duplicate"
+        self._spill.database.execute("INSERT INTO asked VALUES (?, ?)", (key, normal))
+        return None
+
+    def close(self) -> None:
+        self._spill.close()
+        self._text_only.close()
+
+
+class Overlap:
+    """Images and text-only questions of evaluation files.
+
+    An image is the same when its bytes are, or, where one of the two files is not at hand, when its name is.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._digests_by_name: dict[str, set[str]] = {}
+        self._nameless: set[str] = set()
+        self._texts: set[str] = set()
+        self.digests: set[str] = set()
+        for path in files:
+            for draft in read_drafts(path, None, None):
+                if isinstance(draft, Draft):
+                    self._learn(draft, path.parent)
+
+    def _learn(self, draft: Draft, folder: Path) -> None:
+        if not draft.images:
+            self._texts.add(normal_form(draft.question))
+        for name in draft.images:
+            key = image_key(name)
+            try:
+                digest = read_image(find_image(folder, name)).sha256
+            except BadImage:
+                self._nameless.add(key)  # only its name is known
+                continue
+            self.digests.add(digest)
+            self._digests_by_name.setdefault(key, set()).add(digest)
+
+    def reason(self, draft: Draft, files: Sequence[Path | None]) -> str | None:
+        """What overlaps, judged by names; `files` are the draft's images where they exist."""
+        for name, file in zip(draft.images, files, strict=True):
+            key = image_key(name)
+            if key in self._nameless or (key in self._digests_by_name and file is None):
+                return f"image {name} is in an evaluation file"
+        if not draft.images and normal_form(draft.question) in self._texts:
+            return "the question is in an evaluation file"
+        return None

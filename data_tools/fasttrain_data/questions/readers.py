@@ -1,0 +1,268 @@
+"""Readers of question sources: each row becomes a draft, or says why it cannot.
+
+Formats: SciGraphQA records, LRV-Instruction, LLaVA conversations, LLaVA question files, plain image+question.
+Described in their data cards; field names are theirs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fasttrain_data.errors import BadRow, UserError
+from fasttrain_data.jsonl import Row, read_rows
+from fasttrain_data.questions.text import clean_text
+from fasttrain_data.records import Turn
+
+Turns = Literal["first", "last", "each"]
+ARXIV_FIGURE = re.compile(
+    r"^(?:\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?_?\d{7})v\d+-(?:Figure|Table)", re.IGNORECASE
+)
+COORDINATES = re.compile(r"\bX:\s*\d+,?\s*Y:\s*\d+")
+_REQUEST = re.compile(
+    r"(?:please|can|could|describe|explain|summari[sz]e|compare|discuss|identify|list|tell|give|show|analy[sz]e|"
+    r"interpret|what|which|how|why|when|where|who|is|are|do|does|did)\b",
+    re.IGNORECASE,
+)
+
+
+@dataclass
+class Draft:
+    """One question as its source tells it. `images` are names as written there."""
+
+    source: str
+    place: str
+    question: str
+    images: list[str] = field(default_factory=list)
+    history: list[Turn] = field(default_factory=list)
+    reference: str | None = None
+    source_id: str | None = None
+    category: str | None = None
+    changed: list[str] = field(default_factory=list)
+
+
+class Unusable(Exception):
+    """A row that cannot become a question; the text is the reason it is counted under."""
+
+
+def detect_source(row: Row) -> str | None:
+    """The source format of a row, or None."""
+    if "image_file" in row and ("conversations" in row or "q_a_pairs" in row):
+        return "scigraphqa"
+    if "image_id" in row and "question" in row:
+        return "lrv"
+    if "conversations" in row or "messages" in row:
+        return "llava"
+    if "question_id" in row and "text" in row:
+        return "llava-questions"
+    if "question" in row or "prompt" in row or "text" in row:
+        return "plain"
+    return None
+
+
+def read_drafts(path: Path, form: str | None, turns: Turns | None) -> Iterator[Draft | tuple[str, str]]:
+    """Drafts of one source file, or (place, reason) for a row that cannot be used.
+
+    form: a key of READERS; None lets the first row decide. turns: which human turns of a conversation
+    become questions; None is the format's own habit (SciGraphQA first, LLaVA last with the rest as history).
+    """
+    for place, row in read_rows(path):
+        if form is None:
+            form = detect_source(row)
+            if form is None:
+                known = ", ".join(READERS)
+                raise BadRow(path, place, "row", f"a record of one of: {known}", f"keys {sorted(row)}")
+        try:
+            yield from READERS[form](row, place, turns)
+        except Unusable as problem:
+            yield place, str(problem)
+
+
+def split_source(spec: str) -> tuple[str | None, Path]:
+    """A command-line source `FORMAT:PATH` or `PATH`."""
+    form, colon, rest = spec.partition(":")
+    if colon and form in READERS:
+        return form, Path(rest)
+    if colon and not Path(spec).exists() and re.fullmatch(r"[a-z-]{2,}", form):
+        raise UserError(
+            f"{spec}: wanted one of the formats {', '.join(READERS)} before the colon, got {form}"
+        )
+    return None, Path(spec)
+
+
+def _read_scigraphqa(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
+    """One figure, written by a language model from the paper's text; later turns are often answer lines."""
+    image = _string(row, "image_file")
+    conversation = _conversation(row) or [
+        (role, text) for pair in row.get("q_a_pairs") or [] for role, text in zip(("human", "gpt"), pair)
+    ]
+    humans = [text for role, text in conversation if role == "human"]
+    if humans and not _asks(clean_text(humans[0])[0]):
+        raise Unusable("first human turn asks nothing")
+    changed = []
+    for number, text in enumerate(humans[1:], start=1):
+        if not clean_text(text)[0].endswith("?"):
+            changed.append("fake human turns cut")
+            conversation = conversation[: 2 * number]
+            break
+    base = Draft("scigraphqa", place, "", [image], source_id=str(row.get("id", image)), changed=changed)
+    yield from _from_conversation(base, conversation, turns or "first")
+
+
+def _asks(text: str) -> bool:
+    """A question or a request; the damaged records begin with a statement that belongs to an answer."""
+    return not text or "?" in text or _REQUEST.match(text) is not None
+
+
+def _read_lrv(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
+    """Visual Genome photos; the image file is the id with .jpg."""
+    image_id = row.get("image_id")
+    if not isinstance(image_id, str | int):
+        raise Unusable("no image_id")
+    name = str(image_id)
+    name = name if Path(name).suffix.lower() in (".jpg", ".jpeg", ".png") else f"{name}.jpg"
+    question, changed = _question(row, "question")
+    if COORDINATES.search(question):
+        changed.append("holds pixel coordinates")
+    yield Draft(
+        "lrv",
+        place,
+        question,
+        [name],
+        reference=_optional(row, "answer"),
+        source_id=str(image_id),
+        category=_optional(row, "task"),
+        changed=changed,
+    )
+
+
+def _read_llava(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
+    base = Draft("llava", place, "", _images(row), source_id=_optional(row, "id"))
+    yield from _from_conversation(base, _conversation(row), turns or "last")
+
+
+def _read_llava_questions(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
+    question, changed = _question(row, "text")
+    images = _images(row)
+    source = "scigraphqa" if images and ARXIV_FIGURE.match(Path(images[0]).name) else "llava-questions"
+    yield Draft(
+        source,
+        place,
+        question,
+        images,
+        source_id=str(row["question_id"]),
+        category=_optional(row, "category"),
+        changed=changed,
+    )
+
+
+def _read_plain(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
+    """`question` (or `prompt`, `text`) with `image` or `images`, optional `history`; also our own questions."""
+    key = next((name for name in ("question", "prompt", "text") if name in row), "question")
+    question, changed = _question(row, key)
+    history = []
+    for turn in row.get("history") or []:
+        if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
+            raise Unusable("history is not a list of turns with role and text")
+        history.append(Turn(role=turn["role"], text=clean_text(str(turn.get("text", "")))[0]))
+    yield Draft(
+        str(row.get("source") or "plain"),
+        place,
+        question,
+        _images(row),
+        history,
+        _optional(row, "reference_answer") or _optional(row, "answer"),
+        next((str(row[name]) for name in ("source_id", "id", "question_id", "index") if name in row), None),
+        _optional(row, "category"),
+        changed,
+    )
+
+
+READERS: dict[str, Callable[[Row, str, Turns | None], Iterator[Draft]]] = {
+    "scigraphqa": _read_scigraphqa,
+    "lrv": _read_lrv,
+    "llava": _read_llava,
+    "llava-questions": _read_llava_questions,
+    "plain": _read_plain,
+}
+
+
+def _from_conversation(base: Draft, conversation: list[tuple[str, str]], turns: Turns) -> Iterator[Draft]:
+    """Drafts of the chosen human turns; everything before a turn becomes its history."""
+    changed = list(base.changed)
+    cleaned: list[tuple[str, str]] = []
+    for role, text in conversation:
+        text, repairs = clean_text(text)
+        changed += repairs
+        cleaned.append((role, text))
+    if not cleaned or cleaned[0][0] != "human" or not cleaned[0][1]:
+        raise Unusable("no question")
+    if any(role != ("human", "gpt")[index % 2] for index, (role, _) in enumerate(cleaned)):
+        raise Unusable("human and gpt turns do not alternate")
+    positions = list(range(0, len(cleaned), 2))
+    chosen = {"first": positions[:1], "last": positions[-1:], "each": positions}[turns]
+    for at in chosen:
+        history = [
+            Turn(role="user" if role == "human" else "assistant", text=text) for role, text in cleaned[:at]
+        ]
+        source_id = base.source_id if len(chosen) == 1 else f"{base.source_id}#{at // 2 + 1}"
+        yield Draft(
+            base.source,
+            base.place,
+            cleaned[at][1],
+            base.images,
+            history,
+            cleaned[at + 1][1] if at + 1 < len(cleaned) else None,
+            source_id,
+            changed=list(dict.fromkeys(changed)),
+        )
+
+
+def _conversation(row: Row) -> list[tuple[str, str]]:
+    turns = row.get("conversations") or row.get("messages") or []
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise Unusable("conversations is not a list of turns")
+    names = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+    result = []
+    for turn in turns:
+        role, value = (
+            names.get(str(turn.get("from") or turn.get("role"))),
+            turn.get("value", turn.get("content")),
+        )
+        if role is None or not isinstance(value, str):
+            raise Unusable("a turn without known speaker and text")
+        result.append((role, value))
+    return result
+
+
+def _question(row: Row, key: str) -> tuple[str, list[str]]:
+    if not isinstance(row.get(key), str):
+        raise Unusable("no question")
+    text, changed = clean_text(row[key])
+    if not text:
+        raise Unusable("no question")
+    return text, changed
+
+
+def _images(row: Row) -> list[str]:
+    images: Any = row.get("images")
+    if images is None:
+        images = [] if row.get("image") is None else row["image"]
+    images = images if isinstance(images, list) else [images]
+    if not all(isinstance(name, str) and name for name in images):
+        raise Unusable("image is not a file name")
+    return images
+
+
+def _string(row: Row, key: str) -> str:
+    if not isinstance(row.get(key), str) or not row[key]:
+        raise Unusable(f"no {key}")
+    return row[key]  # type: ignore[no-any-return]
+
+
+def _optional(row: Row, key: str) -> str | None:
+    value = row.get(key)
+    return None if value is None else str(value)

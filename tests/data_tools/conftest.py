@@ -1,0 +1,62 @@
+"""Fixtures of the data tools: the command in this process, small images, rows as files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+Row = dict[str, Any]
+
+
+@pytest.fixture
+def write_rows() -> Callable[[Path, Sequence[Row]], Path]:
+    def write(path: Path, rows: Sequence[Row]) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def read_rows() -> Callable[[Path], list[Row]]:
+    return lambda path: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def draw() -> Callable[..., Path]:
+    """A small PNG whose bytes depend on `number`."""
+
+    def draw_image(path: Path, number: int = 0) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 7), (number % 256, number // 256 % 256, 40)).save(path, "PNG")
+        return path
+
+    return draw_image
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs `fasttrain-data ARGS` in this process; returns (exit code, stdout, stderr)."""
+    import signal
+
+    from fasttrain_data.cli import main
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["fasttrain-data", *map(str, args)])
+        before = signal.getsignal(signal.SIGTERM)
+        capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as exit_info:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        captured = capsys.readouterr()
+        return int(exit_info.value.code or 0), captured.out, captured.err
+
+    return run

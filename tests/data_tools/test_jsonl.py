@@ -1,0 +1,72 @@
+"""Reading and writing of JSON rows."""
+
+import json
+import random
+
+import pytest
+
+from fasttrain_data import jsonl
+from fasttrain_data.errors import BadRow, UserError
+
+
+def test_a_json_array_is_streamed_across_chunk_borders(tmp_path, monkeypatch):
+    rng = random.Random(3)
+    rows = [{"n": n, "text": 'ü\\"[]{},' * rng.randrange(9), "deep": [{"x": [n]}]} for n in range(57)]
+    path = tmp_path / "rows.json"
+    path.write_text("\ufeff " + json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for chunk in (1, 7, 64, 1 << 20):
+        monkeypatch.setattr(jsonl, "_CHUNK", chunk)
+        read = list(jsonl.read_rows(path))
+        assert [row for _, row in read] == rows
+        assert [place for place, _ in read] == [f"row {n + 1}" for n in range(57)]
+
+
+def test_json_lines_under_a_json_suffix_are_read_as_lines(tmp_path):
+    path = tmp_path / "lines.json"
+    path.write_text('{"a": 1}\n\n{"a": 2}\n')
+    assert list(jsonl.read_rows(path)) == [("line 1", {"a": 1}), ("line 3", {"a": 2})]
+
+
+@pytest.mark.parametrize(
+    ("content", "place", "got"),
+    [
+        (b'{"a": 1}\n{"a": \n', "line 2", "invalid JSON"),
+        (b'{"a": 1}\n[1]\n', "line 2", "[1]"),
+        (b'[{"a": 1}, {"a": ', "row 2", "invalid JSON"),
+        (b'[{"a": 1}, 7 ]', "row 2", "7"),
+        (b'{"a": "\xff"}\n', "line 1", "byte 0xff"),
+        (b'[{"a": "\xff"}]', "row 1", "byte 0xff"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_place(tmp_path, content, place, got):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(BadRow) as caught:
+        list(jsonl.read_rows(path))
+    assert caught.value.file == str(path)
+    assert caught.value.place == place
+    assert got in caught.value.got
+
+
+def test_a_missing_file_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="nothing there"):
+        list(jsonl.read_rows(tmp_path / "no.jsonl"))
+
+
+def test_an_interrupted_writer_leaves_the_old_file(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text("old\n")
+    with pytest.raises(KeyboardInterrupt), jsonl.whole_rows(path) as write:
+        write({"a": 1})
+        raise KeyboardInterrupt
+    assert path.read_text() == "old\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
+    path = tmp_path / "out.jsonl"
+    (tmp_path / ".out.jsonl.4194399.tmp").write_text("half")  # beyond the largest process id
+    with jsonl.whole_rows(path) as write:
+        write({"a": "ü"})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl"]
+    assert path.read_text(encoding="utf-8") == '{"a": "ü"}\n'

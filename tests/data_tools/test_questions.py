@@ -1,0 +1,354 @@
+"""Sources of questions: formats, repairs, duplicates, overlap, sampling, the account."""
+
+import json
+import random
+
+import pytest
+
+from fasttrain_data.errors import UserError
+from fasttrain_data.questions.build import QuestionSettings, build_questions
+from fasttrain_data.questions.duplicates import image_key
+from fasttrain_data.questions.readers import Draft, Unusable, read_drafts
+from fasttrain_data.questions.sample import BottomK, share_out
+from fasttrain_data.questions.text import clean_text, normal_form, similarity, trigrams
+
+
+def human(text):
+    return {"from": "human", "value": text}
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}
+
+
+@pytest.fixture
+def drafts(tmp_path, write_rows):
+    def read(*rows, form=None, turns=None):
+        return list(read_drafts(write_rows(tmp_path / "source.jsonl", rows), form, turns))
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("text", "clean", "repairs"),
+    [
+        ("<image>\nWhy?", "Why?", []),
+        ("Why?\n<image>", "Why?", ["placeholder moved to the front"]),
+        ("<image>\nWhat <image> is it?<image>", "What is it?", ["several placeholders"]),
+        ("Why?", "Why?", []),
+        (
+            "<image>\nWhy?\nPlease answer the question such that your response is in the following attributes in "
+            "5-point Likert\nscale:\nHelpfulness:4,Correctness:4,Coherence:4,Complexity:4,Verbosity:4",
+            "Why?",
+            ["attribute prompt removed"],
+        ),
+    ],
+)
+def test_placeholders_and_attribute_prompts_are_taken_out(text, clean, repairs):
+    assert clean_text(text) == (clean, repairs)
+
+
+def test_scigraphqa_takes_the_first_question_and_cuts_fake_human_turns(drafts):
+    record = {
+        "image_file": "2001.00001v1-Figure3-1.png",
+        "id": "2001.00001v1-Figure3-1",
+        "conversations": [
+            human("What does it show?\n<image>"),
+            gpt("Growth."),
+            human("Why?"),
+            gpt("The reasons are:"),
+            human("* First one."),
+            gpt("* Second one."),
+        ],
+    }
+    [first] = drafts(record)
+    assert (first.question, first.reference, first.images) == (
+        "What does it show?",
+        "Growth.",
+        [record["image_file"]],
+    )
+    assert first.changed == ["fake human turns cut", "placeholder moved to the front"]
+    each = drafts(record, turns="each")
+    assert [draft.question for draft in each] == ["What does it show?", "Why?"]
+    assert [turn.text for turn in each[1].history] == ["What does it show?", "Growth."]
+    [last] = drafts(record, turns="last")
+    assert last.question == "Why?"
+
+
+def test_scigraphqa_drops_a_record_that_begins_with_an_answer(drafts):
+    record = {"image_file": "a.png", "conversations": [human("The figure shows scores."), gpt("Also.")]}
+    assert drafts(record) == [("line 1", "first human turn asks nothing")]
+    record["conversations"][0] = human("Describe the figure.")
+    assert isinstance(drafts(record)[0], Draft)
+
+
+def test_scigraphqa_reads_question_answer_pairs_without_conversations(drafts):
+    [draft] = drafts({"image_file": "a.png", "q_a_pairs": [["Why?", "So."], ["When?", "Now."]]})
+    assert (draft.question, draft.reference) == ("Why?", "So.")
+
+
+def test_lrv_names_the_image_by_id_and_keeps_the_task(drafts):
+    [draft] = drafts(
+        {"image_id": "2356371", "question": "Which objects?", "answer": "Cups.", "task": "count"}
+    )
+    assert (draft.images, draft.category, draft.reference) == (["2356371.jpg"], "count", "Cups.")
+    [draft] = drafts({"image_id": 5, "question": "A sign at X:105 Y:350 Width:258 Height:258?"})
+    assert draft.images == ["5.jpg"]
+    assert draft.changed == ["holds pixel coordinates"]
+
+
+def test_llava_conversations_keep_their_turns(drafts):
+    record = {
+        "id": "1",
+        "image": "a.jpg",
+        "conversations": [human("<image>\nWho?"), gpt("Ann."), human("Where?"), gpt("Rome.")],
+    }
+    [draft] = drafts(record)
+    assert (draft.question, draft.reference) == ("Where?", "Rome.")
+    assert [(turn.role, turn.text) for turn in draft.history] == [("user", "Who?"), ("assistant", "Ann.")]
+    record["conversations"] = [human("Who?"), human("Where?")]
+    assert drafts(record) == [("line 1", "human and gpt turns do not alternate")]
+
+
+def test_question_files_are_read_and_scigraphqa_is_recognised_by_its_image_names(drafts):
+    rows = [
+        {"question_id": 0, "text": "Why?", "image": "1801.01974v2-Figure10-1.png", "category": "conv"},
+        {"question_id": 1, "text": "Why?", "image": "000000441147.jpg", "category": "detail"},
+        {"question_id": 2, "text": "Why?", "image": "hep-th9901001v3-Figure1-1.png"},
+    ]
+    assert [draft.source for draft in drafts(*rows)] == ["scigraphqa", "llava-questions", "scigraphqa"]
+
+
+def test_rows_that_hold_no_question_are_counted_not_skipped_in_silence(drafts):
+    rows = [{"question": "Why?"}, {"question": 3}, {"question": " <image> "}, {"question": "So?", "image": 4}]
+    assert drafts(*rows)[1:] == [
+        ("line 2", "no question"),
+        ("line 3", "no question"),
+        ("line 4", "image is not a file name"),
+    ]
+
+
+def test_an_unknown_record_is_a_mistake_of_the_user(drafts):
+    with pytest.raises(UserError, match="scigraphqa, lrv, llava"):
+        drafts({"foo": 1})
+    assert issubclass(Unusable, Exception)
+
+
+def test_share_out_gives_a_short_stratum_what_it_has_and_the_rest_to_others():
+    rng = random.Random(5)
+    assert share_out(6000, {"sci": 295_602, "lrv": 300_000}) == {"sci": 3000, "lrv": 3000}
+    assert share_out(10, {"a": 2, "b": 0, "c": 100, "d": 3}) == {"a": 2, "b": 0, "c": 5, "d": 3}
+    for _ in range(50):
+        available = {name: rng.randrange(20) for name in "abcde"}
+        total = rng.randrange(120)
+        shares = share_out(total, available)
+        assert sum(shares.values()) == min(total, sum(available.values()))
+        capped = [name for name in shares if shares[name] < available[name]]
+        assert all(shares[name] <= available[name] for name in shares)
+        assert all(max(shares.values()) - shares[name] <= 1 for name in capped)
+
+
+def test_the_sample_does_not_depend_on_the_order_of_the_rows():
+    keys = [f"k{number}" for number in range(400)]
+    picked = []
+    for order in (keys, keys[::-1]):
+        heap = BottomK(31, seed=7)
+        for key in order:
+            heap.offer(key, key)
+        picked.append(heap.ordered())
+    assert picked[0] == picked[1]
+    assert len(set(picked[0])) == 31
+    other = BottomK(31, seed=8)
+    for key in keys:
+        other.offer(key, key)
+    assert other.ordered() != picked[0]
+
+
+def test_near_duplicates_are_found_on_one_image_and_a_changed_word_is_not_one():
+    def close(one, other):
+        return similarity(trigrams(normal_form(one)), trigrams(normal_form(other)))
+
+    assert normal_form("What is the colour of a Car?") == normal_form("what is colour of car")
+    assert (
+        close(
+            "What does the blue line in the upper left panel show?",
+            "What does the red line in the upper left panel show?",
+        )
+        < 0.8
+    )
+    assert (
+        close(
+            "So, what does the blue line in the upper left panel of it show?",
+            "What does the blue line in the upper left panel of it show?",
+        )
+        >= 0.8
+    )
+
+
+@pytest.fixture
+def folder(tmp_path, draw, write_rows):
+    for number in range(6):
+        draw(tmp_path / "img" / f"{number}.png", number)
+    draw(tmp_path / "img" / "copy of 0.png", 0)
+    (tmp_path / "img" / "broken.png").write_bytes(b"no image")
+    return tmp_path
+
+
+def test_every_row_is_kept_or_counted_with_its_reason(folder, write_rows, read_rows):
+    source = write_rows(
+        folder / "source.jsonl",
+        [
+            {"question": "What is it?", "image": "img/0.png"},
+            {"question": "what is IT", "image": "img/0.png"},
+            {"question": "What is it?", "image": "img/1.png"},
+            {"question": "What is it?", "image": "img/copy of 0.png"},
+            {"question": "What is it?", "image": "img/none.png"},
+            {"question": "What is it?", "image": "../img/0.png"},
+            {"question": "What is it?", "image": "img/broken.png"},
+            {"question": "Anything to say?"},
+            {"question": ""},
+        ],
+    )
+    account = build_questions([str(source)], folder / "questions.jsonl", QuestionSettings())
+    rows = read_rows(folder / "questions.jsonl")
+    assert [(row["images"], row["question"]) for row in rows] == [
+        (["img/0.png"], "What is it?"),
+        (["img/1.png"], "What is it?"),
+        ([], "Anything to say?"),
+    ]
+    assert account.dropped["source.jsonl"] == {
+        "duplicate": 2,
+        "missing image": 2,
+        "broken image": 1,
+        "no question": 1,
+    }
+    listed = read_rows(folder / "questions.skipped.jsonl")
+    assert [row["where"].rsplit(" ", 1)[1] for row in listed] == ["2", "4", "5", "6", "7", "9"]
+    assert len({row["id"] for row in rows}) == 3
+
+
+def test_ids_follow_the_image_bytes_not_the_file_name(folder, write_rows, read_rows):
+    ids = []
+    for name in ("img/0.png", "img/copy of 0.png", "img/1.png"):
+        source = write_rows(folder / "source.jsonl", [{"question": "What?", "image": name}])
+        build_questions([str(source)], folder / "q.jsonl", QuestionSettings())
+        ids.append(read_rows(folder / "q.jsonl")[0]["id"])
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_missing_images_are_kept_only_on_demand_and_marked(folder, write_rows, read_rows):
+    source = write_rows(folder / "source.jsonl", [{"question": "What?", "image": "img/none.png"}])
+    with pytest.raises(UserError, match=r"1 missing image.*--image-root"):
+        build_questions([str(source)], folder / "q.jsonl", QuestionSettings())
+    assert not (folder / "q.jsonl").exists()
+    with pytest.raises(UserError, match="wanted an existing file"):
+        build_questions([str(source)], folder / "q.jsonl", QuestionSettings(missing_images="stop"))
+    build_questions([str(source)], folder / "q.jsonl", QuestionSettings(missing_images="keep"))
+    assert read_rows(folder / "q.jsonl")[0]["image_sha256"] == [None]
+
+
+def test_names_are_relative_to_the_output_or_to_the_given_root(folder, write_rows, read_rows):
+    source = write_rows(folder / "sub" / "source.jsonl", [{"question": "What?", "image": "../img/0.png"}])
+    with pytest.raises(UserError, match="missing image"):  # leaves the folder of the file that names it
+        build_questions([str(source)], folder / "q.jsonl", QuestionSettings())
+    write_rows(source, [{"question": "What?", "image": "0.png"}])
+    root = QuestionSettings(image_root=folder / "img")
+    build_questions([str(source)], folder / "out" / "q.jsonl", root)
+    assert read_rows(folder / "out" / "q.jsonl")[0]["images"] == ["0.png"]
+    inner = write_rows(folder / "img" / "source.jsonl", [{"question": "What?", "image": "0.png"}])
+    account = build_questions([str(inner)], folder / "q.jsonl", QuestionSettings())
+    assert read_rows(folder / "q.jsonl")[0]["images"] == ["img/0.png"]
+    assert account.notes == []
+    account = build_questions([str(inner)], folder / "out" / "q.jsonl", QuestionSettings())
+    assert read_rows(folder / "out" / "q.jsonl")[0]["images"] == ["0.png"]
+    assert "--image-root" in account.notes[0]
+
+
+def test_overlap_with_evaluation_is_judged_by_bytes_where_both_images_are_there(
+    folder, write_rows, read_rows
+):
+    source = write_rows(
+        folder / "source.jsonl",
+        [{"question": "What?", "image": f"img/{number}.png"} for number in range(4)]
+        + [{"question": "Why me?"}],
+    )
+    evaluation = write_rows(
+        folder / "eval" / "eval.jsonl",
+        [
+            {"question_id": 1, "text": "Is it?", "image": "COCO_val2014_1.png"},  # absent: by name
+            {"question_id": 2, "text": "why me"},
+            {"question_id": 3, "text": "Is it?", "image": "2.png"},  # there, but another picture
+            {"question_id": 4, "text": "Is it?", "image": "other name.png"},  # the same bytes as 3.png
+        ],
+    )
+    (folder / "eval" / "2.png").write_bytes((folder / "img" / "5.png").read_bytes())
+    (folder / "eval" / "other name.png").write_bytes((folder / "img" / "3.png").read_bytes())
+    settings = QuestionSettings(eval_files=(evaluation,))
+    account = build_questions([str(source)], folder / "q.jsonl", settings)
+    assert [row["images"] for row in read_rows(folder / "q.jsonl")] == [["img/0.png"], ["img/2.png"]]
+    assert account.dropped["source.jsonl"] == {"overlap with evaluation": 3}
+    refusing = QuestionSettings(eval_files=(evaluation,), on_overlap="refuse")
+    with pytest.raises(UserError, match=r"line 2: image img/1.png is in an evaluation file"):
+        build_questions([str(source)], folder / "q.jsonl", refusing)
+    assert image_key("x/COCO_val2014_000000310196.jpg") == image_key("000000310196.png")
+
+
+def test_a_limit_is_shared_by_the_sources_and_broken_images_are_replaced(folder, write_rows, read_rows):
+    rows = [{"question": f"What is {number}?", "image": f"img/{number % 6}.png"} for number in range(40)]
+    rows += [{"question": f"What is {number}?", "image": "img/broken.png"} for number in range(40)]
+    one = write_rows(folder / "one.jsonl", rows)
+    two = write_rows(folder / "two.jsonl", [{"image_id": "0", "question": "Which?"}])
+    (folder / "0.jpg").write_bytes((folder / "img" / "0.png").read_bytes())
+    settings = QuestionSettings(limit=20, seed=4)
+    build_questions([str(one), str(two)], folder / "q.jsonl", settings)
+    first = read_rows(folder / "q.jsonl")
+    assert [row["source_file"] for row in first] == ["one.jsonl"] * 19 + ["two.jsonl"]
+    places = [int(row["source_place"].split()[1]) for row in first[:-1]]
+    assert places == sorted(places)
+    build_questions([str(one), str(two)], folder / "again.jsonl", settings)
+    again = read_rows(folder / "again.jsonl")
+    assert [row["id"] for row in again] == [row["id"] for row in first]
+    build_questions([str(one), str(two)], folder / "q.jsonl", QuestionSettings(limit=20, seed=5))
+    assert [row["id"] for row in read_rows(folder / "q.jsonl")] != [row["id"] for row in first]
+
+
+def test_rows_of_the_paper_can_be_cut_out(folder, write_rows, read_rows):
+    source = write_rows(folder / "s.jsonl", [{"question": f"What is {number}?"} for number in range(9)])
+    build_questions([str(source)], folder / "q.jsonl", QuestionSettings(rows=(3, 5)))
+    assert [row["question"] for row in read_rows(folder / "q.jsonl")] == ["What is 3?", "What is 4?"]
+
+
+def test_real_scigraphqa_files_are_read_whole_and_the_dirt_is_found(shared_data, tmp_path, command):
+    folder = shared_data / "scigraphqa"
+    records = folder / "mplug_owl_answer_and_openai_rating.jsonl"
+    questions = folder / "updated_llava_eval_questions_first1500.jsonl"
+    out = tmp_path / "q.jsonl"
+    code, stdout, _ = command("questions", records, "-o", out, "--missing-images", "keep")
+    assert code == 0
+    assert "99 read, 98 kept" in stdout
+    # 12 of the 99 are known to be damaged; "<image>" follows the question in 55
+    assert "changed       11  fake human turns cut" in stdout
+    assert "dropped        1  first human turn asks nothing" in stdout
+    assert "changed       55  placeholder moved to the front" in stdout
+    assert not any("<image>" in line for line in out.read_text().splitlines())
+    code, stdout, _ = command("questions", questions, "-o", out, "--missing-images", "keep")
+    assert "1,500 read, 1,500 kept" in stdout
+    code, _, stderr = command("questions", questions, "-o", out)
+    assert (code, "1,500 missing image" in stderr) == (2, True)
+
+
+def test_real_lrv_and_llava_files_are_read_whole(shared_data, tmp_path, command):
+    lrv = shared_data / "lrv_instruction" / "evaluation_set.json"
+    rows = json.loads(lrv.read_text())
+    code, stdout, _ = command("questions", lrv, "-o", tmp_path / "q.jsonl", "--missing-images", "keep")
+    assert (code, f"{len(rows):,} read" in stdout) == (0, True)
+    coordinates = sum("X:" in row["question"] for row in rows)
+    assert f"{coordinates:>8,}  holds pixel coordinates" in stdout
+    llava = shared_data / "llava" / "qa90_questions.jsonl"
+    code, stdout, _ = command("questions", llava, "-o", tmp_path / "q.jsonl", "--missing-images", "keep")
+    assert (code, "90 read, 90 kept" in stdout) == (0, True)
+    samples = shared_data / "mmbench_samples" / "questions.jsonl"
+    code, stdout, _ = command(
+        "questions", samples, "-o", tmp_path / "q.jsonl", "--image-root", samples.parent
+    )
+    assert (code, "12 read, 12 kept" in stdout) == (0, True)
