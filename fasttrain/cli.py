@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -99,9 +100,9 @@ def reference(recipe: str, overrides: tuple[str, ...]) -> None:
     from fasttrain.train.job import build_job
     from fasttrain.train.loop import fill_references
 
-    job = build_job(config)
-    check_sharing(job)
-    report = fill_references(job)
+    with contextlib.closing(build_job(config)) as job:
+        check_sharing(job)
+        report = fill_references(job)
     click.echo(f"completions: {report.completions:,}, computed now: {report.computed:,}")
     click.echo(f"cache: {job.cache.path}")
 

@@ -34,12 +34,13 @@ class Pack:
 
 @dataclass(frozen=True)
 class Step:
-    """The packs of one optimizer step; `whole=False` packs hold parts of pairs that are complete only together."""
+    """The packs of one optimizer step."""
 
     number: int
     epoch: float
     groups: tuple[int, ...]
     pairs: int
+    mean_chosen_length: float  # tokens per pair
     packs: tuple[Pack, ...]
     split: frozenset[int]  # groups whose completions are spread over several packs
 
@@ -120,8 +121,10 @@ def plan_step(
         if len(pieces) > 1:
             split.add(group)
     packs += [Pack(tuple(pieces), share_prefix) for pieces in _first_fit_decreasing(whole, tokens_per_pack)]
-    pairs = int(sum(data.pair_count(group) for group in groups.tolist()))
-    return Step(number, epoch, tuple(groups.tolist()), pairs, tuple(packs), frozenset(split))
+    chosen = [data.lengths(group)[1 + data.pairs(group)[:, 0]] for group in groups.tolist()]
+    pairs = sum(map(len, chosen))
+    mean = sum(int(lengths.sum()) for lengths in chosen) / max(1, pairs)
+    return Step(number, epoch, tuple(groups.tolist()), pairs, mean, tuple(packs), frozenset(split))
 
 
 def run_tokens(lengths: np.ndarray, share_prefix: bool) -> int:

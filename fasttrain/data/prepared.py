@@ -55,7 +55,7 @@ class PreparedData:
         self.files, self.account = files, account
         folder = cache_root() / "spool"
         folder.mkdir(parents=True, exist_ok=True)
-        self._spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (lives as long as this object)
+        self._spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by seal)
         self._lengths, self._pairs = array("i"), array("i")
         self._token_starts, self._length_starts, self._pair_starts = (
             array("q", [0]),
@@ -83,6 +83,7 @@ class PreparedData:
         """Map the written tokens; `order` puts groups back into file order."""
         self._spool.flush()
         self._tokens = np.memmap(self._spool, np.int32, "r") if self._lengths else np.zeros(0, np.int32)
+        self._spool.close()  # the mapping keeps the unlinked file
         self._order = np.arange(len(self._rows)) if order is None else order
         self.account.groups = len(self._rows)
         self.account.pairs = self._pair_starts[-1]

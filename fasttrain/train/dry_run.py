@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,11 +25,11 @@ _STEPS_LOOKED_AT = 20
 def dry_run(config: DPOConfig, *, may_exist: bool) -> str:
     """The report of a dry run; UserError for the first mistake, as training would raise it."""
     check_output_is_free(config, may_exist)
-    job = build_job(config)
-    check_sharing(job)
-    for data in job.datasets:
-        _open_all_images(job, data)
-    return "\n".join(_report(job))
+    with contextlib.closing(build_job(config)) as job:
+        check_sharing(job)
+        for data in job.datasets:
+            _open_all_images(job, data)
+        return "\n".join(_report(job))
 
 
 def _open_all_images(job: Job, data: PreparedData) -> None:

@@ -18,7 +18,7 @@ class TorchEngine:
     def __init__(self, policy: Policy, config: TrainConfig, checkpointing: bool) -> None:
         self.policy = policy
         if checkpointing:
-            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+            policy.model.activation_checkpointing_enable({"use_reentrant": False})
         self.optimizer = MasterOptimizer(policy, config)
 
     def forward(self, batch: PackBatch, log_p2: bool = False) -> Any:

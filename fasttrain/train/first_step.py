@@ -12,8 +12,8 @@ from fasttrain.errors import UserError
 from fasttrain.progress import say
 from fasttrain.train.engine import TorchEngine
 from fasttrain.train.job import Job
-from fasttrain.train.losses import sequence_sums
 from fasttrain.train.step import StepResult
+from fasttrain_kernels import sequence_sums
 
 # Decoders whose shared log-probs the test suite compares with unshared ones.
 VERIFIED = {"llama", "mistral", "qwen2", "qwen3"}

@@ -33,6 +33,7 @@ from fasttrain.model.policy import Policy
 from fasttrain.progress import say, ticker
 from fasttrain.reference.cache import ReferenceCache, cache_folder
 from fasttrain.reference.key import CompletionKeys, identity_hash, model_identity
+from fasttrain.train.losses import PairLoss
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Job:
     """A recipe brought to life. `adapted` is the PeftModel, None for full fine-tuning."""
 
     config: DPOConfig
+    loss: PairLoss
     device: torch.device
     model_folder: Path
     processor: Any
@@ -62,6 +64,11 @@ class Job:
     def datasets(self) -> list[PreparedData]:
         return [self.train, *([self.eval] if self.eval else [])]
 
+    def close(self) -> None:
+        """Close the databases; prepared data and model go with the object."""
+        self.cache.close()
+        self.memo.close()
+
     def maker(self, data: PreparedData, with_reference: bool) -> PackMaker:
         return PackMaker(data, self.chat.pixels, self.keys, self.cache if with_reference else None)
 
@@ -72,6 +79,7 @@ def build_job(config: DPOConfig) -> Job:
         raise UserError(
             "training on several ranks is not available in this version of fasttrain; start one process"
         )
+    loss = PairLoss(config.loss)
     torch.manual_seed(config.train.seed)
     device = pick_device()
     folder = find_folder(config.model)
@@ -99,6 +107,7 @@ def build_job(config: DPOConfig) -> Job:
     digest = identity_hash(identity)
     return Job(
         config=config,
+        loss=loss,
         device=device,
         model_folder=folder,
         processor=processor,

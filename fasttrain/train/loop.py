@@ -28,7 +28,6 @@ from fasttrain.train.engine import TorchEngine
 from fasttrain.train.final import write_final
 from fasttrain.train.first_step import check_first_step, check_sharing
 from fasttrain.train.job import Job, build_job
-from fasttrain.train.losses import PairLoss
 from fasttrain.train.metrics import (
     MetricsFile,
     StepWork,
@@ -57,7 +56,8 @@ def train_dpo(config: DPOConfig, *, resume: bool = False, overwrite: bool = Fals
     """Run a recipe; UserError for a mistake in it. Every file of the run is in `config.train.output`."""
     folder = open_run_folder(config, resume=resume, overwrite=overwrite)
     job = build_job(config)
-    return Trainer(job, folder, resume).run()
+    with contextlib.closing(job):
+        return Trainer(job, folder, resume).run()
 
 
 def fill_references(job: Job) -> FillReport:
@@ -82,7 +82,7 @@ class Trainer:
     def __init__(self, job: Job, folder: Path, resume: bool) -> None:
         self.job, self.folder, self.resume = job, folder, resume
         self.config = job.config
-        self.loss = PairLoss(job.config.loss)
+        self.loss = job.loss
         self._stop = False
 
     def run(self) -> RunResult:
@@ -181,7 +181,7 @@ class Trainer:
         step = plan_step(data, 0, 0.0, groups, job.tokens_per_pack, job.policy.shared)
         maker = job.maker(data, with_reference=True)
         batches = load_packs(maker, step.packs, job.workers, job.device.type == "cuda")
-        return evaluate(engine, self.loss, data, batches, step.pairs)
+        return evaluate(engine, self.loss, data, step, batches)
 
     def _restore(self, engine: TorchEngine) -> int:
         path = latest_checkpoint(self.folder / "checkpoints") if self.resume else None

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fasttrain.config import LossConfig
-from fasttrain_kernels import preference_loss
+from fasttrain.errors import UserError
+from fasttrain_kernels import COUPLE_PAIRS, pair_sums, preference_loss, wpo_weights
 
 # What a step reports, as sums over its pairs, in the order of the vector that accumulates them.
 SUMS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected")
@@ -27,38 +28,42 @@ class PairResult:
         return self.loss_P.sum()
 
 
-def sequence_sums(value_N: Tensor, lengths_S: Tensor) -> Tensor:
-    """(S,) fp32 sums of consecutive stretches of a (N,) vector; deterministic."""
-    return torch.segment_reduce(value_N.float(), "sum", lengths=lengths_S, axis=0)
-
-
 class PairLoss:
-    """Losses of pairs from per-token policy and reference log-probs."""
+    """Losses of pairs from per-token policy and reference log-probs; UserError if the recipe's options contradict."""
 
     def __init__(self, config: LossConfig) -> None:
         self.config = config
         self.needs_log_p2 = config.use_weighting
-
-    @property
-    def couples_pairs(self) -> bool:
-        """Whether a pair's loss depends on the other pairs of the step."""
-        return any(kind.startswith("aot") for kind in self.config.kinds)
+        self.couples_pairs = bool(COUPLE_PAIRS & set(config.kinds))
+        try:
+            one, length = torch.zeros(1), torch.ones(1, dtype=torch.int64)
+            self(one, one, length, torch.zeros(1, 2, dtype=torch.int64), one, 1.0)
+        except ValueError as error:
+            raise UserError(f"loss: {str(error).removeprefix('preference_loss: ')}") from None
 
     def __call__(
-        self, logp_N: Tensor, reference_N: Tensor, lengths_S: Tensor, pairs_P2: Tensor,
-        log_p2_N: Tensor | None = None,
+        self, logp_N: Tensor, reference_N: Tensor, lengths_S: Tensor, pairs_P2: Tensor, log_p2_N: Tensor | None,
+        mean_chosen_length: float,
     ) -> PairResult:  # fmt: skip
+        """Losses and sums of the P pairs; `mean_chosen_length` is the whole step's, whatever part of it this is."""
         config = self.config
-        policy_S, reference_S = sequence_sums(logp_N, lengths_S), sequence_sums(reference_N, lengths_S)
-        chosen_P, rejected_P = pairs_P2.unbind(1)
+        chosen_P, rejected_P = pair_sums(logp_N, lengths_S, pairs_P2)
+        scored = (chosen_P, rejected_P)
+        ref = pair_sums(reference_N, lengths_S, pairs_P2, config.ld_alpha)
+        if config.ld_alpha is not None:
+            scored = pair_sums(logp_N, lengths_S, pairs_P2, config.ld_alpha)
+        weight = None
+        if self.needs_log_p2:
+            assert log_p2_N is not None
+            weight = wpo_weights(logp_N.detach(), log_p2_N, lengths_S, pairs_P2)
         out = preference_loss(
-            policy_S[chosen_P], policy_S[rejected_P], reference_S[chosen_P], reference_S[rejected_P],
-            kind=config.kind, weights=config.weights, beta=config.beta, label_smoothing=config.label_smoothing,
-            chosen_length=lengths_S[chosen_P], rejected_length=lengths_S[rejected_P],
+            *scored, *ref, kind=config.kind, weights=config.weights, beta=config.beta,
+            label_smoothing=config.label_smoothing, f_divergence=config.f_divergence,
+            chosen_length=lengths_S[pairs_P2[:, 0]], rejected_length=lengths_S[pairs_P2[:, 1]],
+            weight=weight, mean_chosen_length=mean_chosen_length, sft_logprob=chosen_P,
         )  # fmt: skip
         with torch.no_grad():
             better = (out.chosen_reward > out.rejected_reward).float()
-            columns = [out.losses, out.chosen_reward, out.rejected_reward, better]
-            columns += [policy_S[chosen_P], policy_S[rejected_P]]
+            columns = [out.losses, out.chosen_reward, out.rejected_reward, better, chosen_P, rejected_P]
             sums = torch.stack([column.detach().float().sum() for column in columns])
         return PairResult(out.losses, sums)

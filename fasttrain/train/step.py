@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from fasttrain.data.batch import PackBatch
 from fasttrain.data.packs import Step
 from fasttrain.data.prepared import PreparedData
 from fasttrain.train.engine import TorchEngine
-from fasttrain.train.losses import SUMS, PairLoss
+from fasttrain.train.losses import SUMS, PairLoss, PairResult
 
 
 @dataclass
@@ -62,7 +61,14 @@ class StepRunner:
                 continue
             out = self.engine.forward(batch, log_p2=self.loss.needs_log_p2)
             assert batch.reference_N is not None
-            pairs = self.loss(out.logprob, batch.reference_N, batch.lengths_S, batch.pairs_P2, out.log_p2)
+            pairs = self.loss(
+                out.logprob,
+                batch.reference_N,
+                batch.lengths_S,
+                batch.pairs_P2,
+                out.log_p2,
+                step.mean_chosen_length,
+            )
             self.engine.backward(pairs.total / step.pairs)
             result.sums += pairs.sums
             if keep:
@@ -82,7 +88,8 @@ class StepRunner:
     def _finish(self, step: Step, deferred: list[_Deferred]) -> Tensor:
         """Loss over all deferred pairs, then one backward per pack from the derivative by each log-prob."""
         leaf_N = torch.cat([entry.value_N for entry in deferred]).requires_grad_()
-        pairs = pairs_across(leaf_N, [(e.batch, e.log_p2_N) for e in deferred], self.data, self.loss)
+        packs = [(entry.batch, entry.log_p2_N) for entry in deferred]
+        pairs = pairs_across(leaf_N, packs, self.data, self.loss, step.mean_chosen_length)
         (slope_N,) = torch.autograd.grad(pairs.total / step.pairs, leaf_N)
         after = _random_state()
         for entry, slope in zip(deferred, slope_N.split([len(e.value_N) for e in deferred])):
@@ -94,8 +101,9 @@ class StepRunner:
 
 
 def pairs_across(
-    logp_N: Tensor, packs: list[tuple[PackBatch, Tensor | None]], data: PreparedData, loss: PairLoss
-) -> Any:
+    logp_N: Tensor, packs: list[tuple[PackBatch, Tensor | None]], data: PreparedData, loss: PairLoss,
+    mean_chosen_length: float,
+) -> PairResult:  # fmt: skip
     """The loss of all pairs of the groups in `packs`; logp_N are the packs' log-probs in turn."""
     index: dict[tuple[int, int], int] = {}
     for batch, _ in packs:
@@ -107,12 +115,13 @@ def pairs_across(
     reference_N = torch.cat([batch.reference_N for batch, _ in packs if batch.reference_N is not None])
     log_p2 = [value for _, value in packs if value is not None]
     pairs_P2 = torch.tensor(pairs, dtype=torch.int64, device=logp_N.device).reshape(-1, 2)
-    return loss(logp_N, reference_N, lengths_S, pairs_P2, torch.cat(log_p2) if log_p2 else None)
+    log_p2_N = torch.cat(log_p2) if log_p2 else None
+    return loss(logp_N, reference_N, lengths_S, pairs_P2, log_p2_N, mean_chosen_length)
 
 
 @torch.no_grad()
 def evaluate(
-    engine: TorchEngine, loss: PairLoss, data: PreparedData, batches: Iterator[PackBatch], pairs: int
+    engine: TorchEngine, loss: PairLoss, data: PreparedData, step: Step, batches: Iterator[PackBatch]
 ) -> dict[str, float]:
     """Means over all pairs of an evaluation set, by metric name."""
     policy = engine.policy
@@ -125,8 +134,8 @@ def evaluate(
         values.append(out.logprob)
         packs.append((moved, out.log_p2))
     policy.train(training)
-    sums = pairs_across(torch.cat(values), packs, data, loss).sums
-    means = dict(zip(SUMS, (sums / pairs).tolist()))
+    sums = pairs_across(torch.cat(values), packs, data, loss, step.mean_chosen_length).sums
+    means = dict(zip(SUMS, (sums / step.pairs).tolist()))
     means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return {f"eval_{name}": value for name, value in means.items()}
 

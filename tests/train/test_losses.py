@@ -1,0 +1,74 @@
+"""Every loss of the recipe through the whole trainer: it runs, and cutting its step into packs does not change it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasttrain.config import LOSS_KINDS
+from fasttrain.errors import UserError
+
+
+def run(model: Path, pairs: Path, folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    from fasttrain import train_dpo
+    from fasttrain.config import config_from_dict
+
+    raw = {
+        "model": {"name": str(model)},
+        "lora": {"rank": 4, "alpha": 8},
+        "data": {"train": str(pairs)},
+        "train": {
+            "output": str(folder), "epochs": 1, "pairs_per_step": 6, "learning_rate": 1e-2, "warmup_ratio": 0.0,
+            "schedule": "constant", "tokens_per_pack": 100_000,
+        },
+        "track": [],
+    }  # fmt: skip
+    return train_dpo(config_from_dict(raw, overrides), overwrite=True).metrics
+
+
+CASES = [[f"loss.kind={kind}", "loss.label_smoothing=0.1"] for kind in LOSS_KINDS]
+CASES += [
+    ["loss.kind=[sigmoid, sft]", "loss.weights=[1.0, 0.3]"],
+    ["loss.ld_alpha=0.4"],
+    ["loss.use_weighting=true"],
+    ["loss.f_divergence=js_divergence"],
+]
+
+
+@pytest.mark.parametrize("settings", CASES, ids=lambda settings: " ".join(settings).replace("loss.", ""))
+def test_a_loss_does_not_depend_on_packs(
+    tiny_text: Path, text_pairs: Callable[..., Path], tmp_path: Path, settings: list[str]
+) -> None:
+    pairs = text_pairs(tmp_path / "pairs.jsonl", 18)
+    whole = run(tiny_text, pairs, tmp_path / "run", *settings)
+    cut = run(tiny_text, pairs, tmp_path / "run", *settings, "train.tokens_per_pack=60")
+    assert len(whole) >= 3
+    for number, (a, b) in enumerate(zip(whole, cut)):
+        assert a["tokens"] != b["tokens"]  # groups were split, so packs ran twice
+        for name in ("loss", "grad_norm"):
+            assert b[name] == pytest.approx(a[name], rel=2e-5 * (1 + number), abs=1e-6)
+
+
+def test_kinds_of_the_recipe_are_those_of_the_kernels() -> None:
+    from fasttrain_kernels import KINDS
+
+    assert set(LOSS_KINDS) == set(KINDS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["loss.kind=exo_pair"], "loss: label_smoothing: wanted a positive number for exo_pair"),
+        (["loss.kind=bco_pair", "loss.f_divergence=forward_kl"], "loss: f_divergence"),
+        (["loss.kind=aot", "loss.use_weighting=true"], "loss: weight"),
+    ],
+)
+def test_contradicting_loss_options_are_a_users_mistake(
+    tiny_text: Path, text_pairs: Callable[..., Path], tmp_path: Path, settings: list[str], message: str
+) -> None:
+    pairs = text_pairs(tmp_path / "pairs.jsonl", 6)
+    with pytest.raises(UserError, match=message):
+        run(tiny_text, pairs, tmp_path / "run", *settings)
