@@ -1,0 +1,34 @@
+"""Drop-in kernels for preference training: torch and triton only, nothing else is imported."""
+
+from .backends import backend_for
+from .linear_logprob import LinearLogprob, linear_logprob, linear_logprob_ref
+from .preference_kinds import COUPLE_PAIRS, F_DIVERGENCES, KINDS, REFERENCE_FREE
+from .preference_loss import PreferenceLoss, preference_loss, preference_loss_ref
+from .sequence_logprob import pair_sums, sequence_sums, wpo_weights
+from .shared_prefix import SharedPrefixLayout
+from .shared_prefix_attention import (
+    attention_backend_for,
+    shared_prefix_attention,
+    shared_prefix_attention_ref,
+)
+
+__all__ = [
+    "COUPLE_PAIRS",
+    "F_DIVERGENCES",
+    "KINDS",
+    "REFERENCE_FREE",
+    "LinearLogprob",
+    "PreferenceLoss",
+    "SharedPrefixLayout",
+    "attention_backend_for",
+    "backend_for",
+    "linear_logprob",
+    "linear_logprob_ref",
+    "pair_sums",
+    "preference_loss",
+    "preference_loss_ref",
+    "sequence_sums",
+    "shared_prefix_attention",
+    "shared_prefix_attention_ref",
+    "wpo_weights",
+]

@@ -1,0 +1,40 @@
+"""Which implementation runs: `triton` on CUDA where Triton is installed, `torch` everywhere else."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+from torch import Tensor
+
+
+@functools.cache
+def triton_installed() -> bool:
+    """True when the `triton` package can be imported; it is not imported here."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """True when Triton's interpreter is on (TRITON_INTERPRET=1): Triton kernels then run on CPU, slowly."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def backend_for(tensor: Tensor) -> str:
+    """Name of the backend that `backend=None` picks for this tensor: "triton" or "torch"."""
+    return "triton" if tensor.device.type == "cuda" and triton_installed() else "torch"
+
+
+def resolve_backend(name: str | None, tensor: Tensor, operation: str) -> str:
+    """Check a `backend=` argument against what can run on the tensor's device; ValueError if it cannot."""
+    if name is None:
+        return backend_for(tensor)
+    if name not in ("triton", "torch"):
+        raise ValueError(f"{operation}: backend: wanted 'triton', 'torch' or None, got {name!r}")
+    if name == "triton" and not triton_installed():
+        raise ValueError(f"{operation}: backend: wanted a backend that can run, got 'triton', not installed")
+    if name == "triton" and tensor.device.type != "cuda" and not interpreting():
+        raise ValueError(
+            f"{operation}: backend: 'triton' wants CUDA tensors (or TRITON_INTERPRET=1), got {tensor.device}"
+        )
+    return name

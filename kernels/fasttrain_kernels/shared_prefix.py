@@ -1,0 +1,139 @@
+"""The layout of packed sequences whose completions share a prompt: [prompt | completion 1 | completion 2 | ...] ..."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SharedPrefixLayout:
+    """Where prompts and completions lie in one packed sequence of T tokens; built by `from_groups`.
+
+    A group is a prompt followed by its completions; groups follow each other. Every completion continues the prompt: its
+    positions start at the prompt's length, it sees the prompt and its own earlier tokens, nothing else.
+    Index tensors are made once per device and shared: do not write into them.
+    """
+
+    groups: tuple[tuple[int, tuple[int, ...]], ...]
+    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def from_groups(cls, groups: Iterable[tuple[int, Sequence[int]]]) -> SharedPrefixLayout:
+        """Layout of [(prompt length, [completion lengths]), ...]; ValueError where a length is not positive."""
+        checked = []
+        for i, (prompt, completions) in enumerate(groups):
+            if int(prompt) < 1:
+                raise ValueError(
+                    f"SharedPrefixLayout: groups[{i}]: wanted a prompt of 1 token or more, got {prompt}"
+                )
+            if not len(completions):
+                raise ValueError(f"SharedPrefixLayout: groups[{i}]: wanted a completion or more, got none")
+            for j, length in enumerate(completions):
+                if int(length) < 1:
+                    raise ValueError(
+                        f"SharedPrefixLayout: groups[{i}]: completion {j}: wanted 1 token or more, got {length}"
+                    )
+            checked.append((int(prompt), tuple(int(length) for length in completions)))
+        if not checked:
+            raise ValueError("SharedPrefixLayout: groups: wanted a group or more, got none")
+        return cls(tuple(checked))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"groups": self.groups}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        object.__setattr__(self, "groups", state["groups"])
+        object.__setattr__(self, "_made", {})
+
+    def cached(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returned the first time this layout was asked for `key`."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    @property
+    def tokens(self) -> int:
+        """T, prompts and completions together."""
+        return self.cached("tokens", lambda: sum(p + sum(r) for p, r in self.groups))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of every completion, in order; their sum is N."""
+        return self.cached("lengths", lambda: tuple(r for _, completions in self.groups for r in completions))
+
+    @property
+    def sequences(self) -> int:
+        """S, the number of completions."""
+        return len(self.lengths)
+
+    def completions(self) -> list[tuple[int, int, int, int]]:
+        """Per completion: (row of its prompt's start, prompt length, row of its own start, its length)."""
+        out, row = [], 0
+        for prompt, lengths in self.groups:
+            start, row = row, row + prompt
+            for length in lengths:
+                out.append((start, prompt, row, length))
+                row += length
+        return out
+
+    def _index(
+        self, name: str, device: torch.device | str | None, make: Callable[[], list[Tensor]]
+    ) -> Tensor:
+        device = torch.device(device or "cpu")
+        on_cpu: Tensor = self.cached((name, "cpu"), lambda: torch.cat(make()))
+        return self.cached((name, str(device)), lambda: on_cpu.to(device, non_blocking=True))
+
+    def position_ids(self, device: torch.device | str | None = None) -> Tensor:
+        """int64 (T,): positions within [prompt, completion]; every completion restarts at its prompt's end."""
+
+        def make() -> list[Tensor]:
+            parts = []
+            for prompt, lengths in self.groups:
+                parts.append(torch.arange(prompt))
+                parts += [torch.arange(prompt, prompt + length) for length in lengths]
+            return parts
+
+        return self._index("positions", device, make)
+
+    def predictor_rows(self, device: torch.device | str | None = None) -> Tensor:
+        """int64 (N,): row that predicts each completion token: the prompt's last row, then the completion's own."""
+
+        def make() -> list[Tensor]:
+            parts = []
+            for start, prompt, own, length in self.completions():
+                rows = torch.arange(own - 1, own + length - 1)
+                rows[0] = start + prompt - 1
+                parts.append(rows)
+            return parts
+
+        return self._index("predictors", device, make)
+
+    def completion_rows(self, device: torch.device | str | None = None) -> Tensor:
+        """int64 (N,): rows of the completion tokens themselves, where the target ids are read."""
+        return self._index(
+            "completions", device, lambda: [torch.arange(own, own + n) for _, _, own, n in self.completions()]
+        )
+
+    def sequence_index(self, device: torch.device | str | None = None) -> Tensor:
+        """int64 (N,): which completion, 0 to S-1, each completion token belongs to."""
+        return self._index(
+            "sequences", device, lambda: [torch.full((n,), i) for i, n in enumerate(self.lengths)]
+        )
+
+    def dense_mask(self, device: torch.device | str | None = None) -> Tensor:
+        """bool (T, T), True where the row may see the column: the definition, for references and dense attention."""
+
+        def make() -> list[Tensor]:
+            mask = torch.zeros(self.tokens, self.tokens, dtype=torch.bool)
+            for start, prompt, own, length in self.completions():
+                mask[start : start + prompt, start : start + prompt] = True
+                mask[own : own + length, start : start + prompt] = True
+                mask[own : own + length, own : own + length] = True
+            return [mask.tril_()]
+
+        return self._index("mask", device, make)

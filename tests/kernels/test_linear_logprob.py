@@ -1,0 +1,202 @@
+"""`linear_logprob` (torch backend) against whole logits in fp64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fasttrain_kernels import linear_logprob, linear_logprob_ref
+
+OPTIONS = [
+    {},
+    {"temperature": 0.7, "logit_scale": 1.3},
+    {"softcap": 5.0, "temperature": 0.7, "logit_scale": 2.0},
+]
+BAR = {torch.float32: (1e-5, 5e-4), torch.bfloat16: (1e-2, 1e-2), torch.float64: (1e-12, 1e-12)}
+
+
+def problem(
+    n: int, d: int, v: int, dtype: torch.dtype = torch.float32, spread: float = 0.3
+) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(n * 7919 + d * 31 + v)
+    hidden = torch.randn(n, d, generator=g, dtype=torch.float64).to(dtype)
+    weight = (torch.randn(v, d, generator=g, dtype=torch.float64) * spread).to(dtype)
+    target = torch.randint(0, v, (n,), generator=g)
+    bias = torch.randn(v, generator=g, dtype=torch.float64).to(dtype)
+    return hidden, weight, target, bias
+
+
+def worst(ours: Tensor, truth: Tensor) -> float:
+    """Largest error, relative to the largest true value or 1."""
+    return float(
+        (ours.detach().double() - truth.detach()).abs().max() / truth.detach().abs().max().clamp(min=1)
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", list(BAR))
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(("n", "d", "v"), [(252, 123, 507), (61, 57, 32064), (1, 64, 20011)])
+def test_values_and_gradients_equal_dense_fp64(
+    n: int, d: int, v: int, trained: bool, dtype: torch.dtype, options: dict[str, float]
+) -> None:
+    hidden, weight, target, bias = problem(n, d, v, dtype)
+    target[0], target[-1] = 0, v - 1
+    ours = [hidden.requires_grad_(), weight.requires_grad_(trained), bias.requires_grad_(trained)]
+    true = [x.detach().double().requires_grad_(x.requires_grad) for x in ours]
+    out = linear_logprob(ours[0], ours[1], target, ours[2], entropy=True, log_p2=True, **options)
+    ref = linear_logprob_ref(true[0], true[1], target, true[2], entropy=True, log_p2=True, **options)
+    grad = torch.randn(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (out.logprob * grad.to(out.logprob.dtype)).sum().backward()
+    (ref.logprob * grad).sum().backward()
+    value_bar, grad_bar = BAR[dtype]
+    assert out.logprob.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for mine, theirs in zip(out, ref):
+        assert worst(mine, theirs) < max(value_bar, 1e-12)
+    for mine, theirs in zip(ours, true):
+        assert (mine.grad is None) == (theirs.grad is None)
+        if mine.grad is not None:
+            assert mine.grad.dtype == dtype
+            assert worst(mine.grad, theirs.grad) < grad_bar
+
+
+def test_a_trained_head_passes_gradcheck() -> None:
+    hidden, weight, target, bias = problem(7, 5, 11, torch.float64)
+    target[2] = -100
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+
+    def f(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return linear_logprob(h, w, target, b, softcap=3.0, temperature=0.8, logit_scale=1.2).logprob
+
+    assert torch.autograd.gradcheck(f, leaves)
+
+
+def test_ignored_rows_are_exactly_zero_even_when_they_hold_nan() -> None:
+    hidden, weight, target, _ = problem(9, 16, 301)
+    hidden[[0, 4]], target[[0, 4]] = float("nan"), -100
+    hidden.requires_grad_()
+    out = linear_logprob(hidden, weight, target, entropy=True, log_p2=True)
+    out.logprob.sum().backward()
+    assert hidden.grad is not None
+    for x in (*out, hidden.grad):
+        assert torch.equal(x[[0, 4]], torch.zeros_like(x[[0, 4]]))
+        assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_no_rows_give_no_rows(trained: bool) -> None:
+    hidden, weight, target, _ = problem(0, 16, 301)
+    out = linear_logprob(hidden.requires_grad_(), weight.requires_grad_(trained), target)
+    out.logprob.sum().backward()
+    assert out.logprob.shape == (0,)
+    assert hidden.grad is not None and hidden.grad.shape == (0, 16)
+    if trained:
+        assert weight.grad is not None and not weight.grad.any()
+
+
+def test_a_maximum_that_only_falls_or_only_rises_along_the_vocabulary_is_kept() -> None:
+    # Hidden states are 1, so the logits are the weight column itself: several tiles, each far from the last.
+    v = 30011
+    for order in (1, -1):
+        slope = torch.linspace(-80, 80, v, dtype=torch.float32)
+        weight = (slope.flip(0) if order < 0 else slope)[:, None].contiguous()
+        hidden = torch.ones(290, 1, requires_grad=True)
+        target = torch.full((290,), v // 3)
+        out = linear_logprob(hidden, weight, target)
+        out.logprob.sum().backward()
+        true = hidden.detach().double().requires_grad_()
+        ref = linear_logprob_ref(true, weight.double(), target)
+        ref.logprob.sum().backward()
+        assert worst(out.logprob, ref.logprob) < 1e-5
+        assert worst(hidden.grad, true.grad) < 1e-5
+
+
+def test_extreme_logits_stay_finite_and_exact() -> None:
+    v = 40009
+    weight = torch.full((v, 1), -1e4)
+    weight[v - 1] = 80.0
+    target = torch.tensor([v - 1, 0])
+    out = linear_logprob(torch.ones(2, 1), weight, target)
+    assert out.logprob.tolist() == [0.0, -10080.0]
+    ties = linear_logprob(torch.ones(1, 1), torch.full((v, 1), -1e4), torch.tensor([7]), entropy=True)
+    assert ties.logprob.item() == pytest.approx(-math.log(v), rel=1e-6)
+    assert ties.entropy is not None and ties.entropy.item() == pytest.approx(math.log(v), rel=1e-6)
+
+
+def test_no_backward_of_a_frozen_head_reads_its_weight() -> None:
+    hidden, weight, target, _ = problem(33, 16, 501)
+    true = hidden.clone().double().requires_grad_()
+    linear_logprob_ref(true, weight.double(), target).logprob.sum().backward()
+    out = linear_logprob(hidden.requires_grad_(), weight, target)
+    weight.fill_(float("nan"))
+    out.logprob.sum().backward()
+    assert worst(hidden.grad, true.grad) < 1e-5
+
+
+def test_two_runs_agree_to_the_last_bit() -> None:
+    hidden, weight, target, _ = problem(123, 64, 20011)
+    results = []
+    for _ in range(2):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = linear_logprob(h, w, target)
+        out.logprob.sum().backward()
+        results.append((out.logprob, h.grad, w.grad))
+    for first, second in zip(*results):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_nothing(reentrant: bool) -> None:
+    hidden, weight, target, _ = problem(20, 16, 301)
+    plain, checked = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    linear_logprob(plain, weight, target).logprob.sum().backward()
+    f = lambda h: linear_logprob(h * 1.0, weight, target).logprob  # noqa: E731
+    checkpoint(f, checked, use_reentrant=reentrant).sum().backward()
+    assert torch.equal(plain.grad, checked.grad)
+
+
+def test_autocast_means_operands_of_its_dtype_and_fp32_log_probs() -> None:
+    hidden, weight, target, _ = problem(20, 16, 301)
+    hidden.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_logprob(hidden, weight, target)
+    rounded = linear_logprob(hidden.detach().bfloat16(), weight.bfloat16(), target)
+    assert torch.equal(out.logprob, rounded.logprob)
+    out.logprob.sum().backward()
+    assert hidden.grad is not None and hidden.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_ND": torch.ones(3, 4, 5)}, r"hidden_ND: wanted shape \(N, D\), got \(3, 4, 5\)"),
+        (
+            {"hidden_ND": torch.ones(3, 4, dtype=torch.int64)},
+            "hidden_ND: wanted a floating dtype, got torch.int64",
+        ),
+        ({"weight_VD": torch.ones(7, 5)}, r"weight_VD: wanted shape \(V, 4\), got \(7, 5\)"),
+        ({"weight_VD": torch.ones(7, 4, dtype=torch.bfloat16)}, "weight_VD: wanted dtype torch.float32"),
+        ({"target_N": torch.tensor([0, 1])}, r"target_N: wanted shape \(3,\), got \(2,\)"),
+        ({"target_N": torch.tensor([0, 1, 7])}, r"target_N: wanted ids in \[0, 7\) or -100, got 7"),
+        ({"target_N": torch.tensor([0, 1, -1])}, r"target_N: wanted ids in \[0, 7\) or -100, got -1"),
+        ({"target_N": torch.ones(3, dtype=torch.int32)}, "target_N: wanted torch.int64, got torch.int32"),
+        ({"bias": torch.ones(6)}, r"bias: wanted shape \(7,\), got \(6,\)"),
+        ({"weight_VD": torch.ones(7, 4, device="meta")}, "weight_VD: wanted device cpu, got meta"),
+        ({"temperature": 0.0}, "temperature: wanted a positive finite number, got 0.0"),
+        ({"softcap": -1.0}, "softcap: wanted a positive finite number, got -1.0"),
+        ({"backend": "cuda"}, "backend: wanted 'triton', 'torch' or None, got 'cuda'"),
+        ({"backend": "triton"}, "backend: 'triton' wants CUDA tensors"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_what_was_wanted_and_what_came(change: dict, message: str) -> None:
+    right = {
+        "hidden_ND": torch.ones(3, 4),
+        "weight_VD": torch.ones(7, 4),
+        "target_N": torch.tensor([0, 6, 2]),
+    }
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(**{**right, **change})
