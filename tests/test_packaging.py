@@ -120,7 +120,7 @@ import click
 module = importlib.import_module(sys.argv[1] + ".cli")
 group = next(value for value in vars(module).values() if isinstance(value, click.Group))
 texts = {}
-for name in ("", *group.commands):
+for name in ("", *group.list_commands(click.Context(group))):
     sys.argv = [sys.argv[0], *([name] if name else []), "--help"]
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
         module.main()

@@ -113,7 +113,7 @@ def fasttrain_steps(
         "schedule": "constant",
         "warmup_ratio": 0.0,
         "grad_clip": 1.0,
-        "tokens_per_pack": 400,
+        "tokens_per_pack": 110,  # several packs a step, and groups that do not fit into one
     }
     schedule = {"epochs": 100, "max_steps": steps, "pairs_per_step": PAIRS_PER_STEP, "shuffle": False}
     recipe = {
