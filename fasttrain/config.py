@@ -279,6 +279,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *base` is no key
+                continue
             key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
             if not isinstance(key, (str, int, float, bool, type(None))):
                 continue
@@ -300,49 +302,59 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DPOConfig:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the recipe is not UTF-8 (byte {error.start})") from None
     try:
-        raw = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {_yaml_problem(error)}") from None
+        raw = _read_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
         raise UserError(f"{path}: wanted a mapping of sections, got {type(raw).__name__}")
+    settings = [_read_override(override) for override in overrides]
     try:
-        return config_from_dict(raw, overrides)
+        return _with_settings(raw, settings)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
 def config_from_dict(raw: dict[str, Any], overrides: Sequence[str] = ()) -> DPOConfig:
     """A checked DPOConfig from nested plain values plus `key=value` overrides."""
+    return _with_settings(raw, [_read_override(override) for override in overrides])
+
+
+def _with_settings(raw: dict[str, Any], settings: Sequence[tuple[list[str], Any]]) -> DPOConfig:
     raw = {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items()}
-    for override in overrides:
-        _apply_override(raw, override)
+    for (*parents, leaf), value in settings:
+        target = raw
+        for parent in parents:
+            if not isinstance(target.get(parent), dict):
+                target[parent] = {}
+            target = target[parent]
+        target[leaf] = value
     return typing.cast(DPOConfig, _build(DPOConfig, raw, ""))
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"line {mark.line + 1}: {problem}" if mark else problem
+def _read_yaml(text: str) -> Any:
+    """The value that YAML text stands for; ValueError says in one line what is wrong with it."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ValueError(f"line {mark.line + 1}: {problem}" if mark else problem) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def _read_override(override: str) -> tuple[list[str], Any]:
+    """The key's parts and the value of one `key.sub=value`."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
         raise UserError(f"-s {override!r}: wanted key=value, for example -s train.learning_rate=1e-5")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"-s {override!r}: the value is not valid YAML: {_yaml_problem(error)}") from None
-    target = raw
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        if not isinstance(target.get(parent), dict):
-            target[parent] = {}
-        target = target[parent]
-    target[leaf] = value
+        return key.split("."), _read_yaml(text)
+    except ValueError as error:
+        raise UserError(f"-s {override!r}: the value is not valid YAML: {error}") from None
 
 
 def _build(cls: type, raw: Any, prefix: str) -> Any:
@@ -358,15 +370,12 @@ def _build(cls: type, raw: Any, prefix: str) -> Any:
 
 
 def _suggest(key: str, known: list[str], prefix: str) -> str:
-    near = did_you_mean(key, known)
-    if near or prefix:
-        return near
-    # a bare `learning_rate` at top level: point at the section that has it
+    # a key in the wrong place, like a bare `learning_rate` at top level: point at the section that has it
     for section, hint in typing.get_type_hints(DPOConfig).items():
         for cls in [hint, *typing.get_args(hint)]:
             if dataclasses.is_dataclass(cls) and key in {f.name for f in dataclasses.fields(cls)}:
                 return f"; did you mean '{section}.{key}'?"
-    return ""
+    return did_you_mean(key, known)
 
 
 def _coerce(value: Any, hint: Any, key: str) -> Any:
@@ -414,7 +423,7 @@ def _match_number(value: Any, option: type) -> tuple[bool, Any]:
         return False, None
     try:
         number = float(value)  # PyYAML reads 1e-6 as a string
-    except ValueError:
+    except (ValueError, OverflowError):
         return False, None
     if not math.isfinite(number):
         return False, None

@@ -1,0 +1,318 @@
+"""The recipe: every published key with its default and type, and one clear line for every way to get it wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fasttrain.config import DPOConfig, config_from_dict, load_config
+from fasttrain.errors import UserError
+
+# The published recipe, key for key; what it leaves to the user has its own value in MINE.
+PUBLISHED = """
+model:
+  name: <mine>
+  revision: null
+  dtype: auto
+  attention: auto
+  quantize: null
+  train_projector: false
+lora:
+  rank: 128
+  alpha: 256
+  dropout: 0.0
+  targets: auto
+  init_from: null
+data:
+  train: <mine>
+  eval: null
+  image_root: null
+  max_length: 3000
+  overflow: error
+  on_bad_row: stop
+  limit_pairs: null
+  workers: auto
+loss:
+  kind: sigmoid
+  weights: null
+  beta: 0.1
+  label_smoothing: 0.0
+  f_divergence: reverse_kl
+  ld_alpha: null
+  use_weighting: false
+train:
+  output: <mine>
+  epochs: 3
+  max_steps: null
+  pairs_per_step: 128
+  tokens_per_pack: auto
+  share_prefix: true
+  shuffle: true
+  learning_rate: 5.0e-5
+  projector_learning_rate: 2.0e-5
+  schedule: cosine
+  warmup_ratio: 0.03
+  weight_decay: 0.0
+  grad_clip: 1.0
+  optimizer: adamw
+  gradient_checkpointing: auto
+  compile: false
+  seed: 0
+  log_every: 1
+  eval_every: null
+  checkpoint_every: 50
+  keep_checkpoints: 2
+reference:
+  cache: auto
+distributed:
+  zero_stage: null
+  deepspeed_config: null
+track: [tensorboard]
+"""
+MINE = {"model": {"name": "m"}, "data": {"train": "p.jsonl"}}
+ADDED = {"model.trust_remote_code"}  # beyond the published keys
+
+
+def flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys of a recipe."""
+    return {
+        f"{section}.{key}" if isinstance(values, dict) else section: value
+        for section, values in tree.items()
+        for key, value in (values if isinstance(values, dict) else {"": values}).items()
+    }
+
+
+def recipe(text: str, folder: Path, *overrides: str) -> DPOConfig:
+    path = folder / "recipe.yaml"
+    path.write_text("model: {name: m}\ndata: {train: p.jsonl}\n" + text, encoding="utf-8")
+    return load_config(path, overrides)
+
+
+def mistake(text: str, folder: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        recipe(text, folder, *overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_every_published_key_exists_with_its_default() -> None:
+    published = flat(yaml.safe_load(PUBLISHED))
+    ours = flat(config_from_dict(MINE).to_dict())
+    assert set(ours) - set(published) == ADDED
+    assert {key: ours[key] for key, value in published.items() if value != "<mine>"} == {
+        key: value for key, value in published.items() if value != "<mine>"
+    }
+
+
+@pytest.mark.parametrize("key", sorted(set(flat(yaml.safe_load(PUBLISHED)))))
+def test_a_value_of_a_wrong_type_is_refused_by_name(key: str, tmp_path: Path) -> None:
+    assert f"{key}: wanted " in mistake("", tmp_path, f"{key}={{a: {{b: 1}}}}")
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.learning_rate=1e-6", 1e-6),
+        ("train.learning_rate=5", 5.0),
+        ("train.pairs_per_step=1e2", 100),
+        ("train.epochs=0.5", 0.5),
+        ("train.tokens_per_pack=4096", 4096),
+        ("train.grad_clip=null", None),
+        ("train.checkpoint_every=null", None),
+        ("train.gradient_checkpointing=false", False),
+        ("lora.rank=8", 8),
+        ("lora.targets=[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("loss.kind=[sigmoid, ipo]", ["sigmoid", "ipo"]),
+        ("data.eval=[a.jsonl, b.parquet]", ["a.jsonl", "b.parquet"]),
+        ("data.workers=0", 0),
+        ("model.revision='1234'", "1234"),
+        ("train.output=a=b", "a=b"),
+        ("track=[]", []),
+    ],
+)
+def test_an_override_is_read_as_yaml_and_typed(override: str, value: Any, tmp_path: Path) -> None:
+    read = flat(recipe("", tmp_path, override).to_dict())[override.partition("=")[0]]
+    assert read == value and type(read) is type(value)
+
+
+def test_the_last_override_wins_and_the_recipe_gives_way(tmp_path: Path) -> None:
+    config = recipe("train: {seed: 1}\n", tmp_path, "train.seed=2", "train.seed=3", "train.epochs=1")
+    assert (config.train.seed, config.train.epochs) == (3, 1)
+
+
+def test_lora_null_is_full_fine_tuning_and_a_lora_key_brings_it_back(tmp_path: Path) -> None:
+    assert recipe("", tmp_path, "lora=null").lora is None
+    assert recipe("lora: null\n", tmp_path).lora is None
+    back = recipe("lora: null\n", tmp_path, "lora.rank=8").lora
+    assert back is not None and (back.rank, back.alpha, back.targets) == (8, 256, "auto")
+
+
+def test_init_from_leaves_rank_alpha_and_targets_to_the_adapter(tmp_path: Path) -> None:
+    lora = recipe("", tmp_path, "lora.init_from=runs/a/final").lora
+    assert lora is not None and (lora.rank, lora.alpha, lora.targets) == (None, None, None)
+
+
+def test_an_empty_section_means_its_defaults(tmp_path: Path) -> None:
+    assert recipe("loss:\ntrain: {}\n", tmp_path) == config_from_dict(MINE)
+
+
+def test_a_written_recipe_reads_back_as_itself(tmp_path: Path) -> None:
+    config = recipe("lora: null\n", tmp_path, "train.learning_rate=1e-6", "data.eval=[é.jsonl]")
+    path = tmp_path / "again.yaml"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(path) == config
+
+
+def test_yaml_merge_keys_work(tmp_path: Path) -> None:
+    config = recipe("train: {<<: {seed: 3, epochs: 1}, seed: 4}\n", tmp_path)
+    assert (config.train.seed, config.train.epochs) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {learning_rat: 1}\n", "unknown key train.learning_rat; did you mean 'learning_rate'?"),
+        ("los: {beta: 1}\n", "unknown key los; did you mean 'loss'?"),
+        ("learning_rate: 1\n", "unknown key learning_rate; did you mean 'train.learning_rate'?"),
+        ("beta: 1\n", "unknown key beta; did you mean 'loss.beta'?"),  # not 'data', which looks alike
+        ("rank: 1\n", "unknown key rank; did you mean 'lora.rank'?"),  # not 'train'
+        ("train: {beta: 1}\n", "unknown key train.beta; did you mean 'loss.beta'?"),
+        ("1: 2\n", "unknown key 1"),
+        ("loss: {kind: sigmod}\n", "got 'sigmod'; did you mean 'sigmoid'?"),
+    ],
+)
+def test_an_unknown_word_is_answered_with_the_closest_known_one(text: str, said: str, tmp_path: Path) -> None:
+    assert said in mistake(text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {pairs_per_step: 1.5}\n", "train.pairs_per_step: wanted an integer, got 1.5"),
+        ("train: {pairs_per_step: true}\n", "train.pairs_per_step: wanted an integer, got True"),
+        ("train: {pairs_per_step: 0}\n", "train.pairs_per_step: wanted an integer of at least 1, got 0"),
+        ("train: {tokens_per_pack: fast}\n", "train.tokens_per_pack: wanted an integer or auto, got 'fast'"),
+        ("train: {share_prefix: 'false'}\n", "train.share_prefix: wanted true or false, got 'false'"),
+        ("train: {share_prefix: 0}\n", "train.share_prefix: wanted true or false, got 0"),
+        ("train: {gradient_checkpointing: 'yes'}\n", "train.gradient_checkpointing: wanted true or false or"),
+        ("train: {epochs: .inf}\n", "train.epochs: wanted a number, got inf"),
+        ("train: {epochs: 0}\n", "train.epochs: wanted a positive number, got 0"),
+        ("train: {seed: -1}\n", "train.seed: wanted"),
+        ("train: {warmup_ratio: 1.1}\n", "train.warmup_ratio: wanted 0 to 1"),
+        ("train: {grad_clip: 0}\n", "train.grad_clip: wanted null or positive"),
+        ("loss: {beta: .nan}\n", "loss.beta: wanted a number, got nan"),
+        ("loss: {beta: 0}\n", "loss.beta: wanted a positive number, got 0"),
+        ("loss: {label_smoothing: 0.5}\n", "loss.label_smoothing: wanted 0 to below 0.5, got 0.5"),
+        ("loss: {kind: []}\n", "loss.kind: wanted a loss"),
+        ("loss: {kind: [sigmoid, ipo], weights: [1]}\n", "loss.weights: wanted 2 number(s)"),
+        ("loss: {ld_alpha: 2}\n", "loss.ld_alpha: wanted 0 to 1"),
+        ("loss: 5\n", "loss: wanted a section with keys, got 5"),
+        ("model: {name: ''}\n", "model"),
+        ("lora: {rank: 0}\n", "lora.rank: wanted"),
+        ("lora: {dropout: 1}\n", "lora.dropout: wanted"),
+        ("track: [tensorbord]\n", "track: wanted any of tensorboard"),
+        ("track: tensorboard\n", "track: wanted a list of text"),
+        ("distributed: {zero_stage: 1}\n", "distributed.zero_stage: wanted null, 2 or 3, got 1"),
+        ("lora: null\nreference: {cache: ''}\n", "reference.cache: wanted auto or a folder"),
+        ("train: {seed: 1" + 400 * "0" + "}\n", "train.seed: wanted an integer"),
+    ],
+)
+def test_a_wrong_value_names_key_wanted_and_got(text: str, said: str, tmp_path: Path) -> None:
+    assert said in mistake(text, tmp_path)
+
+
+def test_model_and_pairs_must_be_given() -> None:
+    with pytest.raises(UserError, match=r"^model\.name: wanted a hub id or a folder"):
+        config_from_dict({"data": {"train": "p.jsonl"}})
+    with pytest.raises(UserError, match=r"^data\.train: wanted a pair file"):
+        config_from_dict({"model": {"name": "m"}})
+    with pytest.raises(UserError, match=r"^data\.train: wanted a pair file"):
+        config_from_dict({"model": {"name": "m"}, "data": {"train": []}})
+
+
+def test_a_quantised_model_cannot_be_tuned_in_full(tmp_path: Path) -> None:
+    assert "model.quantize" in mistake("", tmp_path, "lora=null", "model.quantize=nf4")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.attention=flash",
+        "model.attention=flex",
+        "train.compile=true",
+        "distributed.zero_stage=2",
+        "distributed.zero_stage=3",
+        "distributed.deepspeed_config=ds.json",
+    ],
+)
+def test_a_capability_that_does_not_exist_yet_is_refused_by_name(override: str, tmp_path: Path) -> None:
+    message = mistake("", tmp_path, override)
+    assert f"{override.partition('=')[0]}: " in message and "not available in this version" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {seed: 1, seed: 2}\n", "not valid YAML: line 3: duplicate key 'seed'"),
+        ("model: {name: again}\n", "not valid YAML: line 3: duplicate key 'model'"),
+        ("train: [1\n", "not valid YAML: line 4"),
+        ("\ttrain: 1\n", "not valid YAML: line 3"),
+        ("? [a]\n: b\n", "not valid YAML: line 3"),
+        ("--- {}\n", "not valid YAML: line 3"),
+        ("track: !!python/object/apply:os.getcwd []\n", "not valid YAML: line 3"),
+        ("track: " + 3000 * "[" + 3000 * "]" + "\n", "not valid YAML: nested too deeply"),
+        ("train: {output: 2024-13-45}\n", "not valid YAML: month must be in 1..12"),
+        ("train: {output: 2024-01-05}\n", "train.output: wanted text"),
+        ("train: {seed: " + 5000 * "1" + "}\n", "not valid YAML: Exceeds the limit"),
+        ("\0\n", "not valid YAML"),
+    ],
+)
+def test_broken_yaml_names_the_file_and_where_it_breaks(text: str, said: str, tmp_path: Path) -> None:
+    message = mistake(text, tmp_path)
+    assert message.startswith(f"{tmp_path / 'recipe.yaml'}: ") and said in message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"just text", "wanted a mapping of sections, got str"),
+        (b"- a\n- b\n", "wanted a mapping of sections, got list"),
+        (b"model: {name: \xff}", "the recipe is not UTF-8 (byte 14)"),
+        (b"", "model.name: wanted"),
+    ],
+)
+def test_a_recipe_that_is_no_recipe_is_named(content: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}: ") and said in str(caught.value)
+
+
+def test_a_missing_recipe_or_a_folder_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(UserError, match="cannot read the recipe"):
+            load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("loss.beta", "wanted key=value"),
+        ("=3", "wanted key=value"),
+        ("loss.beta=[1", "the value is not valid YAML"),
+        ("train.output=2024-13-45", "the value is not valid YAML"),
+    ],
+)
+def test_a_malformed_override_is_named_instead_of_the_file(override: str, said: str, tmp_path: Path) -> None:
+    message = mistake("", tmp_path, override)
+    assert message.startswith(f"-s {override!r}: ") and said in message
+
+
+@pytest.mark.parametrize("override", ["loss.beta.x=3", "loss=3", "a..b=1", "train.=3", "loss.beta="])
+def test_an_override_that_fits_nowhere_is_refused(override: str, tmp_path: Path) -> None:
+    assert "wanted" in (message := mistake("", tmp_path, override)) or "unknown key" in message
