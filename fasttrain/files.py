@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+
+from fasttrain.errors import UserError
+
+_LEFTOVER = re.compile(r"\..+\.\d+\.(tmp|old)")  # .name.pid.tmp
 
 
 def cache_root() -> Path:
@@ -64,27 +69,36 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-        if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
+        _put_in_place(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
 
 
+def _put_in_place(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        temporary.rename(path)
+        return
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path.rename(old)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed `atomic_folder` or `write_atomic` left beside its target."""
-    for pattern in (".*.tmp", ".*.old"):
-        for path in folder.glob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    """Delete what a killed `atomic_folder` or `write_atomic` left beside its target, and nothing else."""
+    for path in folder.iterdir():
+        if not _LEFTOVER.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def hash_file(path: Path) -> str:
@@ -105,21 +119,17 @@ class HashMemo:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._new: dict[str, tuple[str, int, int]] = {}
-        self._database = sqlite3.connect(path, timeout=60)
-        with self._database:
-            self._database.execute(
-                "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, hash TEXT, size INTEGER, mtime_ns INTEGER)"
-            )
+        with self._errors_named():
+            self._database = sqlite3.connect(path, timeout=60)
+            with self._database:
+                self._database.execute(
+                    "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, hash TEXT, size INTEGER, mtime_ns INTEGER)"
+                )
 
     def __call__(self, path: Path, compute: Callable[[Path], str] = hash_file) -> str:
         resolved = path.resolve()
         stat = resolved.stat()
-        row = (
-            self._new.get(str(resolved))
-            or self._database.execute(
-                "SELECT hash, size, mtime_ns FROM files WHERE path = ?", (str(resolved),)
-            ).fetchone()
-        )
+        row = self._new.get(str(resolved)) or self._stored(str(resolved))
         if row and row[1:] == (stat.st_size, stat.st_mtime_ns):
             return str(row[0])
         digest = compute(resolved)
@@ -128,8 +138,24 @@ class HashMemo:
             self.save()
         return digest
 
+    def _stored(self, path: str) -> Any:
+        query = "SELECT hash, size, mtime_ns FROM files WHERE path = ?"
+        with self._errors_named():
+            return self._database.execute(query, (path,)).fetchone()
+
+    @contextlib.contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        import sqlite3
+
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                f"{self.path}: cannot use the remembered file hashes: {error}; delete the file and run again"
+            ) from None
+
     def save(self) -> None:
-        with self._database:
+        with self._errors_named(), self._database:
             self._database.executemany(
                 "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)",
                 [(path, *row) for path, row in self._new.items()],

@@ -1,0 +1,157 @@
+"""Files appear whole or not at all, leftovers go without taking anything along, hashes are remembered and checked."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from fasttrain.errors import UserError
+from fasttrain.files import (
+    HashMemo,
+    atomic_folder,
+    cache_root,
+    hash_file,
+    remove_leftovers,
+    write_atomic,
+    write_json,
+)
+
+
+def full_disk(*arguments: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "config.yaml"
+    write_atomic(path, "old")
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, "new")
+    assert (path.read_text(), names(tmp_path)) == ("old", ["config.yaml"])
+
+
+def test_text_bytes_and_json_are_written_as_utf8(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "text", "Größe")
+    write_atomic(tmp_path / "bytes", b"\x00\xff")
+    write_json(tmp_path / "json", {"a": "ß"})
+    assert (tmp_path / "text").read_bytes() == "Größe".encode()
+    assert (tmp_path / "bytes").read_bytes() == b"\x00\xff"
+    assert (tmp_path / "json").read_text(encoding="utf-8") == '{\n  "a": "ß"\n}\n'
+
+
+def test_a_folder_is_there_only_after_its_block_ended_well(tmp_path: Path) -> None:
+    target = tmp_path / "step-000001"
+    with atomic_folder(target) as folder:
+        (folder / "weights").write_text("1")
+        assert not target.exists()
+    assert names(tmp_path) == ["step-000001"] and names(target) == ["weights"]
+
+
+def test_a_folder_whose_block_fails_vanishes_and_the_old_one_stays(tmp_path: Path) -> None:
+    target = tmp_path / "final"
+    with atomic_folder(target) as folder:
+        (folder / "weights").write_text("old")
+    with pytest.raises(OSError, match="No space"), atomic_folder(target) as folder:
+        (folder / "weights").write_text("new")
+        full_disk()
+    assert names(tmp_path) == ["final"] and (target / "weights").read_text() == "old"
+
+
+def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
+    target = tmp_path / "final"
+    for name in ("old", "new"):
+        with atomic_folder(target) as folder:
+            (folder / name).write_text(name)
+    assert names(tmp_path) == ["final"] and names(target) == ["new"]
+
+
+def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rename = tmp_path / "final", Path.rename
+    with atomic_folder(target) as folder:
+        (folder / "weights").write_text("old")
+    monkeypatch.setattr(
+        Path, "rename", lambda path, to: full_disk() if path.suffix == ".tmp" else rename(path, to)
+    )
+    with pytest.raises(OSError, match="No space"), atomic_folder(target) as folder:
+        (folder / "weights").write_text("new")
+    assert names(tmp_path) == ["final"] and (target / "weights").read_text() == "old"
+
+
+def test_leftovers_of_a_kill_go_and_hidden_files_of_the_user_stay(tmp_path: Path) -> None:
+    for name in (".config.yaml.123.tmp", ".profile.old", ".cache.tmp", "notes.1.tmp", ".env"):
+        (tmp_path / name).write_text("x")
+    for name in (".step-000050.9.tmp", ".final.77.old", ".ssh.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == [".cache.tmp", ".env", ".profile.old", ".ssh.old", "notes.1.tmp"]
+
+
+def test_hash_file_is_blake2b_of_the_content(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 20_000  # more than one block
+    (tmp_path / "file").write_bytes(content)
+    assert hash_file(tmp_path / "file") == hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def test_a_hash_is_computed_once_and_again_when_the_file_changes(tmp_path: Path) -> None:
+    path, computed = tmp_path / "image", []
+
+    def compute(found: Path) -> str:
+        computed.append(found)
+        return hash_file(found)
+
+    path.write_bytes(b"one")
+    memo = HashMemo(tmp_path / "hashes.sqlite")
+    assert memo(path, compute) == memo(path, compute)
+    memo.close()
+    memo = HashMemo(tmp_path / "hashes.sqlite")  # as a later run sees it
+    before = memo(path, compute)
+    assert len(computed) == 1
+    path.write_bytes(b"two")
+    os.utime(path, ns=(1, 1))  # same size, another time
+    assert memo(path, compute) != before
+    path.write_bytes(b"longer")
+    os.utime(path, ns=(1, 1))  # same time, another size
+    memo(path, compute)
+    assert len(computed) == 3
+    memo.close()
+
+
+def test_a_link_and_its_target_share_a_hash(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(b"one")
+    (tmp_path / "link").symlink_to(tmp_path / "image")
+    memo, computed = HashMemo(tmp_path / "hashes.sqlite"), []
+    for name in ("image", "link"):
+        memo(tmp_path / name, lambda path: computed.append(path) or "h")  # type: ignore[func-returns-value]
+    assert computed == [(tmp_path / "image").resolve()]
+    memo.close()
+
+
+def test_damaged_remembered_hashes_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "hashes.sqlite"
+    path.write_bytes(b"no database at all" * 100)
+    with pytest.raises(UserError, match=r"hashes\.sqlite: cannot use the remembered file hashes"):
+        HashMemo(path)
+
+
+def test_the_cache_stands_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FASTTRAIN_CACHE", str(tmp_path / "mine"))
+    assert cache_root() == tmp_path / "mine"
+    monkeypatch.delenv("FASTTRAIN_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_root() == tmp_path / "xdg" / "fasttrain"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_root() == tmp_path / ".cache" / "fasttrain"
