@@ -183,20 +183,29 @@ def _itself(value: Any) -> Any:
     return value
 
 
+def whole(batches: Iterable[PackBatch], data: PreparedData) -> Generator[PackBatch]:
+    """The same batches; UserError at one that had to leave a group out because its image no longer opens."""
+    for batch in batches:
+        for number, problem in batch.broken:
+            raise UserError(f"{data.where(number)}: images: wanted an image, got {problem}")
+        yield batch
+
+
 def load_packs(maker: PackMaker, packs: Iterable[Pack], workers: int, pin: bool) -> Generator[PackBatch]:
     """Batches of `packs`, in order, prepared ahead of time by worker processes; `packs` may be lazy."""
     options: dict[str, Any] = {}
     if workers:
         options = {"prefetch_factor": 2, "multiprocessing_context": "fork", "worker_init_fn": _start_worker}
-    loader = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         maker,
         batch_size=None,
-        sampler=packs,
+        sampler=packs,  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=_itself,
         pin_memory=pin,
+        generator=torch.Generator(),  # the global one belongs to dropout: a loader must not draw from it
         **options,
-    )  # type: ignore[arg-type]
+    )
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch

@@ -140,6 +140,11 @@ def load_model(
         raise UserError(
             f"model.name: wanted every weight in {folder}, got none for {names[0]} ({len(names)} in all)"
         )
+    for module in model.modules():
+        # bitsandbytes repacks nf4 weights for another CPU kernel in evaluation mode only; reference and policy must be
+        # computed by the same one
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     return model.eval()
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fasttrain.config import DPOConfig
-from fasttrain.data.batch import PackBatch, load_packs
+from fasttrain.data.batch import PackBatch, load_packs, whole
 from fasttrain.data.packs import Order, Pack, Step, plan_step
 from fasttrain.environment import collect_facts
 from fasttrain.model.flops import pass_flops
@@ -172,7 +172,7 @@ class Trainer:
                 yield from step.packs
 
         maker = job.maker(job.train, with_reference=True)
-        return load_packs(maker, packs(), job.workers, job.device.type == "cuda")
+        return whole(load_packs(maker, packs(), job.workers, job.device.type == "cuda"), job.train)
 
     def _evaluate(self, engine: TorchEngine) -> dict[str, float]:
         job, data = self.job, self.job.eval
@@ -180,7 +180,7 @@ class Trainer:
         groups = np.array([number for number in range(len(data)) if data.pair_count(number)])
         step = plan_step(data, 0, 0.0, groups, job.tokens_per_pack, job.policy.shared)
         maker = job.maker(data, with_reference=True)
-        batches = load_packs(maker, step.packs, job.workers, job.device.type == "cuda")
+        batches = whole(load_packs(maker, step.packs, job.workers, job.device.type == "cuda"), data)
         return evaluate(engine, self.loss, data, step, batches)
 
     def _restore(self, engine: TorchEngine) -> int:

@@ -47,6 +47,8 @@ class PairLoss:
     ) -> PairResult:  # fmt: skip
         """Losses and sums of the P pairs; `mean_chosen_length` is the whole step's, whatever part of it this is."""
         config = self.config
+        # fp64: a log-ratio is a small difference of two sums in the hundreds
+        logp_N, reference_N = logp_N.double(), reference_N.double()
         chosen_P, rejected_P = pair_sums(logp_N, lengths_S, pairs_P2)
         scored = (chosen_P, rejected_P)
         ref = pair_sums(reference_N, lengths_S, pairs_P2, config.ld_alpha)
@@ -55,7 +57,7 @@ class PairLoss:
         weight = None
         if self.needs_log_p2:
             assert log_p2_N is not None
-            weight = wpo_weights(logp_N.detach(), log_p2_N, lengths_S, pairs_P2)
+            weight = wpo_weights(logp_N.detach(), log_p2_N.double(), lengths_S, pairs_P2)
         out = preference_loss(
             *scored, *ref, kind=config.kind, weights=config.weights, beta=config.beta,
             label_smoothing=config.label_smoothing, f_divergence=config.f_divergence,
@@ -65,5 +67,5 @@ class PairLoss:
         with torch.no_grad():
             better = (out.chosen_reward > out.rejected_reward).float()
             columns = [out.losses, out.chosen_reward, out.rejected_reward, better, chosen_P, rejected_P]
-            sums = torch.stack([column.detach().float().sum() for column in columns])
+            sums = torch.stack([column.detach().double().sum() for column in columns]).float()
         return PairResult(out.losses, sums)

@@ -1,0 +1,277 @@
+"""A run's promises: step 0 at the reference, final/ loads elsewhere, options do what they say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fasttrain.errors import UserError
+
+Runner = Callable[..., Any]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Runner:
+    def train(model: Path, pairs: Path, *overrides: str, output: str = "run", resume: bool = False) -> Any:
+        from fasttrain import train_dpo
+        from fasttrain.config import config_from_dict
+
+        raw = {
+            "model": {"name": str(model)},
+            "lora": {"rank": 4, "alpha": 8},
+            "data": {"train": str(pairs), "workers": 0},
+            "train": {
+                "output": str(tmp_path / output), "max_steps": 4, "pairs_per_step": 6, "learning_rate": 5e-3,
+                "tokens_per_pack": 400, "warmup_ratio": 0.0, "schedule": "constant",
+            },
+            "track": [],
+        }  # fmt: skip
+        return train_dpo(config_from_dict(raw, overrides), overwrite=not resume, resume=resume)
+
+    return train
+
+
+@pytest.fixture
+def text(text_pairs: Callable[..., Path], tmp_path: Path) -> Path:
+    return text_pairs(tmp_path / "pairs.jsonl", 18)
+
+
+@pytest.fixture
+def vision(vision_pairs: Callable[..., Path], tmp_path: Path) -> Path:
+    folder = tmp_path / "vision"
+    folder.mkdir()
+    return vision_pairs(folder, 12)
+
+
+def plain_logps(model: Any, processor: Any, pairs: Path, answer: str) -> list[float]:
+    """Sum of log-probs of every row's answer by transformers alone, one sequence at a time."""
+    from PIL import Image
+
+    tokenizer = getattr(processor, "tokenizer", processor)
+    result = []
+    for line in pairs.read_text().splitlines():
+        row = json.loads(line)
+        prompt = processor.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        full = processor.apply_chat_template([*row["prompt"], *row[answer]], tokenize=False)
+        full = full[: full.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)]
+        images = [Image.open(pairs.parent / name).convert("RGB") for name in row.get("images") or []]
+        options = {"add_special_tokens": False, "return_tensors": "pt"}
+        if images:
+            inputs = processor(images=images, text=full, **options)
+            start = processor(images=images, text=prompt, **options)["input_ids"].shape[1]
+        else:
+            inputs = tokenizer(full, **options)
+            start = tokenizer(prompt, **options)["input_ids"].shape[1]
+        inputs.pop("token_type_ids", None)
+        ids = inputs["input_ids"]
+        with torch.no_grad():
+            logp = model(**inputs).logits.log_softmax(-1)[0, start - 1 : -1]
+        result.append(float(logp.gather(1, ids[0, start:, None]).sum()))
+    return result
+
+
+@pytest.mark.parametrize(
+    "settings", [[], ["model.train_projector=true", "train.projector_learning_rate=5e-3"]]
+)
+def test_final_loads_in_peft_and_gives_the_log_probs_the_trainer_reports(
+    tiny_llava: Path, vision: Path, run: Runner, tmp_path: Path, settings: list[str]
+) -> None:
+    """The last step runs at rate 0 (linear schedule's end), so its metrics are those of the saved adapter."""
+    from peft import PeftModel
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    everything = ["train.pairs_per_step=1000", "train.learning_rate=2e-2"]
+    run(tiny_llava, vision, *settings, *everything)
+    # one more step reports the log-probs of the adapter after step 4, before step 5 changes it
+    more = run(tiny_llava, vision, *settings, *everything, "train.max_steps=5", resume=True, output="run")
+    run(tiny_llava, vision, *settings, *everything)
+    base = LlavaForConditionalGeneration.from_pretrained(tiny_llava)
+    processor = AutoProcessor.from_pretrained(tiny_llava)
+    before = plain_logps(base, processor, vision, "chosen")
+    adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "final").eval()
+    for answer in ("chosen", "rejected"):
+        values = plain_logps(adapted, processor, vision, answer)
+        assert more.metrics[4][f"logps/{answer}"] == pytest.approx(sum(values) / len(values), rel=2e-6)
+    assert (
+        abs(sum(before) / len(before) - more.metrics[4]["logps/chosen"]) > 1e-2
+    )  # the adapter does something
+
+
+def test_full_fine_tuning_writes_a_model_that_from_pretrained_loads(
+    tiny_text: Path, text: Path, run: Runner, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    settings = ["lora=null", "train.learning_rate=1e-3", "train.pairs_per_step=1000"]
+    run(tiny_text, text, *settings)
+    more = run(tiny_text, text, *settings, "train.max_steps=5", resume=True)
+    run(tiny_text, text, *settings)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
+    values = plain_logps(model, tokenizer, text, "chosen")
+    assert more.metrics[4]["logps/chosen"] == pytest.approx(sum(values) / len(values), rel=2e-6)
+    assert more.metrics[4]["rewards/margins"] > 0.01
+
+
+def test_init_from_starts_at_ln_2_with_that_adapter_as_reference(
+    tiny_text: Path, text: Path, run: Runner, tiny_models: Any, tmp_path: Path
+) -> None:
+    adapter = tiny_models.build_adapter(tiny_text, tmp_path / "adapter", rank=3, b_std=0.1)
+    base = run(tiny_text, text).metrics[0]
+    start = [f"lora={{init_from: {adapter}}}"]
+    first = run(tiny_text, text, *start).metrics[0]
+    assert first["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert abs(first["logps/chosen"] - base["logps/chosen"]) > 0.1
+    assert (
+        run(tiny_text, text, *start, "lora.dropout=0.5").metrics[0]["loss"] != first["loss"]
+    )  # dropout is the recipe's, and does not trip the check of step 0
+    with pytest.raises(UserError, match=r"lora.rank: wanted the adapter's 3 \(or no value\), got 8"):
+        run(tiny_text, text, *start, "lora.rank=8")
+
+
+def test_first_step_stops_when_the_cache_belongs_to_something_else(
+    tiny_text: Path, text: Path, run: Runner, fresh_cache: Path
+) -> None:
+    import sqlite3
+    from hashlib import blake2b
+
+    import numpy as np
+
+    run(tiny_text, text)
+    (file,) = (fresh_cache / "reference").glob("*.sqlite")
+    with sqlite3.connect(file) as database:
+        for key, value in database.execute("SELECT key, logp FROM logps").fetchall():
+            wrong = (np.frombuffer(value, "<f4") + np.float32(0.01)).tobytes()
+            checksum = blake2b(key + wrong, digest_size=8).digest()
+            database.execute("UPDATE logps SET logp = ?, checksum = ? WHERE key = ?", (wrong, checksum, key))
+    database.close()
+    with pytest.raises(UserError, match=r"pairs.jsonl line \d+: before the first update the policy differs"):
+        run(tiny_text, text)
+
+
+def test_a_second_run_computes_no_reference_and_other_models_do(
+    tiny_text: Path, text: Path, run: Runner, fresh_cache: Path, capfd: pytest.CaptureFixture[str], tiny_models: Any,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    def computed(*settings: str, model: Path = tiny_text) -> int:
+        run(model, text, *settings, "train.max_steps=1")
+        err = capfd.readouterr().err
+        return int(err.split(" computed now")[0].split()[-1])
+
+    total = computed()
+    assert total > 10
+    assert computed() == 0
+    assert computed("loss.kind=ipo", "train.seed=5", "lora.rank=2", "data.limit_pairs=7") == 0
+    assert computed("model.dtype=bfloat16") == total
+    assert computed(model=tiny_models.build_text(tmp_path / "other", seed=77)) == total
+    template = tiny_models.build_text(
+        tmp_path / "template", template=tiny_models.CHATML.replace("<|im_start|>", "<s>")
+    )
+    assert computed(model=template) == total  # same weights, another chat template
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["model.dtype=bfloat16"],
+        ["model.quantize=nf4"],
+        ["train.optimizer=adamw_8bit"],
+        ["model.dtype=bfloat16", "lora=null"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_low_precision_runs_learn_and_resume(
+    tiny_text: Path, text: Path, run: Runner, settings: list[str]
+) -> None:
+    settings = [*settings, "train.checkpoint_every=3", "train.max_steps=6", "train.pairs_per_step=1000"]
+    calm = run(tiny_text, text, *settings).metrics
+    assert calm[0]["loss"] == pytest.approx(0.6931, abs=0.05)
+    assert calm[-1]["loss"] < calm[0]["loss"] - 0.01
+    run(tiny_text, text, *settings[:-2], "train.max_steps=3", "train.pairs_per_step=1000", output="again")
+    resumed = run(tiny_text, text, *settings, output="again", resume=True).metrics
+    assert [line["loss"] for line in resumed] == [line["loss"] for line in calm]
+
+
+def test_bf16_updates_below_its_resolution_are_not_lost(tiny_text: Path, text: Path, run: Runner) -> None:
+    """A weight of 1 in bf16 does not move by 1e-4 at a time; its fp32 master does."""
+    settings = ["model.dtype=bfloat16", "lora=null", "train.learning_rate=1e-4", "train.max_steps=40"]
+    result = run(tiny_text, text, *settings, "train.pairs_per_step=1000")
+    norm = "model.norm.weight"
+    from safetensors.torch import load_file
+
+    before = load_file(next(tiny_text.glob("*.safetensors")))[norm].to(torch.bfloat16)
+    after = load_file(next((result.folder / "final").glob("*.safetensors")))[norm]
+    assert after.dtype == torch.bfloat16
+    assert (before != after).float().mean() > 0.1
+
+
+def test_sliding_windows_run_unshared_with_a_warning(
+    tiny_mistral_sliding: Path, text: Path, run: Runner, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shared = run(tiny_mistral_sliding, text).metrics
+    assert "cannot share prefixes: its sliding window of 16 tokens is shorter" in capfd.readouterr().err
+    assert shared[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    truth = run(tiny_mistral_sliding, text, "train.share_prefix=false").metrics
+    assert [line["loss"] for line in shared] == [line["loss"] for line in truth]
+
+
+def test_evaluation_of_the_training_pairs_is_the_loss_of_the_next_step(
+    tiny_text: Path, text: Path, run: Runner
+) -> None:
+    settings = [
+        f"data.eval={text}",
+        "train.pairs_per_step=1000",
+        "train.eval_every=1",
+        "train.tokens_per_pack=100",
+    ]
+    lines = run(tiny_text, text, *settings).metrics
+    for now, after in itertools.pairwise(lines):
+        for name in ("loss", "rewards/margins", "logps/rejected"):
+            assert now[f"eval_{name}"] == pytest.approx(after[name], rel=1e-5, abs=1e-6)
+
+
+def test_resume_with_another_recipe_is_refused_and_listed(tiny_text: Path, text: Path, run: Runner) -> None:
+    run(tiny_text, text)
+    with pytest.raises(
+        UserError, match=r"loss.beta was 0.1, is 0.2; train.learning_rate was 0.005, is 0.001"
+    ):
+        run(tiny_text, text, "loss.beta=0.2", "train.learning_rate=1e-3", "train.max_steps=9", resume=True)
+
+
+def test_old_checkpoints_go_and_the_newest_stay(tiny_text: Path, text: Path, run: Runner) -> None:
+    result = run(tiny_text, text, "train.checkpoint_every=1", "train.keep_checkpoints=2", "train.max_steps=5")
+    assert sorted(p.name for p in (result.folder / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
+
+
+def test_a_damaged_checkpoint_is_named(tiny_text: Path, text: Path, run: Runner) -> None:
+    result = run(tiny_text, text)
+    weights = result.folder / "checkpoints" / "step-000004" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"step-000004: the checkpoint is damaged"):
+        run(tiny_text, text, "train.max_steps=6", resume=True)
+
+
+def test_missing_weights_are_an_error_not_random_numbers(
+    tiny_text: Path, text: Path, run: Runner, tmp_path: Path
+) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_text, broken)
+    file = next(broken.glob("*.safetensors"))
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"wanted every weight in .*, got none for model.layers.1.mlp.up_proj.weight"
+    ):
+        run(broken, text)
