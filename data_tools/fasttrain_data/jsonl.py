@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from fasttrain_data.errors import BadRow, UserError
@@ -118,6 +119,14 @@ class LineFile:
 
     def close(self) -> None:
         self._file.close()
+
+    def __enter__(self) -> LineFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def dump_row(row: Row) -> str:

@@ -90,3 +90,7 @@ class SeenKeys(Spill):
         """True if the key is new."""
         cursor = self.database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (bytes.fromhex(key),))
         return cursor.rowcount == 1
+
+    def __contains__(self, key: str) -> bool:
+        found = self.database.execute("SELECT 1 FROM seen WHERE key = ?", (bytes.fromhex(key),)).fetchone()
+        return found is not None

@@ -1,0 +1,134 @@
+"""A judge's reply -> a status and, when that is ok, five integers per answer. Nothing is guessed."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from fasttrain_data.annotations.request import REASON
+from fasttrain_data.records import ATTRIBUTES, Status
+
+_REASON_KEYS = (REASON, "reason", "reasoning", "rationale", "comment")
+_LABEL_KEYS = ("answer", "answer_number", "number", "index", "label", "id")
+_FENCE = re.compile(r"^\s*```[a-zA-Z]*\s*\n(.*?)\n?\s*```\s*$", re.DOTALL)
+_BLOCKED = frozenset({"SAFETY", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "LANGUAGE", "IMAGE_SAFETY"})
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an SDK brought back from a call that the server answered.
+
+    text: None when there is no candidate or it has no text. finish_reason, block_reason: Gemini's names.
+    raw: the whole reply as JSON, kept in the journal.
+    """
+
+    text: str | None
+    finish_reason: str | None
+    block_reason: str | None
+    model_version: str | None
+    usage: dict[str, int]
+    raw: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """status ok: one row of five scores and one reason per answer, in the order shown. Else detail says why."""
+
+    status: Status
+    detail: str | None = None
+    scores: tuple[tuple[int, ...], ...] = ()
+    reasons: tuple[str, ...] = ()
+
+
+class _Problem(Exception):
+    def __init__(self, status: Status, detail: str) -> None:
+        self.status, self.detail = status, detail
+
+
+def judge_reply(reply: Reply, answers: int) -> Verdict:
+    """Status and scores of a reply to a request with so many answers."""
+    if reply.block_reason and reply.text is None:
+        return Verdict("blocked_prompt", reply.block_reason)
+    finish = reply.finish_reason or ""
+    if finish == "RECITATION":
+        return Verdict("recitation", "the judge's answer was withheld as recitation")
+    if finish in _BLOCKED:
+        return Verdict("blocked_answer", finish)
+    if finish == "MAX_TOKENS":
+        return Verdict("truncated", "the reply reached --max-output-tokens")
+    if not (reply.text or "").strip():
+        return Verdict("empty", f"no text (finish reason {finish or 'none'})")
+    try:
+        entries = _entries(_parse(reply.text or ""), answers)
+        return Verdict(
+            "ok",
+            None,
+            tuple(_scores(entry, number) for number, entry in enumerate(entries, start=1)),
+            tuple(_reason(entry) for entry in entries),
+        )
+    except _Problem as problem:
+        return Verdict(problem.status, problem.detail)
+
+
+def _parse(text: str) -> Any:
+    fenced = _FENCE.match(text)
+    try:
+        return json.loads(fenced[1] if fenced else text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise _Problem("malformed", f"not JSON: {error}") from None
+
+
+def _entries(value: Any, answers: int) -> list[dict[str, Any]]:
+    """One object per answer, in the order shown; by their numbers where they have them, else by place."""
+    if isinstance(value, dict):
+        lists = [item for item in value.values() if isinstance(item, list)]
+        if not lists and answers == 1 and ATTRIBUTES[0] in value:
+            lists = [[value]]
+        if len(lists) != 1:
+            raise _Problem("malformed", f"wanted one list of answers, got keys {sorted(value)}")
+        value = lists[0]
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise _Problem("malformed", "wanted a list of objects")
+    if len(value) != answers:
+        raise _Problem("missing_scores", f"wanted {answers} answers graded, got {len(value)}")
+    numbers = [_number(entry) for entry in value]
+    if all(number is None for number in numbers):
+        return value
+    by_number = dict(zip(numbers, value, strict=True))
+    for first in (1, 0):  # some judges count from 0
+        if set(by_number) == set(range(first, first + answers)):
+            return [by_number[number] for number in range(first, first + answers)]
+    raise _Problem("missing_scores", f"wanted answers 1 to {answers}, got numbers {numbers}")
+
+
+def _number(entry: dict[str, Any]) -> int | None:
+    key = next((key for key in _LABEL_KEYS if key in entry), None)
+    value = entry[key] if key else None
+    if isinstance(value, str):
+        match = re.fullmatch(r"(?:answer\s*)?#?(\d+)", value.strip(), re.IGNORECASE)
+        return int(match[1]) if match else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _scores(entry: dict[str, Any], number: int) -> tuple[int, ...]:
+    """JSON's 3 and 3.0 are one number; "3" and true are none."""
+    named = {str(key).strip().lower(): value for key, value in entry.items()}
+    scores = []
+    for attribute in ATTRIBUTES:
+        value = named.get(attribute)
+        what = f"answer {number}: {attribute}"
+        if value is None:
+            raise _Problem("missing_scores", f"{what} is missing")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _Problem("malformed", f"{what}: wanted a number, got {value!r}")
+        if value not in (0, 1, 2, 3, 4):
+            raise _Problem("out_of_range", f"{what}: wanted a whole number from 0 to 4, got {value!r}")
+        scores.append(int(value))
+    return tuple(scores)
+
+
+def _reason(entry: dict[str, Any]) -> str:
+    value = next((entry[key] for key in _REASON_KEYS if isinstance(entry.get(key), str)), "")
+    return value.strip()

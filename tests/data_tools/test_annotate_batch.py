@@ -1,0 +1,206 @@
+"""The batch API: half price, resumed at every step, nothing sent twice."""
+
+from collections import Counter
+
+import pytest
+
+from fasttrain_data.annotations import batch
+from fasttrain_data.annotations.batch_api import BatchApi, read_result
+from fasttrain_data.annotations.judge import Endpoint
+from fasttrain_data.annotations.run import annotate
+from fasttrain_data.annotations.sdk_genai import GenaiJudge
+from fasttrain_data.annotations.settings import AnnotateSettings
+from fasttrain_data.calls.dispatch import CallLimits
+from fasttrain_data.calls.failures import CallFailed
+from fasttrain_data.errors import UserError
+from fasttrain_data.gemini_double import FaultMix, GeminiDouble
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing after it runs."""
+
+
+@pytest.fixture
+def path(tmp_path, write_rows, draw):
+    draw(tmp_path / "a.png")
+    rows = [
+        {
+            "id": f"{n}{k}",
+            "question_id": f"q{n}",
+            "image": "a.png",
+            "question": f"What is {n}?",
+            "text": f"{k}",
+        }
+        for n in range(20)
+        for k in range(3)
+    ]
+    return write_rows(tmp_path / "c.jsonl", rows)
+
+
+def run(double, path, **changes):
+    limits = CallLimits(backoff_s=0.01, attempts=3)
+    settings = AnnotateSettings(
+        model="gemini-3.8-flash", **{"batch": True, "poll_s": 0.0, "limits": limits, **changes}
+    )
+    judge = GenaiJudge(Endpoint(api_key=double.api_key, base_url=double.url, timeout_s=20))
+    return annotate(path, path.with_name("a.jsonl"), settings, judge, quiet=True)
+
+
+def test_a_batch_gives_the_same_scores_at_half_the_price(path, read_rows):
+    with GeminiDouble(batch_polls=3) as double:
+        result = run(double, path)
+        batched = read_rows(path.with_name("a.jsonl"))
+        assert (result.statuses, double.batches.created) == (Counter(ok=20), 1)
+        assert set(double.billed().values()) == {1}
+        for leftover in path.parent.glob("*"):
+            assert leftover.name in {"a.png", "c.jsonl", "a.jsonl", "a.journal.jsonl"}
+        path.with_name("a.journal.jsonl").unlink()
+        run(double, path, batch=False)
+        single = read_rows(path.with_name("a.jsonl"))
+    for one, other in zip(batched, single, strict=True):
+        assert one["completions"] == other["completions"]
+        assert one["cost_usd"] == pytest.approx(other["cost_usd"] / 2, abs=1e-8)
+
+
+def test_rows_of_a_batch_fail_one_by_one_and_only_the_transient_ones_go_again(path, read_rows):
+    shares = {"server_error": 0.2, "blocked_answer": 0.2, "cut_json": 0.1, "rate_limit": 0.1}
+    with GeminiDouble(faults=FaultMix(shares, seed=2)) as double:
+        first = run(double, path).statuses
+        assert {"ok", "server_error", "blocked_answer"} <= set(first)
+        assert double.batches.created == 1
+        second = run(double, path).statuses
+        assert second == Counter(ok=20 - first["blocked_answer"] - first["malformed"]) + Counter(
+            blocked_answer=first["blocked_answer"], malformed=first["malformed"]
+        )
+        assert double.batches.created == 2
+        assert set(double.billed().values()) == {1}
+        run(double, path)
+        assert double.batches.created == 2
+
+
+@pytest.mark.parametrize(
+    "moment", ["before_upload", "after_upload", "after_create", "while_waiting", "while_collecting"]
+)
+def test_a_kill_at_any_step_sends_nothing_twice(path, monkeypatch, moment, read_rows):
+    def die(*args, **kwargs):
+        raise Killed
+
+    with GeminiDouble(batch_polls=2) as double, monkeypatch.context() as patch:
+        submit = BatchApi.submit
+        if moment == "before_upload":
+            patch.setattr(BatchApi, "submit", die)
+        elif moment == "after_upload":
+
+            def upload_then_die(self, model, requests, name):
+                self._client.files.upload(file=str(requests), config={"mime_type": "application/jsonl"})
+                raise Killed
+
+            patch.setattr(BatchApi, "submit", upload_then_die)
+        elif moment == "after_create":
+
+            def create_then_die(self, model, requests, name):
+                submit(self, model, requests, name)
+                raise Killed
+
+            patch.setattr(BatchApi, "submit", create_then_die)
+        elif moment == "while_waiting":
+            patch.setattr(BatchApi, "get", die)
+        else:
+            written = []
+            write_reply = batch.Ledger.write_reply
+
+            def write_some_then_die(self, call, reply, latency_s=None):
+                if len(written) == 7:
+                    raise Killed
+                written.append(call)
+                return write_reply(self, call, reply, latency_s)
+
+            patch.setattr(batch.Ledger, "write_reply", write_some_then_die)
+        with pytest.raises(Killed):
+            run(double, path)
+        assert not path.with_name("a.jsonl").exists()
+        patch.undo()
+        if moment in ("after_create", "while_waiting", "while_collecting"):
+            with pytest.raises(UserError, match="go on with --batch"):
+                run(double, path, batch=False)
+        assert run(double, path).statuses == Counter(ok=20)
+        assert double.batches.created == 1
+        assert set(double.billed().values()) == {1}
+    assert len(read_rows(path.with_name("a.jsonl"))) == 20
+
+
+def test_a_failed_batch_is_reported_and_sent_again_by_the_next_run_only(path, monkeypatch):
+    with GeminiDouble() as double, monkeypatch.context() as patch:
+        patch.setattr(double.batches, "_work", lambda job: job.update(state="BATCH_STATE_FAILED"))
+        assert run(double, path).statuses == Counter(server_error=20)
+        assert double.batches.created == 1
+        patch.undo()
+        assert run(double, path).statuses == Counter(ok=20)
+        assert double.batches.created == 2
+
+
+def test_large_work_is_split_into_batches(path, monkeypatch):
+    monkeypatch.setattr(batch, "MAX_BATCH_CALLS", 7)
+    with GeminiDouble() as double:
+        assert run(double, path).statuses == Counter(ok=20)
+        assert double.batches.created == 3
+
+
+def test_the_cap_counts_what_waits_in_batches(path, tmp_path):
+    table = tmp_path / "prices.yaml"
+    table.write_text("prices:\n- {model: gemini, from: 2020-01-01, input: 0, output: 1000}\n")
+    with GeminiDouble() as double:
+        # 0.2 USD at most for a call: five fit under the cap at first, and their true price leaves room for more
+        changes = {"prices": table, "max_output_tokens": 400, "max_cost_usd": 1.1}
+        result = run(double, path, **changes)
+        assert 0.9 < result.spent_usd <= 1.1
+        assert set(result.statuses) == {"ok", "quota"}
+        assert double.batches.created >= 2
+        assert result.stopped == "--max-cost 1.1 USD is reached"
+
+
+def test_a_flaky_batch_api_is_asked_again(path, monkeypatch):
+    failures = {"get": 2, "post": 1}
+    with GeminiDouble() as double:
+        store = double.batches
+        get, post = store.get, store.post
+        error = {"error": {"code": 503, "message": "overloaded", "status": "UNAVAILABLE"}}
+
+        def flaky_get(*args):
+            failures["get"] -= 1
+            return (503, error) if failures["get"] >= 0 else get(*args)
+
+        def flaky_post(url, raw, headers):
+            reply = post(url, raw, headers)
+            if "batchGenerateContent" in url and failures["post"]:
+                failures["post"] -= 1
+                return 503, error, {}  # the batch was made, but the reply was lost
+            return reply
+
+        monkeypatch.setattr(store, "get", flaky_get)
+        monkeypatch.setattr(store, "post", flaky_post)
+        assert run(double, path).statuses == Counter(ok=20)
+        assert store.created == 1
+
+
+def test_errors_of_rows_speak_rpc_codes():
+    def status(code):
+        result = read_result({"key": "a", "error": {"code": code, "message": "m"}})
+        assert isinstance(result, CallFailed)
+        assert not (result.fatal or result.stop)
+        return result.status
+
+    assert [status(code) for code in (3, 4, 8, 13, 14, 7)] == [
+        "refused_request",
+        "timeout",
+        "rate_limited",
+        "server_error",
+        "server_error",
+        "refused_request",
+    ]
+    assert isinstance(read_result({"key": "a", "response": {"candidates": "x"}}), CallFailed)
+
+
+def test_the_legacy_sdk_has_no_batch_api():
+    with pytest.raises(UserError, match="--batch"):
+        AnnotateSettings(model="m", sdk="google-generativeai", batch=True)
