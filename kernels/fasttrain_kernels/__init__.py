@@ -4,7 +4,7 @@ from .backends import backend_for
 from .linear_logprob import LinearLogprob, linear_logprob, linear_logprob_ref
 from .preference_kinds import COUPLE_PAIRS, F_DIVERGENCES, KINDS, REFERENCE_FREE
 from .preference_loss import PreferenceLoss, preference_loss, preference_loss_ref
-from .sequence_logprob import pair_sums, sequence_sums, wpo_weights
+from .sequence_logprob import pair_sums, preference_logps, sequence_sums, wpo_weights
 from .shared_prefix import SharedPrefixLayout
 from .shared_prefix_attention import (
     attention_backend_for,
@@ -25,6 +25,7 @@ __all__ = [
     "linear_logprob",
     "linear_logprob_ref",
     "pair_sums",
+    "preference_logps",
     "preference_loss",
     "preference_loss_ref",
     "sequence_sums",

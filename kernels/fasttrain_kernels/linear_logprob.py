@@ -20,75 +20,74 @@ from torch.autograd.function import once_differentiable
 
 from .backends import resolve_backend
 from .head_options import LogitTransform
-from .linear_logprob_torch import Scores, head_gradients, score_rows
+from .head_scores import HeadCall, SavedSoftmax, Scores, head_gradients, score_rows
 
 IGNORED = -100
 
 
 class LinearLogprob(NamedTuple):
-    """Per row: logprob (N,), and by request entropy (N,) in nats and log_p2 (N,) = log sum_v p_v^2; fp32."""
+    """Per row (N,), fp32: logprob, and by request entropy in nats, log_p2 = log sum_v p_v^2, and bool top1."""
 
     logprob: Tensor
     entropy: Tensor | None = None
     log_p2: Tensor | None = None
+    top1: Tensor | None = None
 
 
 def linear_logprob_ref(
     hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, bias: Tensor | None = None, temperature: float = 1.0,
-    logit_scale: float = 1.0, softcap: float | None = None, entropy: bool = False, log_p2: bool = False,
+    logit_scale: float = 1.0, softcap: float | None = None,
 ) -> LinearLogprob:  # fmt: skip
     """The definition: whole logits in the dtype of the inputs, log_softmax, gather; ignored rows are exactly 0."""
     tr = LogitTransform(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     ignored = target_N == IGNORED
     hidden_ND = torch.where(ignored[:, None], 0, hidden_ND)
     logp_NV = tr.reference(hidden_ND @ weight_VD.t(), bias).log_softmax(-1)
-    logp = logp_NV.gather(1, target_N.clamp(min=0)[:, None])[:, 0].masked_fill(ignored, 0)
-    h = -(logp_NV.exp() * logp_NV).sum(-1).masked_fill(ignored, 0) if entropy else None
-    p2 = (2 * logp_NV).logsumexp(-1).masked_fill(ignored, 0) if log_p2 else None
-    return LinearLogprob(logp, h, p2)
+    logp = logp_NV.gather(1, target_N.clamp(min=0)[:, None])[:, 0]
+    entropy, log_p2 = -(logp_NV.exp() * logp_NV).sum(-1), (2 * logp_NV).logsumexp(-1)
+    top1 = (logp_NV.argmax(-1) == target_N) & ~ignored
+    logp, entropy, log_p2 = (x.masked_fill(ignored, 0) for x in (logp, entropy, log_p2))
+    return LinearLogprob(logp, entropy, log_p2, top1)
 
 
-class _Call(NamedTuple):
-    """What does not change between forward and backward and is no tensor."""
-
-    transform: LogitTransform
-    dtype: torch.dtype
-    entropy: bool
-    log_p2: bool
-
-
-def _without_autocast(device: torch.device) -> torch.autocast:
+def _no_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def _optional(scores: Scores, call: _Call) -> tuple[Tensor, ...]:
-    empty = scores.logprob.new_empty(0)
-    return (
-        scores.entropy if scores.entropy is not None else empty,
-        scores.log_p2 if scores.log_p2 is not None else empty,
-    )
+def _outputs(ctx: Any, scores: Scores) -> tuple[Tensor | None, ...]:
+    fixed = [x for x in (scores.log_p2, scores.top1) if x is not None]
+    if scores.entropy is not None and not ctx.call.entropy_grad:
+        fixed.append(scores.entropy)
+    ctx.mark_non_differentiable(*fixed)
+    ctx.set_materialize_grads(False)
+    return scores.logprob, scores.entropy, scores.log_p2, scores.top1
 
 
 class _FrozenHead(torch.autograd.Function):
     """Forward: log-probs and unit gradients. Backward: one row scaling."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, call: _Call,
-                ) -> tuple[Tensor, ...]:  # fmt: skip
-        with _without_autocast(hidden.device):
-            scores = score_rows(hidden, weight, target, bias, call.transform, call.dtype, unit=True,
-                                entropy=call.entropy, log_p2=call.log_p2)  # fmt: skip
-        ctx.save_for_backward(scores.unit)
-        optional = _optional(scores, call)
-        ctx.mark_non_differentiable(*optional)
-        return scores.logprob, *optional
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, call: HeadCall,
+                ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        ctx.call = call
+        with _no_autocast(hidden.device):
+            scores = score_rows(hidden, weight, target, bias, call, unit=True)
+        ctx.save_for_backward(scores.unit, scores.entropy_unit)
+        return _outputs(ctx, scores)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        (unit,) = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        unit, entropy_unit = ctx.saved_tensors
         out = torch.empty_like(unit)
-        torch.mul(unit, grad[:, None], out=out)
+        if grad is None:
+            out.zero_()
+        else:
+            torch.mul(unit, grad[:, None], out=out)
+        if entropy_unit is not None and grad_entropy is not None:
+            out.add_(entropy_unit * grad_entropy[:, None])
         return out, None, None, None, None
 
 
@@ -96,34 +95,32 @@ class _TrainedHead(torch.autograd.Function):
     """Forward: log-probs only. Backward: logits again, and every gradient that is needed."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, call: _Call,
-                ) -> tuple[Tensor, ...]:  # fmt: skip
-        with _without_autocast(hidden.device):
-            scores = score_rows(hidden, weight, target, bias, call.transform, call.dtype, unit=False,
-                                entropy=call.entropy, log_p2=call.log_p2)  # fmt: skip
-        ctx.save_for_backward(hidden, weight, target, bias, scores.maximum, scores.total)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, call: HeadCall,
+                ) -> tuple[Tensor | None, ...]:  # fmt: skip
         ctx.call = call
-        optional = _optional(scores, call)
-        ctx.mark_non_differentiable(*optional)
-        return scores.logprob, *optional
+        with _no_autocast(hidden.device):
+            scores = score_rows(hidden, weight, target, bias, call, unit=False)
+        ctx.save_for_backward(hidden, weight, target, bias, scores.maximum, scores.total, scores.entropy)
+        return _outputs(ctx, scores)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
         hidden, weight, target, bias, *softmax = ctx.saved_tensors
-        call: _Call = ctx.call
         wants = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-        with _without_autocast(hidden.device):
-            dh, dw, db = head_gradients(
-                grad, hidden, weight, target, tuple(softmax), bias, call.transform, call.dtype, wants=wants
-            )
+        with _no_autocast(hidden.device):
+            dh, dw, db = head_gradients(grad, grad_entropy, hidden, weight, target, SavedSoftmax(*softmax), bias,
+                                        ctx.call, wants)  # fmt: skip
         return dh, dw, None, db, None
 
 
+@torch.compiler.disable(reason="linear_logprob cuts its own tiles; N differs from batch to batch")
 def linear_logprob(
     hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, bias: Tensor | None = None, temperature: float = 1.0,
     logit_scale: float = 1.0, softcap: float | None = None, entropy: bool = False, backend: str | None = None, *,
-    log_p2: bool = False,
+    entropy_grad: bool = False, log_p2: bool = False, top1: bool = False, validate: bool = True,
 ) -> LinearLogprob:  # fmt: skip
     """Log-prob of each row's target token, differentiable in hidden_ND, weight_VD and bias.
 
@@ -132,9 +129,12 @@ def linear_logprob(
         weight_VD: (V, D), the head; same dtype, unless autocast is on.
         target_N: (N,) int64 in [0, V), or -100: log-prob and gradient of that row are exactly 0, whatever it holds.
         bias: (V,) added to the products; then `logit_scale`, tanh `softcap`, division by `temperature`, in this order.
-        entropy: also return each row's entropy in nats (no gradient).
+        entropy: also return each row's entropy in nats; `entropy_grad` makes it differentiable (one product more).
         log_p2: also return each row's log sum_v p_v^2 (no gradient), which WPO weights are made of.
+        top1: also return whether the target has the (first) largest logit.
         backend: "torch", "triton" or None for `backend_for(hidden_ND)`.
+        validate: False trusts target_N to be in [0, V) everywhere. On CUDA that saves waiting for the device, which
+            checking ids and leaving out ignored rows need.
 
     Returns LinearLogprob: fp32 (fp64 for fp64 inputs) whatever the inputs are; logits are never rounded to 16 bits.
     Which head it is, trained or frozen, is read from `requires_grad`; under no_grad only the first product runs.
@@ -142,41 +142,42 @@ def linear_logprob(
     """
     tr = LogitTransform(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     _check(hidden_ND, weight_VD, target_N, bias)
-    resolve_backend(backend, hidden_ND, "linear_logprob")
-    call = _Call(tr, _product_dtype(hidden_ND, weight_VD), entropy, log_p2)
-    ignored = target_N == IGNORED
-    if target_N.numel() and bool(ignored.any()):
-        return _on_kept_rows(hidden_ND, weight_VD, target_N, bias, call, (~ignored).nonzero()[:, 0])
+    name = resolve_backend(backend, hidden_ND, "linear_logprob")
+    if name == "triton" and hidden_ND.dtype == torch.float64:
+        raise ValueError(
+            "linear_logprob: hidden_ND: wanted fp32, bf16 or fp16 for backend 'triton', got fp64"
+        )
+    call = HeadCall(
+        tr, _product_dtype(hidden_ND, weight_VD), name, entropy or entropy_grad, log_p2, top1, entropy_grad
+    )
+    if validate and _has_ignored(target_N, weight_VD.shape[0]):
+        keep = (target_N != IGNORED).nonzero()[:, 0]
+        return _on_kept_rows(hidden_ND, weight_VD, target_N, bias, call, keep)
     return _all_rows(hidden_ND, weight_VD, target_N, bias, call)
 
 
 def _all_rows(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, call: _Call
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, call: HeadCall
 ) -> LinearLogprob:
     grad = torch.is_grad_enabled()
     if grad and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        logp, entropy, p2 = _TrainedHead.apply(hidden, weight, target, bias, call)
-    elif grad and hidden.requires_grad:
-        logp, entropy, p2 = _FrozenHead.apply(hidden, weight, target, bias, call)
-    else:
-        with _without_autocast(hidden.device):
-            scores = score_rows(hidden, weight, target, bias, call.transform, call.dtype, unit=False,
-                                entropy=call.entropy, log_p2=call.log_p2)  # fmt: skip
-        return LinearLogprob(scores.logprob, scores.entropy, scores.log_p2)
-    return LinearLogprob(logp, entropy if call.entropy else None, p2 if call.log_p2 else None)
+        return LinearLogprob(*_TrainedHead.apply(hidden, weight, target, bias, call))
+    if grad and hidden.requires_grad:
+        return LinearLogprob(*_FrozenHead.apply(hidden, weight, target, bias, call))
+    with _no_autocast(hidden.device):
+        scores = score_rows(hidden, weight, target, bias, call, unit=False)
+    return LinearLogprob(scores.logprob, scores.entropy, scores.log_p2, scores.top1)
 
 
-def _on_kept_rows(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, call: _Call, keep: Tensor,
+def _on_kept_rows(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, call: HeadCall, keep: Tensor,
                   ) -> LinearLogprob:  # fmt: skip
     # Ignored rows take no part in any product; index_select's gradient leaves exact zeros in them.
     part = _all_rows(hidden.index_select(0, keep), weight, target[keep], bias, call)
 
-    def spread(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.new_zeros(target.shape).index_copy(0, keep, x)
+    def spread(x: Tensor) -> Tensor:
+        return x.new_zeros(target.shape).index_copy(0, keep, x)
 
-    logp = spread(part.logprob)
-    assert logp is not None
-    return LinearLogprob(logp, spread(part.entropy), spread(part.log_p2))
+    return LinearLogprob(spread(part.logprob), *(None if x is None else spread(x) for x in part[1:]))
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -184,33 +185,40 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     if hidden.dtype != weight.dtype:
-        raise ValueError(
-            f"linear_logprob: weight_VD: wanted dtype {hidden.dtype} as hidden_ND, got {weight.dtype}"
-        )
+        _refuse("weight_VD", f"dtype {hidden.dtype} as hidden_ND", weight.dtype)
     return hidden.dtype
 
 
-def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
-    def refuse(name: str, wanted: object, got: object) -> None:
-        raise ValueError(f"linear_logprob: {name}: wanted {wanted}, got {got}")
+def _has_ignored(target: Tensor, vocabulary: int) -> bool:
+    """Whether a row is ignored; ValueError where an id is out of range. One transfer from the device."""
+    if not target.numel():
+        return False
+    ignored = target == IGNORED
+    low, high = torch.aminmax(torch.where(ignored, 0, target))
+    lowest, highest, any_ignored = torch.stack([low, high, ignored.any().to(low.dtype)]).tolist()
+    if lowest < 0 or highest >= vocabulary:
+        _refuse("target_N", f"ids in [0, {vocabulary}) or {IGNORED}", lowest if lowest < 0 else highest)
+    return bool(any_ignored)
 
+
+def _refuse(name: str, wanted: object, got: object) -> None:
+    raise ValueError(f"linear_logprob: {name}: wanted {wanted}, got {got}")
+
+
+def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
     if hidden.dim() != 2:
-        refuse("hidden_ND", "shape (N, D)", tuple(hidden.shape))
+        _refuse("hidden_ND", "shape (N, D)", tuple(hidden.shape))
     if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        refuse("hidden_ND", "a floating dtype", hidden.dtype)
+        _refuse("hidden_ND", "a floating dtype", hidden.dtype)
     n, d = hidden.shape
     if weight.dim() != 2 or weight.shape[1] != d or weight.shape[0] == 0:
-        refuse("weight_VD", f"shape (V, {d})", tuple(weight.shape))
+        _refuse("weight_VD", f"shape (V, {d})", tuple(weight.shape))
     if target.shape != (n,):
-        refuse("target_N", f"shape ({n},)", tuple(target.shape))
+        _refuse("target_N", f"shape ({n},)", tuple(target.shape))
     if target.dtype != torch.int64:
-        refuse("target_N", torch.int64, target.dtype)
+        _refuse("target_N", torch.int64, target.dtype)
     if bias is not None and bias.shape != (weight.shape[0],):
-        refuse("bias", f"shape ({weight.shape[0]},)", tuple(bias.shape))
+        _refuse("bias", f"shape ({weight.shape[0]},)", tuple(bias.shape))
     for name, other in (("weight_VD", weight), ("target_N", target), ("bias", bias)):
         if other is not None and other.device != hidden.device:
-            refuse(name, f"device {hidden.device}", other.device)
-    if n:
-        low, high = (int(x) for x in torch.aminmax(torch.where(target == IGNORED, 0, target)))
-        if low < 0 or high >= weight.shape[0]:
-            refuse("target_N", f"ids in [0, {weight.shape[0]}) or {IGNORED}", low if low < 0 else high)
+            _refuse(name, f"device {hidden.device}", other.device)

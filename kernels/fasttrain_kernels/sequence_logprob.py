@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .linear_logprob import linear_logprob
 
 
 def sequence_sums(value_N: Tensor, lengths_S: Tensor) -> Tensor:
@@ -66,3 +70,13 @@ def _stretches(value_N: Tensor, start: Tensor, length: Tensor) -> Tensor:
     rows = flat_start.repeat_interleave(flat_length) + offset
     picked = value_N.double().index_select(0, rows)
     return torch.segment_reduce(picked, "sum", lengths=flat_length, axis=0).view(start.shape)
+
+
+def preference_logps(
+    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, lengths_S: Tensor, **options: Any
+) -> Tensor:
+    """fp32 (S,) log-probs of whole sequences: `linear_logprob` summed over consecutive stretches of `lengths_S` rows.
+
+    Ignored rows (-100) count as rows of their sequence and add 0. `options` are `linear_logprob`'s.
+    """
+    return sequence_sums(linear_logprob(hidden_ND, weight_VD, target_N, **options).logprob, lengths_S)
