@@ -51,9 +51,9 @@ def estimate(model: Any, shape: ModelShape, device: torch.device, eight_bit: boo
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     master = 0 if size == 4 else 4
     state = trained * (4 + master + (2 if eight_bit else 8))
-    hidden, inner = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
-    key_share = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    keys = 2 * hidden * key_share // config.num_attention_heads
+    hidden, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    heads = getattr(config, "num_attention_heads", 1)
+    keys = 2 * hidden * (getattr(config, "num_key_value_heads", None) or heads) // heads
     layer = (8 * hidden + 2 * keys + 4 * inner) * size
     rank_share = 0 if not shape.adapter_weights else layer // 8
     per_token = config.num_hidden_layers * (layer + rank_share)

@@ -15,6 +15,10 @@ SHARED = "fasttrain_shared_prefix"
 _UNKNOWN_TO_US = ("softcap", "s_aux", "sinks", "position_bias", "alibi")
 
 
+class CannotShare(RuntimeError):
+    """A layer asks for attention that shared-prefix attention does not compute."""
+
+
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, shared_prefix_layout: SharedPrefixLayout | None = None,
@@ -27,8 +31,8 @@ def _attention(
         )
     unknown = [name for name in _UNKNOWN_TO_US if kwargs.get(name) is not None]
     if unknown or attention_mask is not None or (dropout and module.training):
-        raise RuntimeError(
-            f"{type(module).__name__} asks for attention that cannot share prefixes: {unknown}"
+        raise CannotShare(
+            f"{type(module).__name__} asks for attention with {', '.join(unknown) or 'a mask or dropout'}"
         )
     out = shared_prefix_attention(query, key, value, shared_prefix_layout, scale=scaling)
     return out.transpose(1, 2), None
@@ -62,5 +66,7 @@ def silence_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in vars(module).items():
+            # rates that modules hand to functional dropout: attention_dropout, OPT's dropout, layerdrop, ...
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)

@@ -28,13 +28,16 @@ class ModelShape:
 def measure_shape(model: Any) -> ModelShape:
     """Read the sizes off the modules."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_attention_heads", 0)
+    head_size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     frozen = trained = adapter = 0
     for name, module in language_model(model).named_modules():
-        if not isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear):
+            size = module.in_features * module.out_features  # a quantised weight has fewer elements
+        elif type(module).__name__ == "Conv1D":
+            size = module.weight.numel()
+        else:
             continue
-        size = module.in_features * module.out_features
         if "lora_" in name:
             adapter += size
         elif module.weight.requires_grad:

@@ -108,24 +108,21 @@ def load_processor(folder: Path, config: ModelConfig, has_images: bool) -> Any:
     return processor
 
 
-def load_model(
-    folder: Path, config: ModelConfig, model_config: Any, attention: str, device: torch.device
-) -> Any:
+def load_model(folder: Path, config: ModelConfig, model_config: Any, device: torch.device) -> Any:
     """The model on its device, in evaluation mode, every weight found in its files; UserError if one is missing."""
     from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
     has_images = model_config.model_type == "llava"
     loader: Any = LlavaForConditionalGeneration if has_images else AutoModelForCausalLM
     dtype = pick_dtype(config.dtype, device)
+    attention = "sdpa" if _takes_sdpa(loader, model_config) else "eager"
     try:
         with _quiet():
             model, info = loader.from_pretrained(
                 folder,
                 config=model_config,
                 dtype=dtype,
-                attn_implementation={"text_config": attention, "vision_config": "sdpa"}
-                if has_images
-                else attention,
+                attn_implementation=attention,
                 quantization_config=_quantization(config, dtype, device),
                 device_map={"": device} if device.type == "cuda" or config.quantize else None,
                 use_safetensors=True,
@@ -147,6 +144,15 @@ def load_model(
             module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     return model.eval()
+
+
+def _takes_sdpa(loader: Any, model_config: Any) -> bool:
+    """Whether the class that will be loaded has scaled_dot_product_attention; some have only eager attention."""
+    mapping = getattr(loader, "_model_mapping", None)
+    if mapping is None:
+        return bool(loader._supports_sdpa)
+    found = mapping.get(type(model_config), None)
+    return bool(getattr(found, "_supports_sdpa", True))
 
 
 def _quantization(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Any:

@@ -32,7 +32,8 @@ def auto_targets(model: Any) -> str:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)  # bitsandbytes' quantised linears are subclasses
+    # bitsandbytes' quantised linears are subclasses; GPT-2's Conv1D is a linear by another name
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def attach_lora(model: Any, lora: LoraConfig, train_projector: bool) -> Any:

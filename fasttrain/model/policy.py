@@ -27,10 +27,11 @@ class Counts:
 class Policy(nn.Module):
     """Wraps a causal LM or LLaVA. Forward takes a PackBatch on the model's device and returns the head's output for its N rows."""
 
-    def __init__(self, model: Any, shared: bool) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.shared = shared
+        self.shared = False
+        self._ordinary = model.config.get_text_config()._attn_implementation
         self.head: LogprobHead
         object.__setattr__(self, "head", install_head(model))  # registered once, inside the model
         self.counts = Counts()
@@ -41,20 +42,17 @@ class Policy(nn.Module):
 
     def check(self) -> None:
         """Refuse a model whose head does something our head does not."""
-        shared, self.shared = self.shared, False
-        self._set_attention()
+        shared = self.shared
+        self.set_shared(False)
         check_head(self.model, self.head, self.device)
-        self.shared = shared
-        self._set_attention()
+        self.set_shared(shared)
 
     def set_shared(self, shared: bool) -> None:
         """Run prompts once for all their completions, or every completion as an ordinary sequence."""
-        if shared != self.shared:
-            self.shared = shared
-            self._set_attention()
-
-    def _set_attention(self) -> None:
-        name = SHARED if self.shared else "sdpa"
+        if shared == self.shared:
+            return
+        self.shared = shared
+        name = SHARED if shared else self._ordinary
         self.model.set_attn_implementation(
             {"text_config": name} if hasattr(self.model.config, "text_config") else name
         )
@@ -71,7 +69,10 @@ class Policy(nn.Module):
     def _hidden_shared(self, batch: PackBatch) -> Tensor:
         layout = SharedPrefixLayout.from_groups(batch.layout)
         hidden_TD = self._decode(
-            batch.input_ids_T, batch.pixel_ICHW, layout.position_ids(self.device), shared_prefix_layout=layout
+            batch.input_ids_T,
+            batch.pixel_ICHW,
+            position_ids=layout.position_ids(self.device)[None],
+            shared_prefix_layout=layout,
         )
         return hidden_TD.index_select(0, layout.predictor_rows(self.device))
 
@@ -83,18 +84,15 @@ class Policy(nn.Module):
             pixels = (
                 batch.pixel_ICHW[image : image + images] if images and batch.pixel_ICHW is not None else None
             )
-            positions = torch.arange(length, device=self.device)
-            hidden_TD = self._decode(batch.input_ids_T[start : start + length], pixels, positions)
+            hidden_TD = self._decode(batch.input_ids_T[start : start + length], pixels)
             rows.append(hidden_TD[prompt - 1 : length - 1])
             start, image = start + length, image + images
         return torch.cat(rows)
 
-    def _decode(self, ids_T: Tensor, pixel_ICHW: Tensor | None, positions_T: Tensor, **extra: Any) -> Tensor:
+    def _decode(self, ids_T: Tensor, pixel_ICHW: Tensor | None, **extra: Any) -> Tensor:
         if pixel_ICHW is not None:
             extra["pixel_values"] = pixel_ICHW.to(self.model.dtype)
             self.counts.images += len(pixel_ICHW)
         self.counts.decoder_tokens += len(ids_T)
-        out = self.model.base_model(
-            input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False, return_dict=True, **extra
-        )
+        out = self.model.base_model(input_ids=ids_T[None], use_cache=False, return_dict=True, **extra)
         return out.last_hidden_state[0]

@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from fasttrain.data.batch import load_packs, whole
 from fasttrain.data.packs import Pack, Piece
 from fasttrain.errors import UserError
+from fasttrain.model.attention import CannotShare
 from fasttrain.progress import say
 from fasttrain.train.engine import TorchEngine
 from fasttrain.train.job import Job
@@ -36,20 +38,14 @@ def check_sharing(job: Job) -> None:
         key=lambda n: int(job.train.lengths(n).sum()),
     )
     piece = Piece(number, tuple(range(len(job.train.lengths(number)) - 1)))
-    maker = job.maker(job.train, with_reference=False)
-    values = []
-    for shared in (True, False):
-        batch = maker[Pack((piece,), shared)]
-        if isinstance(batch, UserError):
-            raise batch
-        if batch.broken:
-            return  # the fill reports it
-        policy.set_shared(shared)
-        values.append(
-            sequence_sums(policy(batch.to(policy.device)).logprob, batch.lengths_S.to(policy.device))
-        )
-        lengths_S = batch.lengths_S.to(policy.device)
-    off = (values[0] - values[1]).abs()
+    try:
+        shared, lengths_S = _sums_of(job, piece, shared=True)
+        ordinary, _ = _sums_of(job, piece, shared=False)
+    except CannotShare as error:
+        policy.set_shared(False)
+        say(f"warning: {error}, which cannot share prefixes; every completion runs as its own sequence")
+        return
+    off = (shared - ordinary).abs()
     if (off <= 2 * tolerance(policy.model.dtype, lengths_S)).all():
         policy.set_shared(True)
     else:
@@ -57,6 +53,15 @@ def check_sharing(job: Job) -> None:
             f"warning: sharing prefixes changes the log-probs of {type(policy.model).__name__} (by {off.max():.3g}); "
             "every completion runs as its own sequence"
         )
+
+
+def _sums_of(job: Job, piece: Piece, shared: bool) -> tuple[Tensor, Tensor]:
+    """Log-probs (S,) and lengths (S,) of one group's completions; leaves the policy in that mode."""
+    job.policy.set_shared(shared)
+    maker = job.maker(job.train, with_reference=False)
+    (batch,) = whole(load_packs(maker, [Pack((piece,), shared)], 0, False), job.train)
+    batch = batch.to(job.device)
+    return sequence_sums(job.policy(batch).logprob, batch.lengths_S), batch.lengths_S
 
 
 def check_first_step(job: Job, engine: TorchEngine, result: StepResult) -> None:

@@ -17,7 +17,7 @@ from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
 from fasttrain.files import HashMemo, cache_root
 from fasttrain.memory import MemoryEstimate, choose_pack, estimate
-from fasttrain.model.attention import SHARED, silence_dropout, why_unshared
+from fasttrain.model.attention import silence_dropout, why_unshared
 from fasttrain.model.flops import ModelShape, measure_shape
 from fasttrain.model.load import (
     find_folder,
@@ -89,10 +89,10 @@ def build_job(config: DPOConfig) -> Job:
     chat = ChatTokenizer(processor, stop_token_ids(processor, folder))
     memo = HashMemo(cache_root() / "hashes.sqlite")
     train, evaluation = _prepare_data(config, chat, memo)
-    model = load_model(folder, config.model, model_config, SHARED, device)
+    model = load_model(folder, config.model, model_config, device)
     _check_vocabulary(chat, model)
     silence_dropout(model)
-    policy = Policy(model, shared=True)
+    policy = Policy(model)
     policy.check()
     adapted = attach_lora(model, config.lora, config.model.train_projector) if config.lora else None
     choose_trainable(model, adapted, config.model.train_projector)

@@ -1,0 +1,82 @@
+"""Text model families with their real classes: shared prompts give the ordinary sequences' losses, or a warning says why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 112}
+
+# model class prefix -> changes to the common configuration, and a part of the warning where it cannot share
+FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
+    "Llama": ({"tie_word_embeddings": True}, None),
+    "Qwen2": ({}, None),
+    "Qwen3": ({"head_dim": 16}, None),
+    "Mistral": ({"sliding_window": 4096}, None),
+    "Gemma": ({"head_dim": 16}, None),
+    "Phi3": ({}, None),
+    "Granite": ({"logits_scaling": 3.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.3}, None),
+    "Cohere": ({"logit_scale": 0.25}, None),
+    "Mixtral": ({"num_local_experts": 4}, None),
+    "GPTNeoX": ({}, None),
+    "OPT": ({"word_embed_proj_dim": 64, "ffn_dim": 112}, None),
+    "GPT2": ({"n_embd": 64, "n_layer": 2, "n_head": 4}, None),
+    "Gemma2": ({"head_dim": 16}, "it soft-caps attention scores"),
+    "GptOss": ({"head_dim": 16, "num_local_experts": 4, "sliding_window": 4096}, "attention with s_aux"),
+    "Falcon": ({}, "does not take attention functions"),
+}
+
+
+@pytest.fixture(scope="module")
+def build(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    import transformers
+
+    def make(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("family") / name
+        tokenizer = tiny_models.build_tokenizer(tiny_models.CHATML, eos="<|im_end|>")
+        common = tiny_models.language_config(tokenizer)
+        if name in ("GPTNeoX", "OPT", "GPT2", "Falcon"):
+            ids = {key: value for key, value in common.items() if key.endswith("_id") or key == "vocab_size"}
+            common = ids | ({} if name == "GPT2" else SMALL)
+        config = getattr(transformers, f"{name}Config")(**(common | FAMILIES[name][0]))
+        kind = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
+        tiny_models.draw_weights(getattr(transformers, kind)(config), 1).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sharing_prompts_gives_the_losses_of_ordinary_sequences(
+    name: str, build: Callable[[str], Path], text_pairs: Callable[..., Path], tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from fasttrain import train_dpo
+    from fasttrain.config import config_from_dict
+
+    raw = {
+        "model": {"name": str(build(name))},
+        "lora": {"rank": 4, "alpha": 8},
+        "data": {"train": str(text_pairs(tmp_path / "pairs.jsonl", 12))},
+        "train": {
+            "output": str(tmp_path / "run"), "max_steps": 3, "pairs_per_step": 6, "learning_rate": 1e-2,
+            "warmup_ratio": 0.0, "schedule": "constant", "tokens_per_pack": 200,
+        },
+        "track": [],
+    }  # fmt: skip
+    shared = train_dpo(config_from_dict(raw), overwrite=True).metrics
+    warning = FAMILIES[name][1]
+    err = capfd.readouterr().err
+    assert (warning in err) if warning else ("warning" not in err)
+    ordinary = train_dpo(config_from_dict(raw, ["train.share_prefix=false"]), overwrite=True).metrics
+    assert shared[0]["loss"] == pytest.approx(0.6931472, abs=1e-5)
+    assert abs(shared[2]["loss"] - 0.6931472) > 1e-3
+    assert (shared[0]["tokens"] < ordinary[0]["tokens"]) == (warning is None)
+    for a, b in zip(shared, ordinary):
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=5e-5)
