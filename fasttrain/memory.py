@@ -69,7 +69,7 @@ def estimate(model: Any, shape: ModelShape, device: torch.device, eight_bit: boo
 
 def choose_pack(memory: MemoryEstimate, device: torch.device, longest_group: int, checkpointing: bool) -> int:
     """`tokens_per_pack: auto`: as much as fits, up to where bigger packs stop being faster."""
-    ceiling = 4096 if device.type == "cpu" else 16384
+    ceiling = 2048 if device.type == "cpu" else 16384
     tokens = ceiling
     while tokens > 512 and not memory.fits(tokens, checkpointing):
         tokens //= 2

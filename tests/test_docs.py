@@ -1,0 +1,30 @@
+"""What documents say is what the program does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+
+def test_settings_page_is_current(repository: Path) -> None:
+    from fasttrain.settings_page import settings_page
+
+    assert (repository / "docs" / "settings.md").read_text() == settings_page()
+
+
+def test_every_recipe_loads(repository: Path) -> None:
+    from fasttrain.config import load_config
+
+    recipes = sorted((repository / "recipes").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        load_config(recipe)
+
+
+def test_the_readmes_recipe_loads(repository: Path) -> None:
+    from fasttrain.config import config_from_dict
+
+    text = (repository / "README.md").read_text()
+    recipe = text.split("```yaml\n")[1].split("```")[0]
+    assert config_from_dict(yaml.safe_load(recipe)).train.pairs_per_step == 64
