@@ -34,10 +34,11 @@ class PairFiles:
     """The rows of one or more pair files, fetched by a running number."""
 
     def __init__(self, paths: list[str], image_root: str | None) -> None:
-        self.sources: list[Source] = [open_source(Path(path)) for path in paths]
-        if image_root is not None and not Path(image_root).is_dir():
+        self.sources: list[Source] = [open_source(Path(path).expanduser()) for path in paths]
+        root = None if image_root is None else Path(image_root).expanduser()
+        if root is not None and not root.is_dir():
             raise UserError(f"data.image_root: wanted an existing folder, got {image_root!r}")
-        self.roots = [Path(image_root) if image_root else source.folder for source in self.sources]
+        self.roots = [root or source.folder for source in self.sources]
         self._starts = np.cumsum([0] + [len(source) for source in self.sources])
 
     def __len__(self) -> int:
@@ -83,32 +84,64 @@ def group_rows(
     tick: Callable[[int], object] = lambda n: None,
 ) -> GroupIndex:
     """Index every usable row by its group; rows that cannot be used go to `on_bad`."""
-    candidates: dict[bytes, int | list[int]] = {}
-    row_numbers, row_groups, first_rows = array("I"), array("I"), array("I")
+    finder = _GroupFinder(files, memo)
+    row_numbers, row_groups = array("I"), array("I")
     for number in files:
         tick(1)
         try:
-            pair = files.pair(number)
-            key = _key(pair)
+            group = finder.group_of(number)
         except BadRow as error:
             on_bad(error)
             continue
-        known = candidates.get(key, [])
-        known = [known] if isinstance(known, int) else known
-        for group in known:
-            if not pair.images or _same_images(pair, files.pair(first_rows[group]), memo):
-                break
-        else:
-            group = len(first_rows)
-            first_rows.append(number)
-            candidates[key] = [*known, group] if known else group
         row_numbers.append(number)
         row_groups.append(group)
     groups = np.frombuffer(row_groups, np.uint32) if row_groups else np.zeros(0, np.uint32)
     order = np.argsort(groups, kind="stable")
     rows = np.frombuffer(row_numbers, np.uint32)[order] if row_numbers else np.zeros(0, np.uint32)
-    starts = np.searchsorted(groups[order], np.arange(len(first_rows) + 1))
+    starts = np.searchsorted(groups[order], np.arange(len(finder.first_rows) + 1))
     return GroupIndex(rows.astype(np.int64), starts)
+
+
+class _GroupFinder:
+    """Groups by prompt and image sizes; where two rows agree in both but not in paths, by image contents."""
+
+    def __init__(self, files: PairFiles, memo: HashMemo) -> None:
+        self.files, self.memo = files, memo
+        self.first_rows = array("I")
+        self._by_size: dict[bytes, int] = {}
+        self._by_content: dict[bytes, int] = {}
+
+    def group_of(self, number: int) -> int:
+        """The group of a row, a new one if no row before belongs with it; BadRow if the row cannot be used."""
+        pair = self.files.pair(number)
+        key = _key(pair)
+        group = self._by_size.get(key)
+        if group is None:
+            self._by_size[key] = len(self.first_rows)
+            return self._new_group(number)
+        if not pair.images:
+            return group
+        first = self.files.pair(self.first_rows[group])
+        if pair.images == first.images:
+            return group
+        self._by_content.setdefault(key + self._hashes(first), group)
+        content = key + self._hashes(pair)
+        if content not in self._by_content:
+            self._by_content[content] = self._new_group(number)
+        return self._by_content[content]
+
+    def _new_group(self, number: int) -> int:
+        self.first_rows.append(number)
+        return len(self.first_rows) - 1
+
+    def _hashes(self, pair: Pair) -> bytes:
+        try:
+            text = " ".join(image_hash(ref, self.memo) for ref in pair.images)
+        except OSError as error:
+            raise BadRow(
+                pair.where, "images", "a readable image file", f"{error.filename} ({error.strerror})"
+            ) from None
+        return blake2b(text.encode(), digest_size=16).digest()
 
 
 def _key(pair: Pair) -> bytes:
@@ -122,13 +155,6 @@ def _key(pair: Pair) -> bytes:
                 pair.where, "images", "a readable image file", f"{ref.name()} ({error.strerror})"
             ) from None
     return digest.digest()
-
-
-def _same_images(pair: Pair, other: Pair, memo: HashMemo) -> bool:
-    return len(pair.images) == len(other.images) and all(
-        left == right or image_hash(left, memo) == image_hash(right, memo)
-        for left, right in zip(pair.images, other.images, strict=True)
-    )
 
 
 def image_hash(ref: ImageRef, memo: HashMemo) -> str:

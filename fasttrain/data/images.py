@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from fasttrain.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
 MAX_PIXELS = 100_000_000  # more than any camera makes; a decompression bomb needs far more
+MAX_RATIO = 200  # of the sides: resizing a thin strip to the model's shortest edge makes it a bomb
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "MPO",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+    "JPEG2000",
+    "AVIF",
+)  # no EPS: it runs Ghostscript
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,10 @@ def hash_bytes(content: bytes) -> str:
 
 def resolve_inside(root: Path, name: str) -> Path:
     """The file `name` under `root`; ValueError if it leaves the root, by `..`, an absolute path or a link."""
-    path = Path(os.path.realpath(root / name))
+    try:
+        path = Path(os.path.realpath(root / name))
+    except ValueError:
+        raise ValueError("a path without NUL characters and lone surrogates") from None
     if not path.is_relative_to(os.path.realpath(root)):
         raise ValueError(f"a path inside the image root {root}")
     return path
@@ -56,38 +72,47 @@ def resolve_inside(root: Path, name: str) -> Path:
 
 def open_image(content: bytes) -> Image:
     """Decode to RGB, upright; ValueError says what is wrong with the bytes."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # size is judged below; PIL's other warnings concern metadata
-        try:
-            image = Image.open(io.BytesIO(content))
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-            return ImageOps.exif_transpose(image).convert("RGB")
-        except Image.DecompressionBombError:
-            raise ValueError(f"more than {MAX_PIXELS:,} pixels") from None
-        except UnidentifiedImageError:
-            raise ValueError("not an image that PIL can read") from None
-        except (OSError, SyntaxError, EOFError, IndexError, TypeError) as error:
-            raise ValueError(f"broken image: {error}") from None  # what PIL raises on damaged files
+    with _opened(io.BytesIO(content)) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def check_header(ref: ImageRef) -> None:
     """Cheap check that an image can probably be opened: header only. ValueError or OSError if not."""
+    if ref.content is not None:
+        with _opened(io.BytesIO(ref.content)):
+            return
+    with ref._file().open("rb") as file, _opened(file):
+        return
+
+
+@contextlib.contextmanager
+def _opened(file: Any) -> Iterator[Image]:
+    """A lazily opened image of sane size; what PIL raises for damage, here or in the block, becomes a ValueError."""
     from PIL import Image, UnidentifiedImageError
 
+    Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # size is judged below; PIL's other warnings concern metadata
         try:
-            source: Any = io.BytesIO(ref.content) if ref.content is not None else ref.path
-            with Image.open(source) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+            with Image.open(file, formats=known) as image:
+                _check_size(image.width, image.height)
+                yield image
         except Image.DecompressionBombError:
             raise ValueError(f"more than {MAX_PIXELS:,} pixels") from None
         except UnidentifiedImageError:
-            raise ValueError("not an image that PIL can read") from None
+            raise ValueError(f"not a file of type {', '.join(known)}") from None
+        except (OSError, SyntaxError, EOFError, IndexError, TypeError, RuntimeError) as error:
+            raise ValueError(f"broken image: {error}") from None  # what PIL raises on damaged files
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise ValueError(f"{width} x {height} pixels, one side more than {MAX_RATIO} times the other")
 
 
 class PixelMaker:
@@ -107,7 +132,3 @@ class PixelMaker:
         """Pixel values (I, C, H, W) fp32; ValueError if an image is broken."""
         images = [open_image(content) for content in contents]
         return self.image_processor(images=images, return_tensors="pt")["pixel_values"]
-
-
-def bad_image(ref: ImageRef, where: str, problem: object) -> UserError:
-    return UserError(f"{where}: images: wanted an image, got {ref.name()} ({problem})")

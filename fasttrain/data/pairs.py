@@ -6,7 +6,6 @@ Reads TRL's vision preference format (explicit or implicit prompt) and the short
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttrain.data.images import ImageRef, check_header, resolve_inside
-from fasttrain.data.sources import BadRow
+from fasttrain.data.sources import BadRow, printable
 
 PLACEHOLDER = "<image>"
 IMAGE = ("image", "")
@@ -46,11 +45,14 @@ def read_pair(row: dict[str, Any], where: str, image_root: Path) -> Pair:
         prompt, chosen, rejected = _split_common_prompt(chosen, rejected, where)
     images = _read_images(row, where, image_root)
     messages = _place_images(_read_prompt(prompt, where), len(images), where)
+    if not any(text.strip() for _, parts in messages for _, text in parts) and IMAGE not in messages[-1][1]:
+        raise BadRow(where, "prompt", "some text or an image", "an empty prompt")
     texts = {"chosen": _read_completion(chosen, "chosen", where)}
     texts["rejected"] = _read_completion(rejected, "rejected", where)
     if texts["chosen"] == texts["rejected"]:
         raise BadRow(where, "rejected", "an answer that differs from chosen", "the same answer")
-    return Pair(where=where, id=str(row.get("id", where)), messages=messages, images=images, **texts)
+    name = where if row.get("id") is None else printable(str(row["id"]))
+    return Pair(where=where, id=name, messages=messages, images=images, **texts)
 
 
 def check_images(pair: Pair) -> None:
@@ -112,11 +114,12 @@ def _read_prompt(prompt: Any, where: str) -> list[Message]:
     for message in prompt:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadRow(where, "prompt", "messages with role and content", message)
-        messages.append((message["role"], _read_parts(message.get("content"), "prompt", where)))
+        if message.get("tool_calls"):
+            raise BadRow(where, "prompt", "messages without tool_calls", message["tool_calls"])
+        role = _text(message["role"], "prompt", where)
+        messages.append((role, _read_parts(message.get("content"), "prompt", where)))
     if messages[-1][0] not in ("user", "tool"):
         raise BadRow(where, "prompt", "a last message by the user", f"one by {messages[-1][0]!r}")
-    if not any(text.strip() for _, parts in messages for _, text in parts) and IMAGE not in messages[-1][1]:
-        raise BadRow(where, "prompt", "some text", "an empty prompt")
     return messages
 
 
@@ -156,25 +159,29 @@ def _place_images(messages: list[Message], images: int, where: str) -> tuple[Mes
 
 
 def _split_placeholders(parts: tuple[Part, ...]) -> tuple[Part, ...]:
-    """Literal `<image>` in text becomes an image part; the line break beside it belongs to the template."""
+    """Literal `<image>` in text becomes an image part; the line breaks beside it belong to the template."""
     result: list[Part] = []
     for kind, text in parts:
         if kind != "text" or PLACEHOLDER not in text:
             result.append((kind, text))
             continue
-        for index, piece in enumerate(text.split(PLACEHOLDER)):
+        pieces = text.split(PLACEHOLDER)
+        for index, piece in enumerate(pieces):
             if index:
                 result.append(IMAGE)
                 piece = piece.removeprefix("\n")
+            if index + 1 < len(pieces):
+                piece = piece.removesuffix("\n")
             if piece.strip():
                 result.append(("text", piece))
     return tuple(result)
 
 
 def _read_images(row: dict[str, Any], where: str, root: Path) -> tuple[ImageRef, ...]:
-    images = row.get("images")
-    field = "images"
-    if images is None and row.get("image") is not None:
+    images, field = row.get("images"), "images"
+    if row.get("image") is not None:
+        if images:
+            raise BadRow(where, "image", "one of image and images", "both")
         images, field = [row["image"]], "image"
     if images is None:
         return ()
@@ -189,7 +196,7 @@ def _read_image(image: Any, field: str, where: str, root: Path) -> ImageRef:
         if isinstance(content, dict) and isinstance(content.get("base64"), str):
             try:
                 content = base64.b64decode(content["base64"], validate=True)
-            except binascii.Error:
+            except ValueError:
                 raise BadRow(where, field, "base64 image bytes", "broken base64") from None
         if isinstance(content, bytes) and content:
             return ImageRef(content=content)
@@ -198,8 +205,11 @@ def _read_image(image: Any, field: str, where: str, root: Path) -> ImageRef:
         raise BadRow(where, field, "an image path or embedded bytes", image)
     try:
         path = resolve_inside(root, image)
+        found = path.is_file()
     except ValueError as error:
         raise BadRow(where, field, str(error), image) from None
-    if not path.is_file():
+    except OSError as error:  # longer than a file name can be, as inline base64 is
+        raise BadRow(where, field, f"the path of an image ({error.strerror})", image) from None
+    if not found:
         raise BadRow(where, field, "an existing image file", str(path))
     return ImageRef(path=path)

@@ -6,6 +6,8 @@ JSON lines are indexed by byte offset and memory-mapped; Parquet and foreign lay
 from __future__ import annotations
 
 import base64
+import bisect
+import itertools
 import json
 import mmap
 import tempfile
@@ -22,9 +24,14 @@ class BadRow(UserError):
     """A row that cannot be used: file, place in it, field, what was wanted and what came."""
 
     def __init__(self, where: str, field: str, wanted: str, got: Any) -> None:
-        text = got if isinstance(got, str) else repr(got)
-        self.where, self.reason = where, f"{field}: wanted {wanted}, got {text[:120]}"
+        text = got if isinstance(got, str) and got.strip() else repr(got)
+        self.where, self.reason = where, printable(f"{field}: wanted {wanted}, got {text[:120]}")
         super().__init__(f"{where}: {self.reason}")
+
+
+def printable(text: str) -> str:
+    """The text with lone surrogates escaped: JSON can hold them, UTF-8 files and terminals cannot."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class Source(Protocol):
@@ -66,30 +73,43 @@ class JsonLines:
             row = json.loads(raw.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise BadRow(self.where(number), "row", "UTF-8", f"byte {raw[error.start]:#04x}") from None
-        except json.JSONDecodeError as error:
-            raise BadRow(self.where(number), "row", "a JSON object", f"invalid JSON ({error.msg})") from None
-        except RecursionError:
-            raise BadRow(self.where(number), "row", "a JSON object", "JSON nested too deeply") from None
+        except (ValueError, RecursionError) as error:
+            raise BadRow(self.where(number), "row", "a JSON object", _json_problem(error)) from None
         if not isinstance(row, dict):
             raise BadRow(self.where(number), "row", "a JSON object", row)
         return row
 
 
+def _json_problem(error: Exception) -> str:
+    """What is wrong with JSON text: bad syntax, a number of thousands of digits, or brackets without end."""
+    if isinstance(error, RecursionError):
+        return "JSON nested too deeply"
+    return f"invalid JSON ({error.msg if isinstance(error, json.JSONDecodeError) else error})"
+
+
 class ArrowRows:
-    """Rows of a memory-mapped Arrow table."""
+    """Rows of a memory-mapped Arrow table, whose batches are searched: slicing a table walks all of them."""
 
     def __init__(self, table: Any, folder: Path, label: str) -> None:
-        self.table, self.folder, self.label = table, folder, label
+        self.folder, self.label = folder, label
+        self._batches = [batch for batch in table.to_batches() if batch.num_rows]
+        self._ends = list(itertools.accumulate(batch.num_rows for batch in self._batches))
 
     def __len__(self) -> int:
-        return int(self.table.num_rows)
+        return self._ends[-1] if self._ends else 0
 
     def where(self, number: int) -> str:
         return f"{self.label} row {number + 1}"
 
     def row(self, number: int) -> dict[str, Any]:
-        row: dict[str, Any] = self.table.slice(number, 1).to_pylist()[0]
-        return row
+        index = bisect.bisect_right(self._ends, number)
+        batch = self._batches[index]
+        offset = number - (self._ends[index] - batch.num_rows)
+        try:
+            rows: list[dict[str, Any]] = batch.slice(offset, 1).to_pylist()
+        except (ValueError, OverflowError) as error:  # text that is no UTF-8, dates beyond Python's
+            raise BadRow(self.where(number), "row", "values that Python can hold", str(error)) from None
+        return rows[0]
 
 
 def open_source(path: Path) -> Source:
@@ -99,11 +119,12 @@ def open_source(path: Path) -> Source:
     if path.is_dir():
         return _open_datasets_folder(path)
     source: Source
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         source = _open_parquet(path)
-    elif path.suffix == ".json":
+    elif suffix == ".json":
         source = _open_json(path)
-    elif path.suffix in (".jsonl", ".ndjson"):
+    elif suffix in (".jsonl", ".ndjson"):
         source = JsonLines(path)
     else:
         raise UserError(
@@ -122,8 +143,12 @@ def _convert_foreign(path: Path, source: Source) -> Source:
         return source  # reported, or skipped, when the rows are read
     if "chosen" in first and "rejected" in first and ("prompt" in first or isinstance(first["chosen"], list)):
         return source
-    from fasttrain_data.formats import detect_format, read_pairs
-
+    try:
+        from fasttrain_data.formats import detect_format, read_pairs  # type: ignore[import-not-found]
+    except ModuleNotFoundError as error:
+        if error.name != "fasttrain_data.formats":
+            raise
+        return source  # without readers of other layouts the row is told what it lacks
     if detect_format(path) in (None, "trl"):
         return source
     return _spool(read_pairs(path), path)
@@ -140,10 +165,9 @@ def _open_json(path: Path) -> Source:
         raise UserError(
             f"{path}: wanted UTF-8, got byte {error.object[error.start]:#04x} at {error.start}"
         ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} line {error.lineno}: wanted a JSON array, got invalid JSON ({error.msg})"
-        ) from None
+    except (ValueError, RecursionError) as error:
+        line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{path}{line}: wanted a JSON array, got {_json_problem(error)}") from None
     return _spool(rows, path)
 
 
@@ -180,8 +204,10 @@ def _open_parquet(path: Path) -> ArrowRows:
                     writer.write_batch(batch)
             file.flush()
             table = pa.ipc.open_file(pa.memory_map(file.name)).read_all()
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: wanted a Parquet file, got {str(error).splitlines()[0]}") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the machine's: Arrow reports damage as an OSError without a number
+        raise UserError(f"{path}: wanted a Parquet file, got {_first_line(error)}") from None
     return ArrowRows(table, path.parent, str(path))
 
 
@@ -189,22 +215,27 @@ def _open_datasets_folder(path: Path) -> ArrowRows:
     import pyarrow as pa
 
     if (path / "dataset_dict.json").exists():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        raise UserError(f"{path}: wanted one split of this datasets folder, for example {path / splits[0]}")
+        splits = sorted(state.parent for state in path.glob("*/state.json"))
+        example = f", for example {splits[0]}" if splits else ""
+        raise UserError(f"{path}: wanted one split of this datasets folder{example}, got all of it")
     try:
         names = [entry["filename"] for entry in json.loads((path / "state.json").read_text())["_data_files"]]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError):
+    except (OSError, KeyError, TypeError, ValueError):
         raise UserError(
             f"{path}: wanted a folder written by datasets' save_to_disk, got no valid state.json"
         ) from None
     try:
         tables = [pa.ipc.open_stream(pa.memory_map(str(path / name))).read_all() for name in names]
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: broken Arrow file: {str(error).splitlines()[0]}") from None
-    table = pa.concat_tables(tables)
+        table = pa.concat_tables(tables) if tables else pa.table({})
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path}: broken Arrow file: {_first_line(error)}") from None
     if not table.num_rows:
         raise UserError(f"{path}: wanted at least one row, got none")
     return ArrowRows(table, path, str(path))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def iterate(sources: list[Source]) -> Iterator[tuple[int, int]]:
