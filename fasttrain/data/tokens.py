@@ -15,6 +15,7 @@ from fasttrain.data.sources import BadRow
 from fasttrain.errors import UserError
 
 _PROBE_SIZES = ((64, 48), (37, 123))
+_PROBE = "probe of the template"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class ChatTokenizer:
         if not self.end_tokens:
             raise UserError("model.name: wanted a tokenizer with an end-of-sequence token, got none")
         self._parts_as_list = self._takes_lists()
+        self._suffix = self._written_after_answers()
         self.image_token_id: int | None = None
         self.tokens_per_image = 0
         if self.pixels:
@@ -63,11 +65,21 @@ class ChatTokenizer:
         return EncodedPrompt(text, self._ids(text))
 
     def completion(
-        self, messages: tuple[Message, ...], prompt: EncodedPrompt, answer: str, where: str
+        self,
+        messages: tuple[Message, ...],
+        prompt: EncodedPrompt,
+        answer: str,
+        where: str,
+        field: str = "answer",
     ) -> np.ndarray:
-        """Token ids of an answer, up to and including its end-of-turn token."""
+        """Token ids of an answer, up to and including its end-of-turn token; `field` names it in errors."""
         if self.image_token and self.image_token in answer:
-            raise BadRow(where, "answer", "no image placeholder", f"{self.image_token} in the text")
+            raise BadRow(where, field, "no image placeholder", f"{self.image_token} in the text")
+        for token in self.end_tokens:
+            if token in answer:
+                raise BadRow(
+                    where, field, "no end-of-turn token, the template adds it", f"{token} in the text"
+                )
         turns = [self._message(message) for message in (*messages, ("assistant", (("text", answer),)))]
         full = self._render(turns, generation=False, where=where)
         if not full.startswith(prompt.text):
@@ -75,25 +87,36 @@ class ChatTokenizer:
                 where, "prompt", "a chat template that continues its own generation prompt",
                 f"{full[max(0, len(prompt.text) - 40) :][:80]!r} after {prompt.text[-40:]!r}",
             )  # fmt: skip
-        text = self._cut_after_end(full[len(prompt.text) :], answer)
+        text = self._end_turn(full[len(prompt.text) :], where, field)
         ids = self._ids(prompt.text + text)
         if len(ids) > len(prompt.ids) and np.array_equal(ids[: len(prompt.ids)], prompt.ids):
             return ids[len(prompt.ids) :]
         self.split_boundary += 1
         return self._ids(text)
 
-    def _cut_after_end(self, text: str, answer: str) -> str:
+    def _end_turn(self, text: str, where: str, field: str) -> str:
         """The answer as rendered, with the first end-of-turn token behind it and nothing more."""
-        stripped = answer.strip()
-        start = text.rfind(stripped)
-        behind = start + len(stripped) if start >= 0 else len(text.rstrip())
+        if not text.endswith(self._suffix):
+            got = f"{text[-40:]!r}, not {self._suffix!r}"
+            raise BadRow(where, field, "a chat template that ends every answer alike", got)
+        behind = len(text) - len(self._suffix)
         found = [(text.find(token, behind), token) for token in self.end_tokens]
         found = [(position, token) for position, token in found if position >= 0]
         if found:
             position, token = min(found)
             return text[: position + len(token)]
         self.appended_end += 1
-        return text[:behind] + self.end_tokens[0]
+        return text[:behind].rstrip() + self.end_tokens[0]
+
+    def _written_after_answers(self) -> str:
+        """What the template writes behind an assistant's text, found with an answer that cannot be mistaken."""
+        turns = [(role, (("text", _PROBE),)) for role in ("user", "assistant")]
+        where = "model.name"
+        text = self._render([self._message(turn) for turn in turns], generation=False, where=where)
+        before, probe, suffix = text.rpartition(_PROBE)
+        if _PROBE not in before:
+            raise UserError(f"{where}: wanted a chat template that renders assistant turns, got {text!r}")
+        return suffix
 
     def _message(self, message: Message) -> dict[str, Any]:
         role, parts = message

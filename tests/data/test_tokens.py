@@ -1,0 +1,310 @@
+"""Token ids: the processor's own for prompts and images, and a completion that ends with its end-of-turn token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fasttrain.data.pairs import IMAGE, Message
+from fasttrain.data.sources import BadRow
+from fasttrain.data.tokens import ChatTokenizer
+from fasttrain.errors import UserError
+
+# As llava-hf/llava-1.5-7b-hf has it: no BOS, "ROLE: " before a turn, a space and nothing else behind an answer.
+LLAVA_HF = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}"
+    "{% endif %}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' ' }}{% endfor %}{% else %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' ' }}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+# Joins content to strings, as older templates do: a list of parts is a TypeError.
+STRINGS_ONLY = (
+    "{{ bos_token }}{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+# Trims what it is given, as Llama 3 does.
+TRIMS = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' + (m['content'] | trim) + eos_token + '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+# Thinks first, as Qwen 3 does: something stands between the generation prompt and the answer.
+THINKS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Forgets its own generation prompt.
+CONTRADICTS = (
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def text_chat(tiny_models: ModuleType) -> Callable[..., ChatTokenizer]:
+    """A chat tokenizer of a text model with a template; `end` is its end-of-turn token."""
+
+    def build(template: str | None = None, end: str = "<|im_end|>") -> ChatTokenizer:
+        tokenizer = tiny_models.build_tokenizer(template or tiny_models.CHATML, eos=end)
+        return ChatTokenizer(tokenizer, [tokenizer.eos_token_id])
+
+    return build
+
+
+@pytest.fixture
+def vision_chat(tiny_models: ModuleType) -> Callable[..., ChatTokenizer]:
+    """A chat tokenizer of a LLaVA (28 px, patch 7: 16 image tokens) with a template."""
+
+    def build(template: str | None = None, strategy: str = "default") -> ChatTokenizer:
+        from transformers import LlavaProcessor
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        tokenizer = tiny_models.build_tokenizer(template or tiny_models.VICUNA, eos="</s>")
+        pixels = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+        processor = LlavaProcessor(
+            image_processor=pixels, tokenizer=tokenizer, patch_size=7, num_additional_image_tokens=1,
+            vision_feature_select_strategy=strategy, chat_template=template or tiny_models.VICUNA,
+        )  # fmt: skip
+        return ChatTokenizer(processor, [tokenizer.eos_token_id])
+
+    return build
+
+
+def user(*parts: Any, role: str = "user") -> Message:
+    return role, tuple(IMAGE if part == IMAGE else ("text", part) for part in parts)
+
+
+QUESTION = (user("what is it?"),)
+CONVERSATION = (
+    user("be brief", role="system"),
+    user(IMAGE, "what is it?"),
+    user("a bar", role="assistant"),
+    user("and this?", IMAGE),
+)
+
+
+def scored(chat: ChatTokenizer, answer: str, messages: tuple[Message, ...] = QUESTION) -> str:
+    """The scored tokens of an answer, as text."""
+    prompt = chat.prompt(messages, "p.jsonl line 1")
+    return chat.tokenizer.decode(chat.completion(messages, prompt, answer, "p.jsonl line 1").tolist())
+
+
+ANSWERS = [
+    "a red bar",
+    "no",
+    "s",
+    "/",
+    "<",
+    "e",
+    "end",
+    "im_end",
+    "|",
+    "think",
+    "1 2\n3",
+    "ü 漢 🙂",
+    "USER: no",
+    "what is it?",
+]
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_an_answer_is_scored_to_its_end_of_turn_token_and_no_further(
+    answer: str, text_chat: Any, vision_chat: Any, tiny_models: ModuleType
+) -> None:
+    # Behind the answer ChatML writes a newline, TRIMS two, LLAVA_HF a space: none of it is scored.
+    assert scored(text_chat(), answer) == answer + "<|im_end|>"
+    assert scored(text_chat(tiny_models.CHATML_NEWLINE_FIRST), answer) == answer + "<|im_end|>"
+    assert scored(text_chat(TRIMS), answer) == answer + "<|im_end|>"
+    assert scored(text_chat(THINKS), answer) == "<think>\n\n</think>\n\n" + answer + "<|im_end|>"
+    assert scored(vision_chat(), answer) == " " + answer + "</s>"
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_template_without_end_of_turn_token_gets_eos(answer: str, vision_chat: Any) -> None:
+    chat = vision_chat(LLAVA_HF)
+    assert scored(chat, answer) == " " + answer + "</s>"
+    assert chat.appended_end == 1
+
+
+def test_a_template_with_an_end_of_turn_token_gets_none_added(vision_chat: Any, text_chat: Any) -> None:
+    for chat in (vision_chat(), text_chat(), text_chat(TRIMS)):
+        scored(chat, "a bar")
+        assert chat.appended_end == 0
+
+
+@pytest.mark.parametrize("answer", ["  a bar", "a bar \n\n", "\n\na bar\n", " s "])
+def test_white_space_of_an_answer_is_kept_or_trimmed_as_the_template_does(
+    answer: str, text_chat: Any, vision_chat: Any
+) -> None:
+    assert scored(text_chat(), answer) == answer + "<|im_end|>"
+    assert scored(text_chat(TRIMS), answer) == answer.strip() + "<|im_end|>"
+    assert scored(vision_chat(), answer) == " " + answer + "</s>"
+    assert scored(vision_chat(LLAVA_HF), answer) == " " + answer.rstrip() + "</s>"
+
+
+def test_the_end_is_the_first_of_several_end_tokens(tiny_models: ModuleType) -> None:
+    template = TRIMS.replace("eos_token", "'<|im_end|>' + eos_token")
+    tokenizer = tiny_models.build_tokenizer(template, eos="</s>")
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert scored(ChatTokenizer(tokenizer, ends), "a bar") == "a bar<|im_end|>"
+    assert scored(ChatTokenizer(tokenizer, ends[:1]), "a bar") == "a bar<|im_end|></s>"
+
+
+@pytest.mark.parametrize("answer", ["a bar</s>", "</s>", "a </s> bar"])
+def test_an_answer_that_holds_the_end_of_turn_token_is_refused(answer: str, vision_chat: Any) -> None:
+    with pytest.raises(BadRow, match=r"line 1: answer: wanted no end-of-turn token, .* got </s> in the text"):
+        scored(vision_chat(), answer)
+
+
+def test_an_answer_that_holds_the_image_token_is_refused(vision_chat: Any) -> None:
+    with pytest.raises(BadRow, match="answer: wanted no image placeholder, got <image> in the text"):
+        scored(vision_chat(), "see <image>")
+
+
+def test_a_text_model_knows_no_image_token(text_chat: Any) -> None:
+    assert scored(text_chat(), "the tag <image>") == "the tag <image><|im_end|>"
+
+
+@pytest.mark.parametrize("template", ["VICUNA", "LLAVA_HF", "CHATML", "STRINGS_ONLY"])
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize(
+    "messages", [QUESTION, (user(IMAGE, "what is it?"),), (user("which?", IMAGE, IMAGE),), CONVERSATION]
+)
+def test_prompt_ids_are_the_processors_own(
+    template: str, strategy: str, messages: tuple[Message, ...], vision_chat: Any, tiny_models: ModuleType
+) -> None:
+    from PIL import Image
+
+    chat = vision_chat(globals().get(template) or getattr(tiny_models, template), strategy)
+    prompt = chat.prompt(messages, "x")
+    images = sum(part == IMAGE for _, parts in messages for part in parts)
+    pictures = [Image.new("RGB", (40 + 9 * n, 23)) for n in range(images)]
+    truth = chat.processor(text=prompt.text, images=pictures or None, add_special_tokens=False)["input_ids"][
+        0
+    ]
+    assert prompt.ids.tolist() == truth
+    assert (prompt.ids == chat.image_token_id).sum() == images * (16 if strategy == "default" else 17)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("VICUNA", "<s>be brief USER: <image>\n what is it? ASSISTANT: a bar</s>USER: <image>\n and this? ASSISTANT:"),
+        ("LLAVA_HF", "be brief USER: <image>\nwhat is it? ASSISTANT: a bar USER: <image>\nand this? ASSISTANT:"),
+        ("STRINGS_ONLY", "<s>[system] be brief</s>[user] <image>\nwhat is it?</s>[assistant] a bar</s>[user] and this?<image>\n</s>[assistant] "),
+    ],
+)  # fmt: skip
+def test_a_conversation_is_rendered_as_its_template_says(
+    template: str, text: str, vision_chat: Any, tiny_models: ModuleType
+) -> None:
+    chat = vision_chat(globals().get(template) or getattr(tiny_models, template))
+    assert chat.prompt(CONVERSATION, "x").text == text
+
+
+def test_no_bos_is_added_beyond_the_template(text_chat: Any, vision_chat: Any) -> None:
+    bos = vision_chat().tokenizer.bos_token_id
+    assert vision_chat().prompt(QUESTION, "x").ids.tolist().count(bos) == 1  # VICUNA writes it
+    assert bos not in vision_chat(LLAVA_HF).prompt(QUESTION, "x").ids
+    assert bos not in text_chat().prompt(QUESTION, "x").ids
+
+
+def test_prompt_and_completion_are_one_rendering_tokenized_together(
+    vision_chat: Any, tiny_models: ModuleType
+) -> None:
+    chat = vision_chat()
+    prompt = chat.prompt(CONVERSATION, "x")
+    ids = chat.completion(CONVERSATION, prompt, "the red bar", "x")
+    turns = [chat._message(message) for message in (*CONVERSATION, user("the red bar", role="assistant"))]
+    whole = chat.processor.apply_chat_template(turns, tokenize=False)
+    expanded = whole.replace("<image>", "<image>" * 16)
+    assert [*prompt.ids, *ids] == chat.tokenizer(expanded, add_special_tokens=False)["input_ids"]
+    assert prompt.ids.dtype == ids.dtype == np.int32
+
+
+def test_an_answer_that_would_merge_with_the_prompt_is_tokenized_alone() -> None:
+    # The prompt ends in a newline, the answer begins with one, and the tokenizer has a token for two newlines.
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["Q", "A", ":", "\n", "x", "\n\n", "\n\n\n", "</s>"]
+    merges = [("\n", "\n"), ("\n\n", "\n")]
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(letters)}, merges))
+    tokenizer.decoder = decoders.Fuse()
+    template = "{% for m in messages %}{{ ('Q:' if m['role'] == 'user' else 'A:\n') + m['content'] + eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'A:\n' }}{% endif %}"
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", chat_template=template)
+    chat = ChatTokenizer(fast, [fast.eos_token_id])
+    messages = (user("x"),)
+    prompt = chat.prompt(messages, "x")
+    assert fast.convert_ids_to_tokens(prompt.ids.tolist())[-2:] == [":", "\n"]
+    assert fast.convert_ids_to_tokens(chat.completion(messages, prompt, "x", "x").tolist()) == ["x", "</s>"]
+    assert chat.split_boundary == 0
+    alone = fast.convert_ids_to_tokens(chat.completion(messages, prompt, "\n\nx", "x").tolist())
+    assert (alone, chat.split_boundary) == (["\n\n", "x", "</s>"], 1)
+
+
+def test_the_text_of_a_prompt_may_not_hold_the_image_token(vision_chat: Any) -> None:
+    with pytest.raises(
+        BadRow, match=r"line 4: images: wanted 1 placeholder\(s\) in the rendered prompt, got 2"
+    ):
+        vision_chat().prompt((user(IMAGE, "what is <image>?"),), "p.jsonl line 4")
+    with pytest.raises(BadRow, match=r"images: wanted 0 placeholder\(s\)"):
+        vision_chat().prompt((user("what is <image>?"),), "x")
+
+
+def test_a_template_that_renders_no_images_is_named(vision_chat: Any, tiny_models: ModuleType) -> None:
+    chat = vision_chat(tiny_models.VICUNA.replace("' <image>\n'", "''"))
+    with pytest.raises(BadRow, match="or the template renders no images"):
+        chat.prompt((user(IMAGE, "what?"),), "x")
+
+
+def test_a_text_model_refuses_an_image(text_chat: Any) -> None:
+    with pytest.raises(BadRow, match="images: wanted a text-only row for a text-only model, got an image"):
+        text_chat().prompt((user(IMAGE, "what?"),), "x")
+
+
+def test_a_role_that_the_template_refuses_is_named(text_chat: Any) -> None:
+    strict = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TRIMS
+    )
+    with pytest.raises(BadRow, match=r"prompt: wanted roles .* got system, user \(.*no system role\)"):
+        text_chat(strict).prompt((user("be brief", role="system"), *QUESTION), "x")
+
+
+def test_a_template_that_breaks_its_own_prompt_is_named(text_chat: Any) -> None:
+    with pytest.raises(
+        BadRow, match="prompt: wanted a chat template that continues its own generation prompt"
+    ):
+        scored(text_chat(CONTRADICTS), "a bar")
+
+
+def test_a_template_that_ends_answers_in_several_ways_is_named(text_chat: Any) -> None:
+    moody = TRIMS.replace("eos_token + '\n\n'", "('' if 'bar' in m['content'] else eos_token + '\n\n')")
+    with pytest.raises(BadRow, match="answer: wanted a chat template that ends every answer alike"):
+        scored(text_chat(moody), "a bar")
+
+
+def test_models_that_cannot_chat_are_named(tiny_models: ModuleType, text_chat: Any) -> None:
+    tokenizer = tiny_models.build_tokenizer(TRIMS, eos="</s>")
+    with pytest.raises(UserError, match="wanted a tokenizer with an end-of-sequence token, got none"):
+        ChatTokenizer(tokenizer, [])
+    with pytest.raises(UserError, match="wanted a chat template that renders assistant turns"):
+        text_chat("{% for m in messages %}{{ m['content'] if m['role'] == 'user' }}{% endfor %}")
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="wanted a model with a chat template"):
+        ChatTokenizer(tokenizer, [tokenizer.eos_token_id])
+
+
+def test_a_processor_whose_image_tokens_vary_is_refused(vision_chat: Any) -> None:
+    processor = vision_chat().processor
+    processor.image_processor.do_center_crop = False  # the number of tokens now follows the image's size
+    with pytest.raises(UserError, match="wanted a processor that puts a fixed number of equal tokens"):
+        ChatTokenizer(processor, [processor.tokenizer.eos_token_id])
