@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fasttrain.data.prepared import PreparedData
+from fasttrain.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class Order:
         """Group numbers in the order of this epoch; groups without pairs are left out."""
         counts = self._counts()
         numbers = np.flatnonzero(counts)
+        if not len(numbers):  # every image turned out broken
+            raise UserError(
+                "data.train: wanted at least one usable pair, got none after all images were read"
+            )
         if self.shuffle:
             numbers = np.random.default_rng([self.seed, 1, epoch]).permutation(numbers)
         return numbers

@@ -16,7 +16,7 @@ from fasttrain.data.groups import GroupIndex, PairFiles, Skipped, group_rows
 from fasttrain.data.images import ImageRef
 from fasttrain.data.pairs import Pair, check_images
 from fasttrain.data.sources import BadRow
-from fasttrain.data.tokens import ChatTokenizer
+from fasttrain.data.tokens import ChatTokenizer, EncodedPrompt
 from fasttrain.errors import UserError
 from fasttrain.files import HashMemo, cache_root
 
@@ -89,6 +89,10 @@ class PreparedData:
         self.account.pairs = self._pair_starts[-1]
         self.account.images = sum(self._images)
 
+    def discard(self) -> None:
+        """Close the temporary file of data that is not sealed after all."""
+        self._spool.close()
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -138,10 +142,19 @@ class PreparedData:
         )
         self.account.pairs -= pairs
         self.account.groups -= 1
+        self.account.images -= self.image_count(number)
         self._dropped.add(number)
 
     def skipped_lines(self) -> list[dict[str, Any]]:
         return [asdict(entry) for entry in self.account.skipped]
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """An answer that fits behind its prompt, perhaps because its end was cut off."""
+
+    ids: np.ndarray
+    cut: bool
 
 
 @dataclass
@@ -151,10 +164,16 @@ class _Candidate:
     prompt: np.ndarray
     completions: dict[bytes, np.ndarray] = field(default_factory=dict)
     pairs: list[tuple[int, int]] = field(default_factory=list)
+    truncated: set[bytes] = field(default_factory=set)
 
-    def number(self, ids: np.ndarray) -> int:
-        key = ids.tobytes()
-        self.completions.setdefault(key, ids)
+    def add(self, chosen: _Fitted, rejected: _Fitted) -> None:
+        self.pairs.append((self._number(chosen), self._number(rejected)))
+
+    def _number(self, answer: _Fitted) -> int:
+        key = answer.ids.tobytes()
+        self.completions.setdefault(key, answer.ids)
+        if answer.cut:
+            self.truncated.add(key)
         return list(self.completions).index(key)
 
 
@@ -179,28 +198,46 @@ def prepare(
 
     index = group_rows(files, memo, on_bad, progress("reading pairs", len(files)))
     prepared = PreparedData(files, account)
-    order = np.random.default_rng([seed, 7]).permutation(len(index)) if limit_pairs else np.arange(len(index))
-    kept, taken = [], 0
-    tick = progress("tokenizing", len(order))
-    for number in order:
-        tick(1)
-        room = limit_pairs - taken if limit_pairs else None
-        group = _tokenize_group(files, index, int(number), chat, data, account, on_bad, room)
-        if group is not None:
-            candidate, row, images = group
-            pairs = np.array(candidate.pairs)
-            prepared.append(candidate.prompt, list(candidate.completions.values()), pairs, row, images)
-            kept.append(int(number))
-            taken += len(pairs)
-            if limit_pairs and taken >= limit_pairs:
-                break
-    prepared.seal(np.argsort(kept) if limit_pairs else None)
-    if not prepared.account.pairs:
+    try:
+        order = _tokenize(prepared, index, chat, data, on_bad, seed, limit_pairs, progress)
+        prepared.seal(order)
+    except BaseException:
+        prepared.discard()
+        raise
+    if not account.pairs:
         reasons = {entry.reason for entry in account.skipped}
         raise UserError(
             f"{paths}: wanted at least one usable pair, got none" + (f" ({min(reasons)})" if reasons else "")
         )
     return prepared
+
+
+def _tokenize(
+    prepared: PreparedData, index: GroupIndex, chat: ChatTokenizer, data: DataConfig,
+    on_bad: Callable[[BadRow], None], seed: int, limit_pairs: int | None,
+    progress: Callable[[str, int], Callable[[int], object]],
+) -> np.ndarray | None:  # fmt: skip
+    """Append all groups, or shuffled ones until there are enough pairs; then the order that puts them back."""
+    groups = np.random.default_rng([seed, 7]).permutation(len(index)) if limit_pairs else range(len(index))
+    kept, taken = [], 0
+    tick = progress("tokenizing", len(groups))
+    for number in groups:
+        tick(1)
+        room = limit_pairs - taken if limit_pairs else None
+        group = _tokenize_group(
+            prepared.files, index, int(number), chat, data, prepared.account, on_bad, room
+        )
+        if group is None:
+            continue
+        candidate, row, images = group
+        pairs = np.array(candidate.pairs)
+        prepared.append(candidate.prompt, list(candidate.completions.values()), pairs, row, images)
+        prepared.account.truncated += len(candidate.truncated)
+        kept.append(int(number))
+        taken += len(pairs)
+        if limit_pairs and taken >= limit_pairs:
+            break
+    return np.argsort(kept) if limit_pairs else None
 
 
 def _tokenize_group(
@@ -220,7 +257,7 @@ def _tokenize_group(
                 _check_prompt_fits(pair, fresh.prompt, data)
             else:
                 fresh = candidate
-            ids = _fit(pair, prompt, chat, data, account)
+            chosen, rejected = _fit(pair, prompt, chat, data)
         except BadRow as error:
             on_bad(error)
             continue
@@ -228,7 +265,7 @@ def _tokenize_group(
             account.skipped.append(Skipped(pair.where, pair.id, str(dropped)))
             continue
         candidate = fresh
-        candidate.pairs.append((candidate.number(ids[0]), candidate.number(ids[1])))
+        candidate.add(chosen, rejected)
     return (candidate, first, images) if candidate is not None else None
 
 
@@ -238,22 +275,21 @@ class _Dropped(Exception):
 
 def _check_prompt_fits(pair: Pair, prompt: np.ndarray, data: DataConfig) -> None:
     if len(prompt) >= data.max_length:
-        message = (
-            f"a prompt of fewer than data.max_length = {data.max_length} tokens",
-            f"{len(prompt)} tokens",
-        )
+        wanted, got = f"fewer than data.max_length = {data.max_length} tokens", f"{len(prompt)}"
         if data.overflow == "drop":
-            raise _Dropped(f"prompt: wanted {message[0]}, got {message[1]}")
-        raise BadRow(pair.where, "prompt", *message)
+            raise _Dropped(f"prompt: wanted {wanted}, got {got}")
+        if data.overflow == "truncate":  # only ever shortens completions
+            raise BadRow(pair.where, "prompt", wanted, got)
+        raise UserError(
+            f"{pair.where}: prompt: wanted {wanted}, got {got}; raise it, or set data.overflow to drop"
+        )
 
 
-def _fit(
-    pair: Pair, prompt: Any, chat: ChatTokenizer, data: DataConfig, account: Account
-) -> list[np.ndarray]:
+def _fit(pair: Pair, prompt: EncodedPrompt, chat: ChatTokenizer, data: DataConfig) -> tuple[_Fitted, _Fitted]:
     """Token ids of chosen and rejected, cut, refused or dropped as data.overflow says."""
     result = []
     for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        ids = chat.completion(pair.messages, prompt, answer, pair.where)
+        ids = chat.completion(pair.messages, prompt, answer, pair.where, name)
         total, room = len(prompt.ids) + len(ids), data.max_length - len(prompt.ids)
         if total > data.max_length:
             if data.overflow == "error":
@@ -265,12 +301,12 @@ def _fit(
                 raise _Dropped(
                     f"{name}: {total} tokens with its prompt, data.max_length is {data.max_length}"
                 )
-            ids = ids[:room]
-            account.truncated += 1
-        result.append(ids)
-    if np.array_equal(result[0], result[1]):
-        cut = " after truncation" if data.overflow == "truncate" else " as tokens"
-        if data.overflow == "truncate" and len(result[0]) == data.max_length - len(prompt.ids):
-            raise _Dropped(f"rejected: the same as chosen{cut}")
-        raise BadRow(pair.where, "rejected", "an answer that differs from chosen", f"the same answer{cut}")
-    return result
+        result.append(_Fitted(ids[:room], cut=len(ids) > room))
+    chosen, rejected = result
+    if np.array_equal(chosen.ids, rejected.ids):
+        if chosen.cut or rejected.cut:
+            raise _Dropped("rejected: the same as chosen after truncation")
+        raise BadRow(
+            pair.where, "rejected", "an answer that differs from chosen", "the same answer as tokens"
+        )
+    return chosen, rejected

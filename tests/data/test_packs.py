@@ -1,0 +1,234 @@
+"""Steps and packs: whole groups per step, every completion once, within the budget, the same for the same seed."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fasttrain.data.packs import Order, Pack, plan_step
+from fasttrain.errors import UserError
+from fasttrain.reference.fill import greedy_packs
+
+# A group: prompt length, completion lengths, pairs among them.
+lengths = st.tuples(
+    st.integers(1, 60), st.lists(st.integers(1, 40), min_size=2, max_size=7), st.integers(1, 9)
+)
+groups = st.lists(lengths, min_size=1, max_size=25)
+budgets = st.integers(1, 300)
+
+
+def data_of(shape: list[tuple[int, list[int], int]]) -> Any:
+    """As much of PreparedData as packing asks for."""
+    return _Data(shape)
+
+
+class _Data:
+    def __init__(self, shape: list[tuple[int, list[int], int]]) -> None:
+        self.shape = shape
+
+    def __len__(self) -> int:
+        return len(self.shape)
+
+    def lengths(self, number: int) -> np.ndarray:
+        prompt, completions, _ = self.shape[number]
+        return np.array([prompt, *completions])
+
+    def pair_count(self, number: int) -> int:
+        return self.shape[number][2]
+
+    def pairs(self, number: int) -> np.ndarray:
+        _, completions, count = self.shape[number]
+        every = itertools.cycle(itertools.permutations(range(len(completions)), 2))
+        return np.array(list(itertools.islice(every, count)))
+
+    def group(self, number: int) -> Any:
+        return SimpleNamespace(number=number, pairs=self.pairs(number))
+
+
+def cost(data: Any, pack: Pack) -> int:
+    """Tokens of a pack, counted one by one."""
+    total = 0
+    for piece in pack.pieces:
+        prompt, *completions = data.lengths(piece.group).tolist()
+        prompts = 1 if pack.shared else len(piece.completions)
+        total += prompts * prompt + sum(completions[index] for index in piece.completions)
+    return total
+
+
+def completions(packs: Any) -> Counter[tuple[int, int]]:
+    return Counter(
+        (piece.group, index) for pack in packs for piece in pack.pieces for index in piece.completions
+    )
+
+
+def order(data: Any, pairs_per_step: int = 8, shuffle: bool = True, seed: int = 0) -> Order:
+    return Order(data, pairs_per_step, shuffle, seed)
+
+
+def plan(data: Any, numbers: Any, budget: int, shared: bool) -> Any:
+    return plan_step(data, 1, 0.5, np.asarray(numbers), budget, shared)
+
+
+@settings(deadline=None)
+@given(groups, budgets, st.booleans())
+def test_every_completion_of_a_step_runs_exactly_once(shape: Any, budget: int, shared: bool) -> None:
+    data = data_of(shape)
+    numbers = list(range(0, len(shape), 2))
+    step = plan(data, numbers, budget, shared)
+    every = [(number, index) for number in numbers for index in range(len(shape[number][1]))]
+    assert completions(step.packs) == Counter(every)
+    assert step.pairs == sum(shape[number][2] for number in numbers)
+    assert step.groups == tuple(numbers) and all(pack.shared == shared for pack in step.packs)
+
+
+@settings(deadline=None)
+@given(groups, budgets)
+def test_the_mean_chosen_length_is_that_of_the_pairs_of_the_whole_step(shape: Any, budget: int) -> None:
+    data = data_of(shape)
+    chosen = [shape[number][1][pair[0]] for number in range(len(shape)) for pair in data.pairs(number)]
+    step = plan(data, range(len(shape)), budget, True)
+    assert step.mean_chosen_length == pytest.approx(sum(chosen) / len(chosen))
+
+
+@settings(deadline=None)
+@given(groups, budgets, st.booleans())
+def test_a_pack_exceeds_the_budget_only_for_one_completion_that_does_not_fit(
+    shape: Any, budget: int, shared: bool
+) -> None:
+    data = data_of(shape)
+    for pack in plan(data, range(len(shape)), budget, shared).packs:
+        assert cost(data, pack) <= budget or completions([pack]).total() == 1
+
+
+@settings(deadline=None)
+@given(groups, budgets, st.booleans())
+def test_a_group_is_split_only_when_it_does_not_fit_and_is_marked(
+    shape: Any, budget: int, shared: bool
+) -> None:
+    data = data_of(shape)
+    step = plan(data, range(len(shape)), budget, shared)
+    spread = Counter(number for pack in step.packs for number in {piece.group for piece in pack.pieces})
+    assert step.split == {number for number, packs in spread.items() if packs > 1}
+    for number in step.split:
+        prompt, answers, _ = shape[number]
+        assert sum(answers) + prompt * (1 if shared else len(answers)) > budget
+
+
+@settings(deadline=None)
+@given(groups, budgets)
+def test_no_two_packs_of_whole_groups_would_fit_in_one(shape: Any, budget: int) -> None:
+    data = data_of(shape)
+    step = plan(data, range(len(shape)), budget, True)
+    whole = [cost(data, pack) for pack in step.packs if not any(p.group in step.split for p in pack.pieces)]
+    fitting = sorted(tokens for tokens in whole if tokens <= budget)
+    assert not fitting[1:] or fitting[0] + fitting[1] > budget
+
+
+@settings(deadline=None)
+@given(groups, st.integers(1, 40), st.booleans(), st.integers(0, 5), st.integers(0, 3))
+def test_a_step_takes_whole_groups_until_it_holds_enough_pairs(
+    shape: Any, wanted: int, shuffle: bool, seed: int, epoch: int
+) -> None:
+    data = data_of(shape)
+    steps = order(data, wanted, shuffle, seed).steps_in(epoch)
+    assert sorted(np.concatenate(steps).tolist()) == list(range(len(shape)))
+    held = [[shape[number][2] for number in step.tolist()] for step in steps]
+    assert all(sum(pairs) >= wanted for pairs in held[:-1])
+    assert all(sum(pairs[:-1]) < wanted for pairs in held)  # without its last group it would hold too few
+    if not shuffle:
+        assert np.concatenate(steps).tolist() == list(range(len(shape)))
+
+
+SMALL = data_of([(5, [3, 4], 1 + number % 3) for number in range(40)])
+
+
+def test_the_order_follows_from_seed_and_epoch_alone() -> None:
+    def flat(seed: int, epoch: int) -> list[int]:
+        return np.concatenate(order(SMALL, seed=seed).steps_in(epoch)).tolist()
+
+    assert flat(1, 0) == flat(1, 0)
+    assert len({tuple(flat(seed, epoch)) for seed in (0, 1, 2) for epoch in (0, 1, 2)}) == 9
+    assert sorted(flat(1, 0)) == list(range(40)) != flat(1, 0)
+
+
+def test_without_shuffle_every_epoch_is_in_file_order() -> None:
+    for epoch in (0, 1):
+        groups = np.concatenate(order(SMALL, shuffle=False).steps_in(epoch))
+        assert groups.tolist() == list(range(40))
+
+
+def test_steps_run_over_epochs_and_resume_anywhere() -> None:
+    made = order(SMALL, 10)
+    total = made.total_steps(2.5)
+    steps = [(number, epoch, tuple(groups)) for number, epoch, groups in made.steps(1, total)]
+    first, second, third = (made.steps_in(epoch) for epoch in (0, 1, 2))
+    half = -(-len(third) // 2)
+    assert [step[2] for step in steps] == [tuple(s.tolist()) for s in (*first, *second, *third[:half])]
+    assert [step[0] for step in steps] == list(range(1, total + 1))
+    assert steps[len(first) - 1][1] == 1.0 and steps[len(first) + len(second) - 1][1] == 2.0
+    for start in (1, 2, len(first), len(first) + 1, total):
+        again = [(number, epoch, tuple(groups)) for number, epoch, groups in made.steps(start, total)]
+        assert again == steps[start - 1 :]
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 8), (2, 16), (0.5, 4), (0.01, 1), (1.25, 10), (1.26, 11)])
+def test_a_part_of_an_epoch_is_that_part_of_its_steps(epochs: float, steps: int) -> None:
+    assert order(data_of([(5, [1, 1], 1)] * 64), 8).total_steps(epochs) == steps
+
+
+def test_groups_without_pairs_are_left_out() -> None:
+    data = data_of([(5, [3, 4], 1), (5, [3, 4], 0), (5, [3, 4], 1)])
+    assert sorted(np.concatenate(order(data, 1).steps_in(0)).tolist()) == [0, 2]
+
+
+def test_data_that_lost_all_its_pairs_ends_the_run_instead_of_looking_for_steps_forever() -> None:
+    data = data_of([(5, [3, 4], 0)] * 3)
+    with pytest.raises(UserError, match="wanted at least one usable pair, got none"):
+        next(iter(order(data).steps(1, 10)))
+    with pytest.raises(UserError, match="wanted at least one usable pair, got none"):
+        order(data).total_steps(2)
+
+
+# ---- the packs of the reference cache ------------------------------------------------------------------------------
+
+missing = st.lists(
+    st.tuples(lengths, st.sets(st.integers(0, 6), min_size=1)), min_size=1, max_size=20
+)  # of each group, the completions that are not cached
+
+
+def some_missing(drawn: Any) -> tuple[Any, list[tuple[int, list[int]]]]:
+    data = data_of([shape for shape, _ in drawn])
+    gone = [(n, sorted(i for i in want if i < len(shape[1]))) for n, (shape, want) in enumerate(drawn)]
+    return data, [(number, indices) for number, indices in gone if indices]
+
+
+@settings(deadline=None)
+@given(missing, budgets, st.booleans())
+def test_a_fill_runs_exactly_what_is_missing_within_the_budget(drawn: Any, budget: int, shared: bool) -> None:
+    data, gone = some_missing(drawn)
+    packs = list(greedy_packs(data, gone, budget, shared))
+    assert completions(packs) == Counter((number, index) for number, indices in gone for index in indices)
+    for pack in packs:
+        assert cost(data, pack) <= budget or completions([pack]).total() == 1
+
+
+@settings(deadline=None)
+@given(missing, budgets, st.booleans(), st.integers(0, 50))
+def test_a_fill_cut_off_after_any_pack_goes_on_with_the_same_packs(
+    drawn: Any, budget: int, shared: bool, done: int
+) -> None:
+    data, gone = some_missing(drawn)
+    packs = list(greedy_packs(data, gone, budget, shared))
+    stored = completions(packs[:done])
+    left = [(number, [i for i in indices if (number, i) not in stored]) for number, indices in gone]
+    again = list(
+        greedy_packs(data, [(number, indices) for number, indices in left if indices], budget, shared)
+    )
+    assert again == packs[done:]
