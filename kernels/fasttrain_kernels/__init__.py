@@ -1,6 +1,7 @@
 """Drop-in kernels for preference training: torch and triton only, nothing else is imported."""
 
 from .backends import backend_for
+from .label_logprob import label_logprob, label_logprob_ref
 from .linear_logprob import LinearLogprob, linear_logprob, linear_logprob_ref
 from .preference_kinds import COUPLE_PAIRS, F_DIVERGENCES, KINDS, REFERENCE_FREE
 from .preference_loss import PreferenceLoss, preference_loss, preference_loss_ref
@@ -22,6 +23,8 @@ __all__ = [
     "SharedPrefixLayout",
     "attention_backend_for",
     "backend_for",
+    "label_logprob",
+    "label_logprob_ref",
     "linear_logprob",
     "linear_logprob_ref",
     "pair_sums",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 # Bytes of one fp32 tile of logits on CPU: it has to stay in the last-level cache between its two products, yet few
 # tiles mean few meeting points of threads.
-_CPU_TILE_BYTES = 6 << 20
+_CPU_TILE_BYTES = 8 << 20
 # Rows of a tile: enough to amortise reading the weight tile, few enough to leave it wide.
 _CPU_ROWS, _GPU_ROWS = 512, 1024
 # Columns of a tile on GPU: a row of it is held in the registers of one program, the tile (32 MiB) in the L2 cache.
