@@ -1,0 +1,105 @@
+"""The demo end to end, shortened: pairs, DPO through the public API, answers before and after."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import LlavaForConditionalGeneration
+
+from fasttrain import UserError, load_config
+from fasttrain.demo.run import MODEL, DemoResult, run_demo
+
+PROMPTS, QUESTIONS = 160, 120
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, Path, str]:
+    folder = tmp_path_factory.mktemp("demo") / "new" / "demo"
+    lines: list[str] = []
+    result = run_demo(folder, prompts=PROMPTS, questions=QUESTIONS, echo=lines.append)
+    return result, folder, "\n".join(lines)
+
+
+@pytest.mark.slow
+def test_dpo_mends_the_habits_far_beyond_the_interval(demo: tuple[DemoResult, Path, str]) -> None:
+    result, *_ = demo
+    assert result.before.accuracy < 0.4
+    assert result.after.accuracy > result.before.accuracy + 0.25
+    assert result.after.interval[0] > result.before.interval[1] + 0.1
+
+
+@pytest.mark.slow
+def test_the_account_tells_what_was_measured(demo: tuple[DemoResult, Path, str]) -> None:
+    result, folder, text = demo
+    for shown in (result.before, result.after):
+        low, high = shown.interval
+        assert (
+            f"{shown.accuracy:.1%} of {QUESTIONS} answers right (95 % interval {low:.1%} to {high:.1%})"
+            in text
+        )
+    assert f"{result.tokens:,}" in text
+    assert f"{result.tokens_unshared:,}" in text
+    assert str(folder / "run") in text
+    assert (folder / "recipe.yaml").read_text().splitlines()[3] in text
+
+
+@pytest.mark.slow
+def test_tokens_are_those_of_the_metrics_file(demo: tuple[DemoResult, Path, str]) -> None:
+    result, folder, _ = demo
+    metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    pairs = (folder / "pairs" / "pairs.jsonl").read_text().splitlines()
+    assert sum(line["pairs"] for line in metrics) == len(pairs) > 3 * PROMPTS
+    assert result.tokens == sum(line["tokens"] for line in metrics)
+    assert result.tokens_unshared == sum(line["tokens_unshared"] for line in metrics) > 5 * result.tokens
+
+
+@pytest.mark.slow
+def test_the_adapter_in_the_run_folder_loads_onto_the_shipped_model(
+    demo: tuple[DemoResult, Path, str],
+) -> None:
+    _, folder, _ = demo
+    base = LlavaForConditionalGeneration.from_pretrained(MODEL)
+    tuned = PeftModel.from_pretrained(base, folder / "run" / "final")
+    moved = [value.abs().max() for name, value in tuned.state_dict().items() if "lora_B" in name]
+    assert moved and all(value > 0 for value in moved)
+
+
+@pytest.mark.slow
+def test_the_demo_can_be_run_again_and_gives_the_same(demo: tuple[DemoResult, Path, str]) -> None:
+    result, folder, _ = demo
+    threads = torch.get_num_threads()
+    again = run_demo(folder, prompts=PROMPTS, questions=QUESTIONS, echo=lambda line: None)
+    assert torch.get_num_threads() == threads
+    assert (again.before, again.after) == (result.before, result.after)
+    assert [line["loss"] for line in again.run.metrics] == [line["loss"] for line in result.run.metrics]
+
+
+def test_a_folder_with_other_contents_is_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match="wanted a new folder or an earlier demo's"):
+        run_demo(tmp_path)
+    assert (tmp_path / "pairs" / "precious.txt").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="file"):
+        run_demo(tmp_path / "file" / "demo")
+
+
+def test_a_demo_that_was_interrupted_at_once_can_be_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "it's a demo: #1"
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr("fasttrain.demo.run.train_dpo", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run_demo(folder, prompts=8, questions=8, echo=lambda line: None)
+    assert load_config(folder / "recipe.yaml").data.train == str(folder / "pairs" / "pairs.jsonl")
