@@ -22,7 +22,7 @@ class BadRow(UserError):
 
     def __init__(self, file: object, place: str, field: str, wanted: str, got: Any) -> None:
         self.file, self.place, self.field, self.wanted = str(file), place, field, wanted
-        self.got = shorten(got if isinstance(got, str) else repr(got))
+        self.got = shorten(got if isinstance(got, str) and got.strip() else repr(got))
         super().__init__(f"{self.file} {place}: {field}: wanted {wanted}, got {self.got}")
 
 

@@ -1,0 +1,54 @@
+"""Which layout a preference record has, by its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fasttrain_data.formats.table_rows import iterate_rows
+from fasttrain_data.jsonl import Row
+
+
+def _is_turn(value: object) -> bool:
+    return isinstance(value, dict) and ("value" in value or "content" in value)
+
+
+def _is_mllm_dpo(row: Row) -> bool:
+    if "question" not in row or "rejected" not in row:
+        return False
+    chosen = row.get("chosen")
+    first = chosen[0] if isinstance(chosen, list) and chosen else chosen
+    return isinstance(first, dict) and "from" in first
+
+
+# name -> test, in the order they are tried: layouts with telling keys first
+FORMATS: dict[str, Callable[[Row], bool]] = {
+    "ms-swift": lambda row: "messages" in row and ("rejected_response" in row or "rejected_messages" in row),
+    "llama-factory": lambda row: (
+        ("conversations" in row or "messages" in row)
+        and _is_turn(row.get("chosen"))
+        and _is_turn(row.get("rejected"))
+    ),
+    "mllm-dpo": _is_mllm_dpo,
+    "rlaif-v": lambda row: {"question", "chosen", "rejected"} <= set(row),
+    "vlfeedback": lambda row: {"prompt", "completions"} <= set(row),
+    "helpsteer3": lambda row: {"context", "response1", "response2", "overall_preference"} <= set(row),
+    "helpsteer": lambda row: {"prompt", "response", "helpfulness", "correctness", "coherence"} <= set(row),
+    "ultrafeedback": lambda row: (
+        {"prompt", "chosen", "rejected", "chosen-rating", "rejected-rating"} <= set(row)
+    ),
+    "llava-next": lambda row: {"prompt", "answer", "chosen", "rejected"} <= set(row),
+    "trl": lambda row: {"chosen", "rejected"} <= set(row),
+}
+
+
+def detect_format(source: Path | str | Row) -> str | None:
+    """The layout of a record, or of the first record of a file; None if it is none we know.
+
+    "trl" covers TRL's explicit and implicit prompts and the short form with plain strings.
+    """
+    if isinstance(source, dict):
+        return next((name for name, matches in FORMATS.items() if matches(source)), None)
+    for _, _, row in iterate_rows(Path(source)):
+        return detect_format(row)
+    return None

@@ -1,0 +1,293 @@
+"""Readers: one record of another project's layout -> one TRL vision row (or none, with a reason)."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fasttrain_data.errors import UserError
+from fasttrain_data.formats.detect import FORMATS, detect_format
+from fasttrain_data.formats.messages import (
+    Message,
+    Place,
+    answer,
+    check_answer,
+    message,
+    parts_of,
+    place_images,
+    turn_of,
+    turns_of,
+)
+from fasttrain_data.formats.scored import read_helpsteer, read_helpsteer3, read_vlfeedback
+from fasttrain_data.formats.table_rows import iterate_rows
+from fasttrain_data.ids import content_hash
+from fasttrain_data.jsonl import Row
+
+Skipped = Callable[[str, str], None]
+_LOGPS = (
+    "ref_win_logp",
+    "ref_rej_logp",
+    "ref_win_avg_logp",
+    "ref_rej_avg_logp",
+    "ref_win_per_token_logp",
+    "ref_rej_per_token_logp",
+)
+
+
+def read_pairs(path: Path | str, form: str | None = None, skipped: Skipped | None = None) -> Iterator[Row]:
+    """TRL vision rows of a preference file, streamed; see the package's docstring for their keys.
+
+    form: a name from FORMATS; None lets the first row decide. BadRow (file, place, field, wanted, got) for the
+    first row that is wrong. Records that hold no preference (ties, one answer only) are passed over and told to
+    `skipped(where, reason)`. Scored candidates become pairs by the paper's rule (HelpSteer: margin 2 on
+    helpfulness + correctness + coherence) or best against worst mean rating (VLFeedback).
+    """
+    path = Path(path)
+    form = form or detect_format(path)
+    if form is None:
+        raise UserError(f"{path}: wanted a preference file of one of: {', '.join(FORMATS)}; got none of them")
+    if form not in FORMATS:
+        raise UserError(f"--format: wanted one of {', '.join(FORMATS)}, got {form!r}")
+    tell = skipped or (lambda where, reason: None)
+    rows = iterate_rows(path)
+    if form == "helpsteer":
+        yield from read_helpsteer(rows, tell)
+        return
+    reader = _READERS[form]
+    for file, name, row in rows:
+        place = Place(file, name)
+        result = reader(row, place)
+        if isinstance(result, str):
+            tell(f"{file} {name}", result)
+        else:
+            yield _finish(row, result, place)
+
+
+def _finish(row: Row, pair: Row, place: Place) -> Row:
+    """Check texts and images, give an id."""
+    for key in ("chosen", "rejected"):
+        check_answer(pair[key], key, place)
+    if pair["chosen"] == pair["rejected"]:
+        raise place.bad("rejected", "an answer that differs from chosen", "the same answer")
+    images = images_of(pair.pop("images"), place)
+    prompt = place_images(pair.pop("prompt"), len(images), place)
+    chosen, rejected = pair.pop("chosen"), pair.pop("rejected")
+    named = next((row[key] for key in ("id", "idx", "question_id") if row.get(key) not in (None, "")), None)
+    if named is None:
+        paths = [image if isinstance(image, str) else image.get("path") for image in images]
+        named = content_hash(paths, prompt, chosen, rejected)
+    fixed = {"images": images, "prompt": prompt, "chosen": answer(chosen), "rejected": answer(rejected)}
+    return {"id": str(named), **fixed, **{key: value for key, value in pair.items() if key != "id"}}
+
+
+def images_of(value: Any, place: Place) -> list[Any]:
+    """A list of paths and {"bytes", "path"} dicts from what a row has as image(s)."""
+    if value is None:
+        return []
+    result: list[Any] = []
+    for image in value if isinstance(value, list) else [value]:
+        if isinstance(image, dict) and isinstance(image.get("bytes"), bytes) and image["bytes"]:
+            result.append({"bytes": image["bytes"], "path": image.get("path")})
+        elif isinstance(image, dict) and isinstance(image.get("path"), str):
+            result.append(image["path"])
+        elif isinstance(image, str) and image:
+            result.append(image)
+        else:
+            raise place.bad("images", "an image path or embedded bytes", image)
+    return result
+
+
+def _rest(row: Row, *taken: str) -> Row:
+    """The columns that have no meaning of their own here; log-probs under a name no trainer trusts."""
+    rest = {key: value for key, value in row.items() if key not in taken and key not in _LOGPS}
+    foreign = {key: row[key] for key in _LOGPS if row.get(key) is not None}
+    if row.get("logps") is not None:
+        foreign["logps"] = _parsed(rest.pop("logps"))
+    return {**rest, **({"foreign_logps": foreign} if foreign else {})}
+
+
+def _parsed(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        return value
+
+
+def _read_trl(row: Row, place: Place) -> Row | str:
+    """Explicit or implicit prompt, messages or strings."""
+    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
+    if prompt is None:
+        if not (isinstance(chosen, list) and isinstance(rejected, list)):
+            raise place.bad("prompt", "a prompt", None)
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+            shared += 1
+        if not shared:
+            raise place.bad("prompt", "a prompt, or conversations that begin alike", "neither")
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    images = row.get("images", row.get("image"))
+    return {
+        **_rest(row, "prompt", "chosen", "rejected", "images", "image"),
+        "images": images,
+        "prompt": _messages(prompt, place),
+        "chosen": _answer_text(chosen, "chosen", place),
+        "rejected": _answer_text(rejected, "rejected", place),
+    }
+
+
+def _messages(prompt: Any, place: Place) -> list[Message]:
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not prompt:
+        raise place.bad("prompt", "text or a list of messages", prompt)
+    messages = []
+    for turn in prompt:
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+            raise place.bad("prompt", "messages with role and content", turn)
+        messages.append({"role": turn["role"], "content": _parts(turn.get("content"), "prompt", place)})
+    if messages[-1]["role"] != "user":
+        raise place.bad("prompt", "a last message by the user", f"one by {messages[-1]['role']}")
+    return messages
+
+
+def _parts(content: Any, field: str, place: Place) -> list[dict[str, str]]:
+    if isinstance(content, str):
+        return parts_of(content)
+    if not isinstance(content, list):
+        raise place.bad(field, "text or a list of parts", content)
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image":
+            parts.append({"type": "image"})
+        elif kind == "text":
+            parts.append({"type": "text", "text": place.text(part.get("text"), field)})
+        else:
+            raise place.bad(field, 'parts of type "text" or "image"', part)
+    return parts
+
+
+def _answer_text(value: Any, field: str, place: Place) -> str:
+    if isinstance(value, list):
+        if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
+            raise place.bad(field, "one message by the assistant", value)
+        parts = _parts(value[0].get("content"), field, place)
+        if any(part["type"] == "image" for part in parts):
+            raise place.bad(field, "text only", "an image")
+        return "".join(part["text"] for part in parts)
+    return place.text(value, field)
+
+
+def _read_ultrafeedback(row: Row, place: Place) -> Row | str:
+    """chosen and rejected are whole conversations that repeat the prompt."""
+    if row.get("chosen-rating") == row.get("rejected-rating"):
+        return "tie"
+    texts = {}
+    for key in ("chosen", "rejected"):
+        value = row.get(key)
+        texts[key] = _answer_text(value[-1:] if isinstance(value, list) else value, key, place)
+    rest = _rest(row, "prompt", "chosen", "rejected")
+    return {**rest, "images": None, "prompt": _messages(row.get("prompt"), place), **texts}
+
+
+def _read_llama_factory(row: Row, place: Place) -> Row | str:
+    field = "conversations" if "conversations" in row else "messages"
+    turns = turns_of(row.get(field), field, place)
+    if row.get("system"):
+        turns.insert(0, ("system", place.text(row.get("system"), "system")))
+    if not turns or turns[-1][0] != "user":
+        raise place.bad(field, "a last turn by the human", turns[-1][0] if turns else None)
+    return {
+        **_rest(row, field, "chosen", "rejected", "images", "system"),
+        "images": row.get("images"),
+        "prompt": [message(role, text) for role, text in turns],
+        "chosen": turn_of(row.get("chosen"), "chosen", place)[1],
+        "rejected": turn_of(row.get("rejected"), "rejected", place)[1],
+    }
+
+
+def _read_ms_swift(row: Row, place: Place) -> Row | str:
+    turns = turns_of(row.get("messages"), "messages", place)
+    if len(turns) < 2 or turns[-1][0] != "assistant" or turns[-2][0] != "user":
+        raise place.bad(
+            "messages", "a question by the user and the chosen answer at the end", [r for r, _ in turns]
+        )
+    rejected = row.get("rejected_response")
+    if rejected is None:
+        rejected = _last_turn(row.get("rejected_messages"), "rejected_messages", place)
+    if isinstance(rejected, list):
+        if len(rejected) != 1:
+            raise place.bad("rejected_response", "one rejected answer", f"{len(rejected)} of them")
+        rejected = rejected[0]
+    return {
+        **_rest(row, "messages", "rejected_response", "rejected_messages", "images"),
+        "images": row.get("images"),
+        "prompt": [message(role, text) for role, text in turns[:-1]],
+        "chosen": turns[-1][1],
+        "rejected": place.text(rejected, "rejected_response"),
+    }
+
+
+def _read_mllm_dpo(row: Row, place: Place) -> Row | str:
+    """The paper's release: question may be a turn or its Python literal, answers a turn or a conversation."""
+    question = row.get("question")
+    if isinstance(question, str) and question.lstrip().startswith("{"):
+        try:
+            question = ast.literal_eval(question)
+        except (ValueError, SyntaxError):
+            raise place.bad("question", "a turn or its Python literal", question) from None
+    text = question if isinstance(question, str) else turn_of(question, "question", place)[1]
+    return {
+        **_rest(row, "question", "chosen", "rejected", "image", "images"),
+        "images": row.get("image", row.get("images")),
+        "prompt": [message("user", text)],
+        "chosen": _last_turn(row.get("chosen"), "chosen", place),
+        "rejected": _last_turn(row.get("rejected"), "rejected", place),
+    }
+
+
+def _last_turn(value: Any, field: str, place: Place) -> str:
+    turn = value[-1] if isinstance(value, list) and value else value
+    role, text = turn_of(turn, field, place)
+    if role != "assistant":
+        raise place.bad(field, "a last turn by gpt", role)
+    return text
+
+
+def _read_rlaif_v(row: Row, place: Place) -> Row | str:
+    images = row.get("image")
+    if images is None and row.get("image_path"):
+        images = row["image_path"]
+    return {
+        **_rest(row, "question", "chosen", "rejected", "image"),
+        "images": images,
+        "prompt": [message("user", place.text(row.get("question"), "question"))],
+        "chosen": place.text(row.get("chosen"), "chosen"),
+        "rejected": place.text(row.get("rejected"), "rejected"),
+    }
+
+
+def _read_llava_next(row: Row, place: Place) -> Row | str:
+    return {
+        **_rest(row, "prompt", "chosen", "rejected", "image", "images"),
+        "images": row.get("image", row.get("images")),
+        "prompt": [message("user", place.text(row.get("prompt"), "prompt"))],
+        "chosen": place.text(row.get("chosen"), "chosen"),
+        "rejected": place.text(row.get("rejected"), "rejected"),
+    }
+
+
+_READERS: dict[str, Callable[[Row, Place], Row | str]] = {
+    "ms-swift": _read_ms_swift,
+    "llama-factory": _read_llama_factory,
+    "mllm-dpo": _read_mllm_dpo,
+    "rlaif-v": _read_rlaif_v,
+    "vlfeedback": read_vlfeedback,
+    "helpsteer3": read_helpsteer3,
+    "ultrafeedback": _read_ultrafeedback,
+    "llava-next": _read_llava_next,
+    "trl": _read_trl,
+}

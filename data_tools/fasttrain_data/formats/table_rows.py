@@ -1,0 +1,43 @@
+"""Rows of a data file whatever its container: JSON lines, a JSON array, Parquet, a folder of Parquet shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from fasttrain_data.errors import UserError
+from fasttrain_data.jsonl import Row, read_rows
+
+_PARQUET_BATCH = 64  # rows with embedded images are large
+
+
+def iterate_rows(path: Path) -> Iterator[tuple[str, str, Row]]:
+    """(file, place, row), streamed; UserError for a file that cannot be read as one of them."""
+    if path.is_dir():
+        shards = sorted(path.rglob("*.parquet"))
+        if not shards:
+            raise UserError(f"{path}: wanted a folder with Parquet files, got none in it")
+        for shard in shards:
+            yield from _parquet_rows(shard)
+    elif path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+    else:
+        for place, row in read_rows(path):
+            yield str(path), place, row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, str, Row]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield str(path), f"row {number}", row
+    except FileNotFoundError:
+        raise UserError(f"{path}: wanted a file, got nothing there") from None
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: wanted a Parquet file, got {str(error).splitlines()[0]}") from None
