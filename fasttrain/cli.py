@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -27,13 +28,17 @@ def _with_recipe(command):  # type: ignore[no-untyped-def]
     return command
 
 
+_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
+
+
 class _Commands(click.Group):
     """Answers `loss.beta=0.2` without -s with what was meant."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        options = [param for command in self.commands.values() for param in command.params]
+        take_values = {name for o in options for name in o.opts if not getattr(o, "is_flag", False)}
         for before, word in zip(["", *args], args):
-            key, equals, _ = word.partition("=")
-            if equals and "." in key and not key.startswith("-") and before not in ("-s", "--set"):
+            if _OVERRIDE.match(word) and before not in take_values:
                 raise click.UsageError(f"unexpected {word!r}; did you mean -s {word}?", ctx)
         return super().parse_args(ctx, args)
 
@@ -129,6 +134,21 @@ def env(as_json: bool) -> None:
             click.echo(f"{name.replace('_', ' '):24} {shown}")
 
 
+@cli.command()
+@click.option("-o", "--out", "folder", type=click.Path(path_type=Path), default="runs/demo", show_default=True)
+def demo(folder: Path) -> None:
+    """Align a tiny LLaVA that ships with fasttrain, on charts drawn here, in a few minutes on a CPU.
+
+    \b
+    Example:
+      fasttrain demo -o runs/demo
+    """
+    _prepare_torch()
+    from fasttrain.demo.run import run_demo
+
+    run_demo(folder, echo=click.echo)
+
+
 def _prepare_torch() -> None:
     """Settings that must stand before torch and tokenizers are imported, and other people's noise turned off."""
     import logging
@@ -147,10 +167,12 @@ def main() -> None:
         cli(standalone_mode=False)
     except UserError as error:
         _fail(str(error), 2)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
     except click.ClickException as error:
-        if isinstance(error, click.UsageError) and error.ctx is not None:
-            click.echo(error.ctx.get_usage(), err=True)
-        _fail(error.format_message(), 2)
+        command = getattr(error, "ctx", None)
+        _fail(error.format_message() + (f" (see {command.command_path} --help)" if command else ""), 2)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; what is done is kept, go on with --resume", 130)
     except BrokenPipeError:
@@ -159,6 +181,12 @@ def main() -> None:
     except OSError as error:
         where = f": {Path(str(error.filename))}" if error.filename else ""
         _fail(f"the machine failed: {error.strerror or error}{where}", 1)
+    except Exception as error:
+        from safetensors import SafetensorError  # what a full disk raises while weights are written
+
+        if not isinstance(error, SafetensorError):
+            raise
+        _fail(f"the machine failed: {error}", 1)
 
 
 def _fail(message: str, code: int) -> None:

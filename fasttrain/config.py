@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -42,6 +43,14 @@ def refuse(present: bool, key: str, what: str) -> None:
     """Name a setting whose capability this version does not have, instead of ignoring it."""
     if present:
         raise UserError(f"{key}: {what} is not available in this version of fasttrain")
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +91,10 @@ class LoraConfig:
         require(self.rank is None or self.rank >= 1, "lora.rank", "an integer of at least 1", self.rank)
         require(self.alpha is None or self.alpha > 0, "lora.alpha", "a positive number", self.alpha)
         require(0 <= self.dropout < 1, "lora.dropout", "a number from 0 to below 1", self.dropout)
-        require(self.targets != [], "lora.targets", "auto, names or a regular expression", self.targets)
+        require(
+            self.targets != [] and (not isinstance(self.targets, str) or _is_pattern(self.targets)),
+            "lora.targets", "auto, names or a regular expression", self.targets,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

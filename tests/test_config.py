@@ -214,6 +214,8 @@ def test_an_unknown_word_is_answered_with_the_closest_known_one(text: str, said:
         ("model: {name: ''}\n", "model"),
         ("lora: {rank: 0}\n", "lora.rank: wanted"),
         ("lora: {dropout: 1}\n", "lora.dropout: wanted"),
+        ("lora: {targets: '['}\n", "lora.targets: wanted auto, names or a regular expression, got '['"),
+        ("lora: {targets: []}\n", "lora.targets: wanted auto, names or a regular expression, got []"),
         ("track: [tensorbord]\n", "track: wanted any of tensorboard"),
         ("track: tensorboard\n", "track: wanted a list of text"),
         ("distributed: {zero_stage: 1}\n", "distributed.zero_stage: wanted null, 2 or 3, got 1"),
