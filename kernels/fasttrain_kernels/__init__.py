@@ -1,6 +1,7 @@
 """Drop-in kernels for preference training: torch and triton only, nothing else is imported."""
 
 from .backends import backend_for
+from .fused_linear_preference import FusedLinearPreferenceLoss
 from .label_logprob import label_logprob, label_logprob_ref
 from .linear_logprob import LinearLogprob, linear_logprob, linear_logprob_ref
 from .preference_kinds import COUPLE_PAIRS, F_DIVERGENCES, KINDS, REFERENCE_FREE
@@ -18,6 +19,7 @@ __all__ = [
     "F_DIVERGENCES",
     "KINDS",
     "REFERENCE_FREE",
+    "FusedLinearPreferenceLoss",
     "LinearLogprob",
     "PreferenceLoss",
     "SharedPrefixLayout",

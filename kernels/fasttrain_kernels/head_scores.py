@@ -135,8 +135,9 @@ def head_gradients(
     """
     tiles, ops = Tiles(hidden_ND, weight_VD, call.dtype), passes(call.backend)
     acc = tiles.accumulator
-    grad_N = torch.zeros_like(softmax.total) if grad_N is None else grad_N.to(acc)
-    grad_entropy_N = None if grad_entropy_N is None else grad_entropy_N.to(acc)
+    # A gradient may come expanded (that of a sum does), and kernels walk it by rows.
+    grad_N = torch.zeros_like(softmax.total) if grad_N is None else grad_N.to(acc).contiguous()
+    grad_entropy_N = None if grad_entropy_N is None else grad_entropy_N.to(acc).contiguous()
     dh = hidden_ND.new_zeros(hidden_ND.shape, dtype=acc) if wants[0] else None
     dw = torch.empty_like(weight_VD) if wants[1] else None
     db = torch.empty_like(bias_V) if wants[2] and bias_V is not None else None

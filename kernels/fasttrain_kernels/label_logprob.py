@@ -110,7 +110,7 @@ def label_logprob(logits_NV: Tensor, target_N: Tensor, *, inplace: bool = False,
     """
     _check(logits_NV, target_N, inplace, validate)
     name = resolve_backend(backend, logits_NV, "label_logprob")
-    return _LabelLogprob.apply(logits_NV, target_N, inplace, name)
+    return _LabelLogprob.apply(logits_NV, target_N.contiguous(), inplace, name)
 
 
 def _check(logits: Tensor, target: Tensor, inplace: bool, validate: bool) -> None:

@@ -150,6 +150,9 @@ def linear_logprob(
     call = HeadCall(
         tr, _product_dtype(hidden_ND, weight_VD), name, entropy or entropy_grad, log_p2, top1, entropy_grad
     )
+    if name == "triton":
+        hidden_ND, weight_VD, bias = (_rows_in_memory(x) for x in (hidden_ND, weight_VD, bias))
+    target_N = target_N.contiguous()
     if validate and _has_ignored(target_N, weight_VD.shape[0]):
         keep = (target_N != IGNORED).nonzero()[:, 0]
         return _on_kept_rows(hidden_ND, weight_VD, target_N, bias, call, keep)
@@ -178,6 +181,11 @@ def _on_kept_rows(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor |
         return x.new_zeros(target.shape).index_copy(0, keep, x)
 
     return LinearLogprob(spread(part.logprob), *(None if x is None else spread(x) for x in part[1:]))
+
+
+def _rows_in_memory(x: Any) -> Any:
+    # Kernels step through a row one element at a time; rows may lie anywhere.
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from .backends import backend_for, resolve_backend
 from .preference_kinds import (
     COUPLE_PAIRS,
     F_DIVERGENCES,
@@ -35,6 +38,7 @@ def preference_loss(
     label_smoothing: float = 0.0, chosen_length: Tensor | None = None, rejected_length: Tensor | None = None,
     f_divergence: str = "reverse_kl", f_alpha: float = 0.5, discopop_tau: float = 0.05, simpo_gamma: float = 0.5,
     weight: Tensor | None = None, mean_chosen_length: Tensor | float | None = None, sft_logprob: Tensor | None = None,
+    backend: str | None = None,
 ) -> PreferenceLoss:  # fmt: skip
     """Losses and rewards of P pairs, differentiable in the policy's log-probs.
 
@@ -49,6 +53,7 @@ def preference_loss(
         mean_chosen_length: chosen tokens per pair over the whole batch; sft divides by it. Default: the mean of
             `chosen_length`. Give it when the pairs of one batch are spread over several calls.
         sft_logprob: (P,) log-probs for the sft term where it must not be `chosen_P` (LD-DPO scales that one's tail).
+        backend: "torch", "triton" or None: `backend_for(chosen_P)`, except that kinds in `COUPLE_PAIRS` are torch only.
 
     Each pair's loss depends on that pair alone, so a batch may be cut anywhere and its `losses` summed; the exceptions
     are aot and aot_unpaired, which sort over the batch (`COUPLE_PAIRS`) and must see all of it at once.
@@ -75,12 +80,50 @@ def preference_loss(
         sft_logprob=wide.get("sft_logprob"), beta=beta, label_smoothing=label_smoothing, f_divergence=f_divergence,
         f_alpha=f_alpha, discopop_tau=discopop_tau, simpo_gamma=simpo_gamma,
     )  # fmt: skip
+    pair_weight = wide["weight"].detach() if "weight" in wide else None
+    if _backend(backend, kinds, chosen_P) == "triton":
+        sft = terms.chosen if terms.sft_logprob is None else terms.sft_logprob
+        return PreferenceLoss(
+            *_OneLaunch.apply(terms.chosen, terms.rejected, sft, terms, kinds, factors, pair_weight)
+        )
     losses = sum(factor * FORMULAS[name](terms) for name, factor in zip(kinds, factors))
     assert isinstance(losses, Tensor)
-    if "weight" in wide:
-        losses = losses * wide["weight"].detach()
+    if pair_weight is not None:
+        losses = losses * pair_weight
     chosen_reward, rejected_reward = _rewards(terms)
     return PreferenceLoss(losses.mean(), losses, chosen_reward, rejected_reward)
+
+
+class _OneLaunch(torch.autograd.Function):
+    """The Triton kernel, which makes losses and gradients together; the backward scales the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, chosen: Tensor, rejected: Tensor, sft: Tensor, terms: Terms, kinds: tuple[str, ...],
+                factors: tuple[float, ...], weight: Tensor | None) -> tuple[Tensor, ...]:  # fmt: skip
+        from .preference_loss_triton import launch
+
+        out = launch(
+            replace(terms, chosen=chosen, rejected=rejected, sft_logprob=sft), kinds, factors, weight
+        )
+        ctx.save_for_backward(out.chosen_grad, out.rejected_grad, out.sft_grad)
+        ctx.mark_non_differentiable(out.chosen_reward, out.rejected_reward)
+        return out.mean, out.losses, out.chosen_reward, out.rejected_reward
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_mean: Tensor, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grad = grad_losses + grad_mean / grad_losses.shape[0]
+        return *(grad * x for x in ctx.saved_tensors), None, None, None, None
+
+
+def _backend(name: str | None, kinds: tuple[str, ...], tensor: Tensor) -> str:
+    # Sorting over the batch is torch's: such kinds run there, and asking for Triton by name is an error.
+    sorts = COUPLE_PAIRS & set(kinds)
+    if name == "triton" and sorts:
+        _refuse("backend", f"'torch' or None for {sorted(sorts)}, which sort over the batch", repr(name))
+    if name is None:
+        return "torch" if sorts else backend_for(tensor)
+    return resolve_backend(name, tensor, "preference_loss")
 
 
 @torch.no_grad()

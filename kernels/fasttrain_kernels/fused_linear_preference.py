@@ -1,0 +1,95 @@
+"""From hidden states and the head's weight to a preference loss, with cached reference log-probs as plain arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .head_options import LogitTransform
+from .linear_logprob import IGNORED, linear_logprob
+from .preference_loss import PreferenceLoss, preference_loss
+from .sequence_logprob import pair_sums, wpo_weights
+
+
+class FusedLinearPreferenceLoss(nn.Module):
+    """`linear_logprob`, sums over answers, `preference_loss`: a whole DPO step after the model, without logits.
+
+        loss = FusedLinearPreferenceLoss(kind="sigmoid", beta=0.1)
+        out = loss(hidden, lm_head.weight, labels, ref_chosen, ref_rejected)      # chosen answers first, then rejected
+        out.loss.backward()
+
+    It has no parameters. Options are those of `preference_loss` and of the logits; `ld_alpha` (LD-DPO) and
+    `use_weighting` (WPO) work on the per-token log-probs that exist here. With `ld_alpha` the reference log-probs must
+    be LD sums too: `pair_sums` makes them from cached per-token values.
+    """
+
+    def __init__(
+        self, kind: str | Sequence[str] = "sigmoid", beta: float = 0.1, weights: Sequence[float] | None = None, *,
+        label_smoothing: float = 0.0, f_divergence: str = "reverse_kl", f_alpha: float = 0.5,
+        discopop_tau: float = 0.05, simpo_gamma: float = 0.5, ld_alpha: float | None = None,
+        use_weighting: bool = False, temperature: float = 1.0, logit_scale: float = 1.0,
+        softcap: float | None = None, backend: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.loss: dict[str, Any] = {
+            "kind": kind, "beta": beta, "weights": weights, "label_smoothing": label_smoothing,
+            "f_divergence": f_divergence, "f_alpha": f_alpha, "discopop_tau": discopop_tau, "simpo_gamma": simpo_gamma,
+        }  # fmt: skip
+        LogitTransform(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+        self.head: dict[str, Any] = {
+            "temperature": temperature,
+            "logit_scale": logit_scale,
+            "softcap": softcap,
+            "backend": backend,
+        }
+        self.ld_alpha, self.use_weighting = ld_alpha, use_weighting
+
+    def forward(
+        self, hidden: Tensor, weight_VD: Tensor, target: Tensor, ref_chosen_P: Tensor | None = None,
+        ref_rejected_P: Tensor | None = None, *, bias: Tensor | None = None, lengths_S: Tensor | None = None,
+        pairs_P2: Tensor | None = None,
+    ) -> PreferenceLoss:  # fmt: skip
+        """Loss and rewards of P pairs.
+
+        Padded: hidden (2P, T, D) and target (2P, T), chosen answers in the first half; target[i, t] is what position t
+        predicts (labels already shifted), -100 where nothing counts. Packed: hidden (N, D), target (N,) completion by
+        completion, int64 lengths_S (S,) and pairs_P2 (P, 2) naming each pair's chosen and rejected completion.
+        ref_chosen_P, ref_rejected_P: (P,) cached sums; None for reference-free kinds.
+        """
+        if hidden.dim() == 3:
+            hidden, target, lengths_S, pairs_P2 = _packed(hidden, target)
+        elif lengths_S is None or pairs_P2 is None:
+            raise ValueError(
+                "FusedLinearPreferenceLoss: lengths_S, pairs_P2: wanted with packed hidden (N, D), got None"
+            )
+        rows = linear_logprob(hidden, weight_VD, target, bias, log_p2=self.use_weighting, **self.head)
+        sums = pair_sums(rows.logprob, lengths_S, pairs_P2, self.ld_alpha)
+        sft = sums if self.ld_alpha is None else pair_sums(rows.logprob, lengths_S, pairs_P2)
+        pair_weight = None
+        if rows.log_p2 is not None:
+            pair_weight = wpo_weights(rows.logprob, rows.log_p2, lengths_S, pairs_P2)
+        return preference_loss(
+            *sums, ref_chosen_P, ref_rejected_P, **self.loss, chosen_length=lengths_S[pairs_P2[:, 0]],
+            rejected_length=lengths_S[pairs_P2[:, 1]], sft_logprob=sft[0], weight=pair_weight,
+            backend=self.head["backend"],
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        options = {**self.loss, **self.head, "ld_alpha": self.ld_alpha, "use_weighting": self.use_weighting}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
+
+
+def _packed(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(2P, T, D) and (2P, T) without the rows that do not count; lengths and pairs of what is left."""
+    if target.shape != hidden.shape[:2] or hidden.shape[0] % 2:
+        raise ValueError(
+            "FusedLinearPreferenceLoss: target: wanted shape (2P, T) as hidden (2P, T, D), got "
+            f"{tuple(target.shape)} with {tuple(hidden.shape)}"
+        )
+    kept = target != IGNORED
+    pairs = target.shape[0] // 2
+    index = torch.arange(pairs, device=target.device)
+    return hidden[kept], target[kept], kept.sum(1), torch.stack([index, index + pairs], 1)

@@ -1,0 +1,260 @@
+"""Every Triton kernel, run by Triton's interpreter on CPU, against whole logits in fp64.
+
+Started by test_triton_interpreter.py in a process of its own: Triton reads TRITON_INTERPRET when it is imported.
+
+The interpreter truncates fp32 to bf16 where a GPU rounds, so bf16 results are allowed one unit in the last place more.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fasttrain_kernels import (
+    COUPLE_PAIRS,
+    F_DIVERGENCES,
+    KINDS,
+    label_logprob,
+    label_logprob_ref,
+    linear_logprob,
+    linear_logprob_ref,
+    preference_loss,
+)
+
+pytest.importorskip("triton")
+
+OPTIONS = [
+    {},
+    {"temperature": 0.7, "logit_scale": 1.3},
+    {"softcap": 5.0, "temperature": 0.7, "logit_scale": 2.0},
+]
+
+
+def problem(n: int, d: int, v: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(n + d + v)
+    hidden, weight, bias = (torch.randn(*shape, generator=g) for shape in ((n, d), (v, d), (v,)))
+    return hidden.to(dtype), (weight * 0.3).to(dtype), torch.randint(0, v, (n,), generator=g), bias.to(dtype)
+
+
+def worst(ours: Tensor, truth: Tensor) -> float:
+    return float(
+        (ours.detach().double() - truth.detach().double()).abs().max()
+        / truth.detach().abs().max().clamp(min=1)
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "d", "v"), [(5, 1123, 507), (11, 57, 20011)])
+def test_linear_logprob_and_its_gradients(
+    n: int, d: int, v: int, dtype: torch.dtype, trained: bool, options: dict[str, float]
+) -> None:
+    hidden, weight, target, bias = problem(n, d, v, dtype)
+    target[0], target[-1], target[2] = 0, v - 1, -100
+    hidden[2] = float("nan")
+    ours = [hidden.requires_grad_(), weight.requires_grad_(trained), bias.requires_grad_(trained)]
+    true = [x.detach().double().requires_grad_(x.requires_grad) for x in ours]
+    flags = {"entropy_grad": True, "log_p2": True, "top1": True}
+    out = linear_logprob(ours[0], ours[1], target, ours[2], backend="triton", **flags, **options)
+    ref = linear_logprob_ref(true[0], true[1], target, true[2], **options)
+    (out.logprob.sum() + 0.5 * out.entropy.sum()).backward()
+    (ref.logprob.sum() + 0.5 * ref.entropy.sum()).backward()
+    for mine, theirs in zip(out, ref):
+        assert worst(mine.float(), theirs.float()) < 1e-5
+    for mine, theirs in zip(ours, true):
+        if mine.requires_grad:
+            assert worst(mine.grad, theirs.grad) < (1e-5 if dtype == torch.float32 else 1.2e-2)
+    assert not ours[0].grad[2].any()
+
+
+def test_bf16_coefficients_are_written_over_the_logits_for_the_second_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # On CUDA the products take 16-bit operands and give fp32; here two widened products stand in for cuBLAS.
+    from fasttrain_kernels import head_scores
+    from fasttrain_kernels.head_tiles import Tiles
+
+    class CudaLikeTiles(Tiles):
+        def __init__(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
+            super().__init__(hidden, weight, dtype)
+            self.rows, self.columns, self.narrow = 4, 192, True
+            self._buffer = torch.full((4 * 192,), float("nan"))
+
+        def product(self, h: Tensor, w: Tensor, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
+            tile = self._buffer.view(4, 192)[: h.shape[0], : w.shape[0]]
+            return torch.mm(h.float(), w.float().t(), out=tile)
+
+        def accumulate_(self, out: Tensor, coefficients: Tensor, x: Tensor, first: bool = False) -> None:
+            assert coefficients.dtype == x.dtype == torch.bfloat16
+            out.addmm_(coefficients.float(), x.float(), beta=0.0 if first else 1.0)
+
+    monkeypatch.setattr(head_scores, "Tiles", CudaLikeTiles)
+    for trained in (False, True):
+        hidden, weight, target, _ = problem(11, 33, 507, torch.bfloat16)
+        ours = [hidden.requires_grad_(), weight.requires_grad_(trained)]
+        true = [x.detach().double().requires_grad_(x.requires_grad) for x in ours]
+        out = linear_logprob(*ours, target, backend="triton", entropy_grad=True)
+        ref = linear_logprob_ref(*true, target)
+        (out.logprob.sum() + out.entropy.sum()).backward()
+        (ref.logprob.sum() + ref.entropy.sum()).backward()
+        assert worst(out.logprob, ref.logprob) < 1e-5
+        for mine, theirs in zip(ours, true):
+            if mine.requires_grad:
+                assert worst(mine.grad, theirs.grad) < 1.5e-2
+
+
+@pytest.mark.parametrize("rising", [False, True])
+def test_a_maximum_that_only_falls_or_only_rises_along_the_vocabulary_is_kept(rising: bool) -> None:
+    v = 20011
+    slope = torch.linspace(-80, 80, v)
+    weight = (slope if rising else slope.flip(0))[:, None].contiguous()
+    hidden, target = torch.ones(3, 1, requires_grad=True), torch.full((3,), v // 3)
+    out = linear_logprob(hidden, weight, target, backend="triton")
+    out.logprob.sum().backward()
+    true = hidden.detach().double().requires_grad_()
+    ref = linear_logprob_ref(true, weight.double(), target)
+    ref.logprob.sum().backward()
+    assert worst(out.logprob, ref.logprob) < 1e-5
+    assert worst(hidden.grad, true.grad) < 1e-5
+
+
+def test_extreme_logits_and_ties() -> None:
+    v = 20011
+    weight = torch.full((v, 1), -1e4)
+    weight[-1] = 80.0
+    out = linear_logprob(
+        torch.ones(2, 1), weight, torch.tensor([v - 1, 0]), backend="triton", top1=True, entropy=True
+    )
+    assert out.logprob.tolist() == [0.0, -10080.0]
+    assert out.top1.tolist() == [True, False]
+    ties = torch.zeros(v, 1)
+    out = linear_logprob(torch.ones(2, 1), ties, torch.tensor([0, 9]), backend="triton", top1=True)
+    assert out.top1.tolist() == [True, False]
+    assert torch.allclose(out.logprob, torch.full((2,), -float(v)).neg().log().neg(), rtol=1e-6)
+
+
+def test_without_gradients_and_without_rows() -> None:
+    hidden, weight, target, _ = problem(4, 16, 301)
+    with torch.no_grad():
+        out = linear_logprob(hidden.requires_grad_(), weight, target, backend="triton")
+    assert worst(out.logprob, linear_logprob_ref(hidden, weight, target).logprob) < 1e-5
+    none = linear_logprob(hidden[:0], weight, target[:0], backend="triton")
+    none.logprob.sum().backward()
+    assert none.logprob.shape == (0,)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("n", "v"), [(7, 507), (3, 12289)])
+def test_label_logprob_and_its_gradient(n: int, v: int, dtype: torch.dtype, inplace: bool) -> None:
+    logits = (torch.randn(n, v, generator=torch.Generator().manual_seed(v)) * 4).to(dtype)
+    target = torch.randint(0, v, (n,))
+    target[0], target[1], target[2] = 0, v - 1, -100
+    logits[2] = float("nan")
+    logits[1, : v // 2] = -1e4
+    leaf, true = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    out = label_logprob(leaf * 1, target, inplace=inplace, backend="triton")
+    ref = label_logprob_ref(true, target)
+    out.sum().backward()
+    ref.sum().backward()
+    assert worst(out, ref) < 1e-5
+    assert worst(leaf.grad, true.grad) < (8e-3 if dtype == torch.bfloat16 else 1e-6)
+    assert not leaf.grad[2].any()
+
+
+def test_label_logprob_overwrites_logits_that_something_else_needs_only_to_raise() -> None:
+    z = torch.randn(3, 33, requires_grad=True) * 1
+    total = (z * z).sum() + label_logprob(z, torch.tensor([0, 1, 2]), inplace=True, backend="triton").sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+        total.backward()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_strided_inputs_and_expanded_gradients_are_read_where_they_lie(trained: bool) -> None:
+    hidden, weight, target, bias = problem(9, 34, 301)
+    ours = [x.clone().requires_grad_(x is hidden or trained) for x in (hidden, weight, bias)]
+    # every other row, every other column, every other id
+    out = linear_logprob(ours[0][::2, ::2], ours[1][:, ::2], target[::2] % 151, ours[2], backend="triton")
+    true = [x.detach().double().requires_grad_(x.requires_grad) for x in ours]
+    ref = linear_logprob_ref(true[0][::2, ::2], true[1][:, ::2], target[::2] % 151, true[2])
+    out.logprob.sum().backward()
+    ref.logprob.sum().backward()
+    assert worst(out.logprob, ref.logprob) < 1e-5
+    for mine, theirs in zip(ours, true):
+        assert mine.grad is None or worst(mine.grad, theirs.grad) < 1e-5
+    columns = torch.full((7, 2), -3.0)
+    columns[:, 1] = -4.0
+    mine, theirs = (preference_loss(columns[:, 0], columns[:, 1], columns[:, 1], columns[:, 0], backend=b)
+                    for b in ("triton", "torch"))  # fmt: skip
+    assert torch.allclose(mine.losses, theirs.losses)
+
+
+def pairs(dtype: torch.dtype, count: int = 300) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(count)
+    normal = lambda: torch.randn(count, generator=g, dtype=torch.float64)  # noqa: E731
+    x, y = -60 + 20 * normal(), -70 + 20 * normal()
+    data = {"chosen_P": (x + 2 * normal()).clamp(max=-1), "rejected_P": (y + 2 * normal()).clamp(max=-1),
+            "ref_chosen_P": x, "ref_rejected_P": y, "weight": torch.rand(count, generator=g, dtype=torch.float64)}  # fmt: skip
+    lengths = {k: torch.randint(5, 200, (count,), generator=g) for k in ("chosen_length", "rejected_length")}
+    return {**{k: v.to(dtype) for k, v in data.items()}, **lengths}
+
+
+def both(data: dict[str, Tensor], **options) -> list[list[Tensor]]:
+    results = []
+    for backend in ("torch", "triton"):
+        leaves = [data[k].clone().requires_grad_() for k in ("chosen_P", "rejected_P")]
+        rest = {**data, "chosen_P": leaves[0], "rejected_P": leaves[1]}
+        out = preference_loss(**rest, backend=backend, beta=0.13, label_smoothing=0.2, **options)
+        (2 * out.loss + (out.losses * torch.linspace(0, 1, 300, dtype=out.losses.dtype)).sum()).backward()
+        grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+        results.append([x.detach() for x in out] + grads)
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in COUPLE_PAIRS])
+def test_preference_losses_and_gradients_equal_torch(kind: str, dtype: torch.dtype) -> None:
+    # tests/kernels/test_preference_loss.py holds the torch backend to formulas of its own.
+    for mine, theirs in zip(*both(pairs(dtype), kind=kind)):
+        assert worst(mine, theirs) < (1e-7 if dtype == torch.float64 else 2e-6)
+
+
+@pytest.mark.parametrize("divergence", list(F_DIVERGENCES))
+def test_f_divergences_and_weighted_sums_of_kinds_equal_torch(divergence: str) -> None:
+    kinds = ["sigmoid", "ipo", "sft", "discopop", "hinge"]
+    for mine, theirs in zip(
+        *both(pairs(torch.float64), kind=kinds, weights=[1, 0.1, 2, 3, 0.5], f_divergence=divergence)
+    ):
+        assert worst(mine, theirs) < 1e-7
+
+
+def test_far_apart_log_probs_give_finite_losses_and_gradients() -> None:
+    far, near = torch.tensor([-1e4, -1.0, -1e-9]), torch.tensor([-1.0, -1e4, -1e-9])
+    length = torch.tensor([3, 900, 4])
+    for kind in (k for k in KINDS if k not in COUPLE_PAIRS):
+        leaves = [far.clone().requires_grad_(), near.clone().requires_grad_()]
+        out = preference_loss(*leaves, near, far, kind=kind, label_smoothing=0.1, chosen_length=length,
+                              rejected_length=length, backend="triton")  # fmt: skip
+        out.loss.backward()
+        for x in (out.losses, *(leaf.grad for leaf in leaves if leaf.grad is not None)):
+            assert x.isfinite().all(), kind
+
+
+def test_kinds_that_sort_refuse_triton_by_name() -> None:
+    x = torch.ones(3)
+    with pytest.raises(ValueError, match="backend: wanted 'torch' or None for"):
+        preference_loss(x, x, x, x, kind="aot", backend="triton")
+
+
+def test_nothing_reads_memory_it_did_not_write() -> None:
+    # Deterministic mode fills every fresh buffer with NaN.
+    torch.use_deterministic_algorithms(True)
+    try:
+        test_linear_logprob_and_its_gradients(5, 57, 507, torch.float32, False, OPTIONS[2])
+        test_linear_logprob_and_its_gradients(5, 57, 507, torch.float32, True, OPTIONS[1])
+        test_label_logprob_and_its_gradient(7, 507, torch.float32, False)
+    finally:
+        torch.use_deterministic_algorithms(False)
