@@ -190,6 +190,8 @@ def prepare(
     """Read, group and tokenize pair files; UserError at the first bad row unless data.on_bad_row is skip."""
     files = PairFiles([paths] if isinstance(paths, str) else paths, data.image_root)
     account = Account(rows=len(files))
+    for source in files.sources:
+        account.skipped += [Skipped(where, None, reason) for where, reason in source.passed_over]
 
     def on_bad(error: BadRow) -> None:
         if data.on_bad_row == "stop":

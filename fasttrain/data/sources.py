@@ -35,9 +35,10 @@ def printable(text: str) -> str:
 
 
 class Source(Protocol):
-    """One pair file. `folder` is where its relative image paths start."""
+    """One pair file. `folder` is where its relative image paths start; `passed_over` what held no pair, and why."""
 
     folder: Path
+    passed_over: list[tuple[str, str]]
 
     def __len__(self) -> int: ...
     def row(self, number: int) -> dict[str, Any]: ...
@@ -49,6 +50,7 @@ class JsonLines:
 
     def __init__(self, path: Path, label: str | None = None, unit: str = "line") -> None:
         self.folder, self.label, self.unit = path.parent, label or str(path), unit
+        self.passed_over: list[tuple[str, str]] = []
         self._offsets, self._lines = array("Q"), array("I")
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else None
@@ -92,6 +94,7 @@ class ArrowRows:
 
     def __init__(self, table: Any, folder: Path, label: str) -> None:
         self.folder, self.label = folder, label
+        self.passed_over: list[tuple[str, str]] = []
         self._batches = [batch for batch in table.to_batches() if batch.num_rows]
         self._ends = list(itertools.accumulate(batch.num_rows for batch in self._batches))
 
@@ -143,15 +146,22 @@ def _convert_foreign(path: Path, source: Source) -> Source:
         return source  # reported, or skipped, when the rows are read
     if "chosen" in first and "rejected" in first and ("prompt" in first or isinstance(first["chosen"], list)):
         return source
+    import fasttrain_data.errors
+    from fasttrain_data.formats import detect_format, read_pairs
+
+    passed_over: list[tuple[str, str]] = []
     try:
-        from fasttrain_data.formats import detect_format, read_pairs  # type: ignore[import-not-found]
-    except ModuleNotFoundError as error:
-        if error.name != "fasttrain_data.formats":
-            raise
-        return source  # without readers of other layouts the row is told what it lacks
-    if detect_format(path) in (None, "trl"):
-        return source
-    return _spool(read_pairs(path), path)
+        if detect_format(first) in (None, "trl"):
+            return source
+        spooled = _spool(read_pairs(path, skipped=lambda where, why: passed_over.append((where, why))), path)
+    except fasttrain_data.errors.UserError as error:
+        raise UserError(str(error)) from None
+    if not len(spooled):
+        raise UserError(
+            f"{path}: wanted at least one pair, got none" + (f" ({passed_over[0][1]})" if passed_over else "")
+        )
+    spooled.passed_over = passed_over
+    return spooled
 
 
 def _open_json(path: Path) -> Source:

@@ -76,10 +76,16 @@ class ChatTokenizer:
         if self.image_token and self.image_token in answer:
             raise BadRow(where, field, "no image placeholder", f"{self.image_token} in the text")
         for token in self.end_tokens:
+            if answer.rstrip().endswith(
+                token
+            ):  # data that was written with its end: the template adds it again
+                answer = answer.rstrip().removesuffix(token)
             if token in answer:
                 raise BadRow(
                     where, field, "no end-of-turn token, the template adds it", f"{token} in the text"
                 )
+        if not answer.strip():
+            raise BadRow(where, field, "a non-empty answer", "only an end-of-turn token")
         turns = [self._message(message) for message in (*messages, ("assistant", (("text", answer),)))]
         full = self._render(turns, generation=False, where=where)
         if not full.startswith(prompt.text):

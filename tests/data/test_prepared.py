@@ -217,7 +217,7 @@ def test_bad_rows_are_listed_with_file_line_and_reason(prepared: Any, tmp_path: 
     path = tmp_path / "rows.jsonl"
     good = json.dumps({"id": "g", "prompt": "q", "chosen": "a", "rejected": "b"})
     empty = json.dumps({"prompt": "q", "chosen": " ", "rejected": "b"})
-    ended = json.dumps({"prompt": "q", "chosen": "a<|im_end|>", "rejected": "b"})
+    ended = json.dumps({"prompt": "q", "chosen": "a<|im_end|>b", "rejected": "b"})
     path.write_text("\n".join([good, "nope", "", empty, ended]))
     data = prepared(path, on_bad_row="skip")
     assert [(line["where"], line["reason"].partition(":")[0]) for line in data.skipped_lines()] == [

@@ -158,7 +158,14 @@ def test_the_end_is_the_first_of_several_end_tokens(tiny_models: ModuleType) -> 
     assert scored(ChatTokenizer(tokenizer, ends[:1]), "a bar") == "a bar<|im_end|></s>"
 
 
-@pytest.mark.parametrize("answer", ["a bar</s>", "</s>", "a </s> bar"])
+def test_an_answer_that_was_written_with_its_end_token_has_it_once(vision_chat: Any) -> None:
+    chat = vision_chat()
+    assert scored(chat, "a bar</s>") == scored(chat, "a bar")
+    with pytest.raises(BadRow, match="line 1: answer: wanted a non-empty answer"):
+        scored(chat, "</s>")
+
+
+@pytest.mark.parametrize("answer", ["</s>a bar", "a </s> bar"])
 def test_an_answer_that_holds_the_end_of_turn_token_is_refused(answer: str, vision_chat: Any) -> None:
     with pytest.raises(BadRow, match=r"line 1: answer: wanted no end-of-turn token, .* got </s> in the text"):
         scored(vision_chat(), answer)
