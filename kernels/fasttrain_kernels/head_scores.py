@@ -97,6 +97,7 @@ def score_rows(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, bias_V: T
                 if not first:
                     ops.shrink_(acc, run)
                 tiles.accumulate_(acc, p, w, first)
+            del w  # or two widened tiles would exist while the next is made
         _keep(out, rows, run, target_N)
         ops.finish(h, weight_VD, bias_V, target_N[rows], call.transform, run, tiles, acc, acc_entropy,
                    out.logprob[rows], _part(out.unit, rows), _part(out.entropy_unit, rows))  # fmt: skip
@@ -157,6 +158,7 @@ def head_gradients(
                 tiles.accumulate_(dw_tile, g.t(), h)
             if db_tile is not None:
                 db_tile += g.sum(0, dtype=acc)
+        del w
         if dw is not None and dw_tile is not None:
             dw[columns] = dw_tile
         if db is not None and db_tile is not None:

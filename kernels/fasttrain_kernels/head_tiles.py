@@ -7,15 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Bytes of one fp32 tile of logits on CPU: it has to stay in the last-level cache between its two products, yet few
-# tiles mean few meeting points of threads.
+# Bytes of one fp32 tile of logits on CPU, with the widened weight tile where there is one: they have to stay in the
+# last-level cache between the two products, yet few tiles mean few meeting points of threads.
 _CPU_TILE_BYTES = 8 << 20
 # Rows of a tile: enough to amortise reading the weight tile, few enough to leave it wide.
 _CPU_ROWS, _GPU_ROWS = 512, 1024
 # Columns of a tile on GPU: a row of it is held in the registers of one program, the tile (32 MiB) in the L2 cache.
 _GPU_COLUMNS = 8192
-# Bytes of a weight tile widened to fp32 where the products have to be made in fp32.
-_WIDE_BYTES = 8 << 20
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -43,10 +41,8 @@ class Tiles:
     def _width(self, on_cpu: bool, d: int) -> int:
         if not on_cpu:
             return _GPU_COLUMNS
-        width = _CPU_TILE_BYTES // (self.rows * self.accumulator.itemsize)
-        if self.weight.dtype != self.accumulator:
-            width = min(width, _WIDE_BYTES // (d * self.accumulator.itemsize))
-        return max(64, width)
+        widened = d if self.weight.dtype != self.accumulator else 0
+        return max(64, _CPU_TILE_BYTES // ((self.rows + widened) * self.accumulator.itemsize))
 
     def row_blocks(self) -> Iterator[slice]:
         n = self.hidden.shape[0]
