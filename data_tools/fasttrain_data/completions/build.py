@@ -1,0 +1,175 @@
+"""questions.jsonl -> completions.jsonl: draw the samples that the journal does not have, then write from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fasttrain_data.account import Account, account_of
+from fasttrain_data.calls.failures import CallFailed
+from fasttrain_data.calls.journal import Journal, journal_path
+from fasttrain_data.completions.samples import Drawn, Sample, Sampler, SampleSettings, samples_of
+from fasttrain_data.errors import UserError
+from fasttrain_data.ids import content_hash
+from fasttrain_data.image_files import BadImage, ImageFile, ImageNames, find_image, read_image
+from fasttrain_data.jsonl import Row, read_rows, whole_rows
+from fasttrain_data.progress import Progress
+from fasttrain_data.records import Completion, Question, now, parse_record, tool_version
+
+
+@dataclass
+class CompleteResult:
+    """questions read, completions written (equal samples are one), samples drawn by this run and failed."""
+
+    account: Account
+    questions: int = 0
+    completions: int = 0
+    drawn: int = 0
+    failed: int = 0
+
+
+def complete(
+    questions: Path, output: Path, settings: SampleSettings, sampler: Sampler, *, quiet: bool = False
+) -> CompleteResult:
+    """Sample `settings.samples` completions of every question and write `output`.
+
+    Samples in `output`'s journal are not drawn again. Equal texts of one question become one record with a
+    count. Questions with bad images, failed and empty samples are counted and listed.
+    """
+    names = ImageNames.between(questions, output, settings.image_root)
+    with account_of(output) as account, Journal(journal_path(output)) as journal:
+        result = CompleteResult(account)
+        progress = Progress(None, "samples", quiet)
+
+        def done(sample: Sample, drawn: Drawn | CallFailed) -> None:
+            result.drawn += not isinstance(drawn, CallFailed)
+            journal.append(sample.key, _entry(sample, drawn))
+            progress.add()
+
+        sampler.draw(_missing(questions, names, settings, sampler, journal), done)
+        progress.close()
+        with whole_rows(output) as write:
+            for question, place, images in _read(questions, names):
+                result.questions += 1
+                if isinstance(images, BadImage):
+                    account.drop("questions", "bad image", f"{questions} {place}", str(images))
+                    continue
+                account.keep("questions")
+                entries = _entries(question, images, settings, sampler, journal)
+                result.failed += _count_failures(entries, question, account)
+                for record in _records(question, entries, settings, sampler):
+                    record.images = [names.written(name) for name in question.images]
+                    write(record.row())
+                    result.completions += 1
+            if not result.completions:
+                why = ", ".join(
+                    f"{n:,} {why}" for counter in account.dropped.values() for why, n in counter.items()
+                )
+                raise UserError(
+                    f"{questions}: wanted at least one completion, got none ({why or 'no questions'})"
+                )
+    if note := names.note(output):
+        account.notes.append(note)
+    return result
+
+
+def _read(
+    questions: Path, names: ImageNames
+) -> Iterator[tuple[Question, str, tuple[ImageFile, ...] | BadImage]]:
+    for place, row in read_rows(questions):
+        question = parse_record(Question, row, questions, place)
+        try:
+            yield (
+                question,
+                place,
+                tuple(read_image(find_image(names.in_root, name)) for name in question.images),
+            )
+        except BadImage as problem:
+            yield question, place, problem
+
+
+def _missing(
+    questions: Path, names: ImageNames, settings: SampleSettings, sampler: Sampler, journal: Journal
+) -> Iterator[list[Sample]]:
+    """Per question, the samples that are not in the journal."""
+    for question, _, images in _read(questions, names):
+        if not isinstance(images, BadImage):
+            samples = samples_of(question, images, settings, sampler.model_version)
+            missing = [sample for sample in samples if (journal.get(sample.key) or {}).get("status") != "ok"]
+            if missing:
+                yield missing
+
+
+def _entry(sample: Sample, drawn: Drawn | CallFailed) -> Row:
+    about = {"question_id": sample.question.id, "sample": sample.index, "seed": sample.seed, "created": now()}
+    if isinstance(drawn, CallFailed):
+        return {**about, "status": drawn.status, "detail": drawn.message[:500]}
+    return {
+        **about,
+        "status": "ok",
+        "text": drawn.text,
+        "finish_reason": drawn.finish_reason,
+        "tokens": drawn.tokens,
+        "model_version": drawn.model_version,
+    }
+
+
+def _entries(
+    question: Question,
+    images: tuple[ImageFile, ...],
+    settings: SampleSettings,
+    sampler: Sampler,
+    journal: Journal,
+) -> list[Row]:
+    samples = samples_of(question, images, settings, sampler.model_version)
+    missing = {"status": "server_error", "detail": "the sample was not drawn"}
+    return [{**missing, **(journal.get(sample.key) or {}), "sample": sample.index} for sample in samples]
+
+
+def _count_failures(entries: list[Row], question: Question, account: Account) -> int:
+    """Failed and empty samples into the account; returns how many failed."""
+    failed = 0
+    for entry in entries:
+        where = f"question {question.id} sample {entry['sample']}"
+        if entry["status"] != "ok":
+            failed += 1
+            account.drop("samples", entry["status"], where, entry.get("detail", ""))
+        elif not entry["text"].strip():
+            account.drop("samples", "empty text", where)
+        else:
+            account.keep("samples")
+    return failed
+
+
+def _records(
+    question: Question, entries: list[Row], settings: SampleSettings, sampler: Sampler
+) -> Iterator[Completion]:
+    """One record per different text, in the order of first appearance."""
+    by_text: dict[str, list[Row]] = {}
+    for entry in entries:
+        if entry["status"] == "ok" and entry["text"].strip():
+            by_text.setdefault(entry["text"].strip(), []).append(entry)
+    for text, equal in by_text.items():
+        first = equal[0]
+        yield Completion(
+            id=content_hash(question.id, text, settings.model, settings.temperature),
+            question_id=question.id,
+            images=question.images,
+            history=question.history,
+            question=question.question,
+            text=text,
+            model=settings.model,
+            model_version=first.get("model_version"),
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_new_tokens=settings.max_new_tokens,
+            seed=first["seed"],
+            seeds=[entry["seed"] for entry in equal],
+            count=len(equal),
+            finish_reason=first.get("finish_reason"),
+            tokens=first.get("tokens"),
+            prompt_hash=sampler.prompt_hash,
+            tool=tool_version(),
+            created=first["created"],
+        )

@@ -1,0 +1,252 @@
+"""Sampling with a local Hugging Face model: prompt and image go through it once, whatever the number of samples.
+
+The prompts of a batch are run without their last token; the key-value cache is then repeated once per sample
+and `generate` goes on from there. Every sample has a random generator of its own, so that its text does not
+depend on which others are drawn beside it.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fasttrain_data.completions.samples import Done, Drawn, Sample, SampleSettings, messages_of
+from fasttrain_data.errors import UserError
+from fasttrain_data.ids import content_hash
+from fasttrain_data.image_files import ImageFile
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def load_sampler(
+    settings: SampleSettings,
+    *,
+    adapter: Path | None = None,
+    revision: str | None = None,
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    batch_size: int = 4,
+) -> LocalSampler:
+    """A sampler of a model by name; its weights are loaded when the first sample is drawn.
+
+    UserError if model, processor or adapter cannot be used.
+    """
+    try:
+        import fasttrain.model.load as loading
+        from fasttrain.config import ModelConfig
+        from fasttrain.errors import UserError as TrainerError
+    except ImportError as error:
+        raise UserError(
+            f"sampling with a local model needs torch ({error}); use --server for a model elsewhere"
+        ) from None
+    try:
+        config = ModelConfig(name=settings.model, revision=revision, dtype=dtype)
+        folder = loading.find_folder(config)
+        model_config = loading.load_model_config(folder, config)
+        processor = loading.load_processor(folder, config, model_config.model_type == "llava")
+    except TrainerError as error:
+        raise UserError(str(error).replace("model.name:", "--model:")) from None
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise UserError(f"--adapter: wanted a PEFT folder with adapter_config.json, got {adapter}")
+
+    def load() -> Any:
+        try:
+            model = loading.load_model(folder, config, model_config, loading.pick_device())
+        except TrainerError as error:
+            raise UserError(str(error).replace("model.name:", "--model:")) from None
+        return model if adapter is None else _with_adapter(model, adapter)
+
+    version = version_of(folder, model_config)
+    if adapter is not None:
+        version = content_hash(version, version_of(adapter, None))
+    return LocalSampler(load, processor, settings, version=version, batch_size=batch_size)
+
+
+def _with_adapter(model: Any, adapter: Path) -> Any:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, adapter).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"--adapter: cannot load {adapter}: {str(error).strip().splitlines()[0]}") from None
+
+
+def version_of(folder: Path, config: Any) -> str:
+    """The hub's commit, or for a local folder a hash of its configuration and of its weight files' names and sizes."""
+    commit = getattr(config, "_commit_hash", None)
+    if commit:
+        return str(commit)
+    weights = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))
+    settings = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*config.json"))]
+    return content_hash(weights, settings)
+
+
+class LocalSampler:
+    """A `Sampler` over a model in this process. load: gives the model, called once, when it is needed."""
+
+    def __init__(
+        self,
+        load: Callable[[], Any],
+        processor: Any,
+        settings: SampleSettings,
+        *,
+        version: str | None = None,
+        batch_size: int = 4,
+    ) -> None:
+        self._load, self.processor, self.settings = load, processor, settings
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.takes_images = hasattr(processor, "image_processor")
+        self.model_version, self.batch_size = version, batch_size
+        template = getattr(processor, "chat_template", None)
+        if not template:
+            raise UserError("--model: wanted a model with a chat template, got one without")
+        self.prompt_hash: str | None = content_hash(template)
+
+    @cached_property
+    def model(self) -> Any:
+        return self._load()
+
+    def draw(self, samples: Iterator[list[Sample]], done: Done) -> None:
+        """Batches of `batch_size` questions, each with all its missing samples."""
+        while batch := list(itertools.islice(samples, self.batch_size)):
+            for sample, drawn in zip(itertools.chain(*batch), self.draw_batch(batch), strict=True):
+                done(sample, drawn)
+
+    def draw_batch(self, batch: Sequence[Sequence[Sample]]) -> list[Drawn]:
+        """The samples of several questions, flat and in order."""
+        import torch
+
+        prompts = [self._prompt(samples[0]) for samples in batch]
+        images = [_decode(image) for samples in batch for image in samples[0].images]
+        with torch.inference_mode():
+            inputs = self._encode(prompts, images)
+            ids_BT = inputs.pop("input_ids")
+            mask_BT = inputs.pop("attention_mask")
+            cache = self._prefill(ids_BT, mask_BT, inputs)
+            row_of_S = [row for row, samples in enumerate(batch) for _ in samples]
+            rows_S = torch.tensor(row_of_S, device=ids_BT.device)
+            cache.batch_select_indices(rows_S)
+            output_ST = self.model.generate(
+                input_ids=ids_BT[rows_S],
+                attention_mask=mask_BT[rows_S],
+                past_key_values=cache,
+                **self._generation([sample.seed for samples in batch for sample in samples], ids_BT.device),
+            )
+        new_ST = output_ST[:, ids_BT.shape[1] :].tolist()
+        return [self._drawn(tokens) for tokens in new_ST]
+
+    def _prompt(self, sample: Sample) -> str:
+        messages: list[dict[str, Any]] = messages_of(sample.question, len(sample.images))
+        if sample.images and not self.takes_images:
+            raise UserError(f"--model: wanted a model that takes images, for question {sample.question.id}")
+        if not self.takes_images:
+            messages = [{**turn, "content": turn["content"][-1]["text"]} for turn in messages]
+        text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return text
+
+    def _encode(self, prompts: list[str], images: list[Any]) -> dict[str, Any]:
+        """Left-padded inputs on the model's device; nothing is added that the template does not write."""
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        options = {
+            "padding": True,
+            "padding_side": "left",
+            "return_tensors": "pt",
+            "add_special_tokens": False,
+        }
+        if images:
+            inputs = self.processor(text=prompts, images=images, **options)
+        else:
+            inputs = self.tokenizer(prompts, **options)
+        wanted = ("input_ids", "attention_mask", "pixel_values")
+        dtype = next(self.model.parameters()).dtype
+        moved = {key: value.to(self.model.device) for key, value in inputs.items() if key in wanted}
+        return {key: value.to(dtype) if key == "pixel_values" else value for key, value in moved.items()}
+
+    def _prefill(self, ids_BT: Tensor, mask_BT: Tensor, images: dict[str, Tensor]) -> Any:
+        """Key-value cache of all prompts but for their last token, from which `generate` starts."""
+        from transformers import DynamicCache
+
+        text_config = self.model.config.get_text_config()
+        cache = DynamicCache(config=text_config)
+        position_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+        self.model(
+            input_ids=ids_BT[:, :-1],
+            attention_mask=mask_BT[:, :-1],
+            position_ids=position_BT[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **images,
+        )
+        return cache
+
+    def _generation(self, seeds: list[int], device: torch.device) -> dict[str, Any]:
+        """Arguments of `generate`: our sampler adds the randomness, so it is told to take the likeliest token."""
+        settings = self.settings
+        processors = []
+        if settings.temperature > 0:
+            processors.append(gumbel_sampler(seeds, settings.temperature, settings.top_p, device))
+        return {
+            "max_new_tokens": settings.max_new_tokens,
+            "do_sample": False,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+            "logits_processor": processors,
+            "eos_token_id": self._end_tokens(),
+            "pad_token_id": self.tokenizer.pad_token_id,
+        }
+
+    def _end_tokens(self) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return sorted({token for token in [*ends, self.tokenizer.eos_token_id] if token is not None})
+
+    def _drawn(self, tokens: list[int]) -> Drawn:
+        ends = set(self._end_tokens())
+        length = next((at for at, token in enumerate(tokens) if token in ends), None)
+        kept = tokens if length is None else tokens[:length]
+        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        return Drawn(
+            text=text,
+            finish_reason="length" if length is None else "stop",
+            tokens=len(kept) + (length is not None),
+            model_version=self.model_version,
+        )
+
+
+def gumbel_sampler(seeds: Sequence[int], temperature: float, top_p: float, device: torch.device) -> Any:
+    """A logits processor whose argmax is a sample: row s draws from its own generator, seeded with seeds[s].
+
+    argmax(log p + Gumbel noise) is distributed as p; -log of an exponential variable is Gumbel noise.
+    """
+    import torch
+    from transformers import LogitsProcessor, TopPLogitsWarper
+
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
+
+    class Sampler(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            logit_SV = scores.float() / temperature
+            if nucleus is not None:
+                logit_SV = nucleus(input_ids, logit_SV)
+            noise_SV = torch.empty_like(logit_SV)
+            for row, generator in enumerate(generators):
+                noise_SV[row].exponential_(generator=generator)
+            return logit_SV - noise_SV.log()
+
+    return Sampler()
+
+
+def _decode(image: ImageFile) -> Any:
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(image.content)) as opened:
+        return ImageOps.exif_transpose(opened).convert("RGB")

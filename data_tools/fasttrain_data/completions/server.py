@@ -1,0 +1,117 @@
+"""Sampling from an OpenAI-compatible server (vLLM and others): one request per sample, many in flight."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+from fasttrain_data.calls.dispatch import CallLimits, Dispatcher
+from fasttrain_data.calls.failures import CallFailed, failure_of, without_key
+from fasttrain_data.completions.samples import Done, Drawn, Sample, SampleSettings, messages_of
+from fasttrain_data.errors import UserError
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+
+
+class ServerSampler:
+    """A `Sampler` over HTTP. The server's own version is not known beforehand, so keys hold the model's name alone."""
+
+    model_version: str | None = None
+    prompt_hash: str | None = None
+
+    def __init__(
+        self, url: str, settings: SampleSettings, limits: CallLimits, timeout_s: float = 300.0
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"--server: wanted http://... or https://..., got {url!r}")
+        base = url.rstrip("/").removesuffix("/chat/completions")
+        self.url = f"{base if base.endswith('/v1') else base + '/v1'}/chat/completions"
+        self.settings, self.limits = settings, limits
+        self.timeout_s = timeout_s
+        self._key = os.environ.get(KEY_VARIABLE)
+
+    def draw(self, samples: Iterator[list[Sample]], done: Done) -> None:
+        import httpx
+
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        pool = httpx.Limits(
+            max_connections=self.limits.in_flight, max_keepalive_connections=self.limits.in_flight
+        )
+        with httpx.Client(headers=headers, timeout=self.timeout_s, limits=pool) as client:
+            dispatcher = Dispatcher(lambda sample: self._ask(client, sample), done, self.limits)
+            dispatcher.run(chain.from_iterable(samples))
+        if dispatcher.stopped is not None and dispatcher.stopped.fatal:
+            raise UserError(f"the server refuses: {dispatcher.stopped.message}")
+
+    def _ask(self, client: Any, sample: Sample) -> Drawn:
+        """One request; CallFailed if it brought no text."""
+        import httpx
+
+        try:
+            response = client.post(self.url, json=self._body(sample))
+        except httpx.TimeoutException as error:
+            raise CallFailed("timeout", f"no reply in time ({type(error).__name__})", retry=True) from None
+        except httpx.HTTPError as error:
+            raise CallFailed(
+                "server_error", without_key(f"connection failed: {error}", self._key), retry=True
+            ) from None
+        if response.status_code != 200:
+            message = without_key(_error_message(response.text), self._key)
+            raise failure_of(response.status_code, message, [], dict(response.headers))
+        try:
+            body = response.json()
+            choice = body["choices"][0]
+            text = choice["message"].get("content") or ""
+            usage = body.get("usage") or {}
+        except (json.JSONDecodeError, KeyError, IndexError, TypeError, AttributeError):
+            problem = f"unreadable reply: {response.text[:200]!r}"
+            raise CallFailed("malformed", problem, retry=True) from None
+        return Drawn(
+            text=text,
+            finish_reason=choice.get("finish_reason"),
+            tokens=usage.get("completion_tokens"),
+            model_version=body.get("system_fingerprint") or body.get("model"),
+        )
+
+    def _body(self, sample: Sample) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "model": settings.model,
+            "messages": _openai_messages(sample),
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "max_tokens": settings.max_new_tokens,
+            "seed": sample.seed,
+            "n": 1,
+        }
+
+
+def _openai_messages(sample: Sample) -> list[dict[str, Any]]:
+    """Images as data URLs; turns without images as plain text, which every server takes."""
+    urls = iter(
+        f"data:{image.mime_type};base64,{base64.b64encode(image.content).decode()}" for image in sample.images
+    )
+    messages: list[dict[str, Any]] = messages_of(sample.question, len(sample.images))
+    for turn in messages:
+        parts = turn["content"]
+        if len(parts) == 1:
+            turn["content"] = parts[0]["text"]
+            continue
+        turn["content"] = [
+            {"type": "image_url", "image_url": {"url": next(urls)}} if part["type"] == "image" else part
+            for part in parts
+        ]
+    return messages
+
+
+def _error_message(text: str) -> str:
+    try:
+        body = json.loads(text)
+        error = body.get("error", body)
+        return str(error.get("message", error) if isinstance(error, dict) else error)[:300]
+    except (json.JSONDecodeError, AttributeError):
+        return text[:300]
