@@ -188,7 +188,8 @@ def main(out: Path, state: Path, steps: int, spoil_steps: int, seed: int) -> Non
             )
             scores.append(measure(model, processor))
     model.save_pretrained(out / "model")
-    processor.save_pretrained(out / "model")
+    # A fresh one: a tokenizer that has been used saves its last padding along.
+    build_processor().save_pretrained(out / "model")
     command = (
         f"python -m fasttrain.demo.train_model --steps {steps} --spoil-steps {spoil_steps} --seed {seed}"
     )
