@@ -29,6 +29,7 @@ def collect_facts() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     cuda = torch.cuda.is_available()
+    head = backend_for(torch.empty(0, device="cuda" if cuda else "cpu"))
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -39,7 +40,8 @@ def collect_facts() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         "cuda": torch.version.cuda,
-        "head_backend": backend_for(torch.empty(0, device="cuda" if cuda else "cpu")),
+        "head_backend": head,
+        "head_reason": "a CUDA device and triton are there" if head == "triton" else "no CUDA device, or no triton",
         "attention_backend": "sdpa",
         "attention_reason": "the only shared-prefix attention backend of this version",
         "versions": versions,
