@@ -1,0 +1,35 @@
+"""The report of a file, whatever it holds: annotations or pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fasttrain_data.errors import UserError
+from fasttrain_data.jsonl import read_rows
+from fasttrain_data.records import Annotation, parse_record
+from fasttrain_data.stats.annotation_report import annotation_report
+from fasttrain_data.stats.collect import AnnotationSums
+
+
+def make_report(path: Path) -> dict[str, Any]:
+    """Numbers about annotations.jsonl, or about any preference file; UserError if it is neither."""
+    from fasttrain_data.formats import detect_format
+    from fasttrain_data.stats.pair_report import pair_report
+
+    if path.suffix != ".parquet":
+        first = next(iter(read_rows(path)), None)
+        if first is None:
+            raise UserError(f"{path}: wanted annotations or pairs, got an empty file")
+        if {"question", "completions"} <= set(first[1]):
+            return _annotations(path)
+    if detect_format(path) is None:
+        raise UserError(f"{path}: wanted annotations or pairs, got neither")
+    return pair_report(path)
+
+
+def _annotations(path: Path) -> dict[str, Any]:
+    sums = AnnotationSums()
+    for place, row in read_rows(path):
+        sums.add(parse_record(Annotation, row, path, place))
+    return annotation_report(sums)
