@@ -208,7 +208,7 @@ BAD_DATA: dict[str, tuple[Callable[[], object], str]] = {
     "equal answers": (lambda: change_row(3, chosen="a", rejected="a"), r"line 3: rejected: wanted an answer that differs"),
     "no JSON": (lambda: append_line("nope\n"), r"line 7: row: wanted a JSON object, got invalid JSON"),
     "image token in an answer": (lambda: change_row(4, rejected="<image>"), r"line 4: rejected: wanted no image placeholder"),
-    "end token in an answer": (lambda: change_row(4, chosen="a</s>"), r"line 4: chosen: wanted no end-of-turn token"),
+    "end token in an answer": (lambda: change_row(4, chosen="a</s>b"), r"line 4: chosen: wanted no end-of-turn token"),
 }  # fmt: skip
 
 

@@ -19,6 +19,8 @@ from typing import Any, Protocol
 from fasttrain.errors import UserError
 from fasttrain.files import cache_root
 
+_LOOKED_AT = 100  # rows in which a readable one is looked for, to tell the layout
+
 
 class BadRow(UserError):
     """A row that cannot be used: file, place in it, field, what was wanted and what came."""
@@ -140,11 +142,8 @@ def open_source(path: Path) -> Source:
 
 def _convert_foreign(path: Path, source: Source) -> Source:
     """Rows in another project's layout become rows in ours, spooled to a temporary file."""
-    try:
-        first = source.row(0)
-    except BadRow:
-        return source  # reported, or skipped, when the rows are read
-    if "chosen" in first and "rejected" in first and ("prompt" in first or isinstance(first["chosen"], list)):
+    first = _first_readable(source)
+    if first is None or _is_ours(first):
         return source
     import fasttrain_data.errors
     from fasttrain_data.formats import detect_format, read_pairs
@@ -153,7 +152,8 @@ def _convert_foreign(path: Path, source: Source) -> Source:
     try:
         if detect_format(first) in (None, "trl"):
             return source
-        spooled = _spool(read_pairs(path, skipped=lambda where, why: passed_over.append((where, why))), path)
+        pairs = read_pairs(path, skipped=lambda where, why: passed_over.append((where, why)))
+        spooled = _spool(pairs, path, unit="pair")  # a row may hold no pair, or several
     except fasttrain_data.errors.UserError as error:
         raise UserError(str(error)) from None
     if not len(spooled):
@@ -162,6 +162,24 @@ def _convert_foreign(path: Path, source: Source) -> Source:
         )
     spooled.passed_over = passed_over
     return spooled
+
+
+def _first_readable(source: Source) -> dict[str, Any] | None:
+    for number in range(min(len(source), _LOOKED_AT)):
+        try:
+            return source.row(number)
+        except BadRow:  # reported, or skipped, when the rows are read
+            continue
+    return None
+
+
+def _is_ours(row: dict[str, Any]) -> bool:
+    """Whether `pairs.read_pair` takes the row as it is, whatever other keys it has."""
+    prompt, chosen = row.get("prompt"), row.get("chosen")
+    if not isinstance(chosen, list):
+        return prompt is not None and isinstance(chosen, str)
+    said = all(isinstance(message, dict) and "role" in message for message in chosen)
+    return said and (prompt is None or len(chosen) == 1)
 
 
 def _open_json(path: Path) -> Source:
@@ -181,7 +199,7 @@ def _open_json(path: Path) -> Source:
     return _spool(rows, path)
 
 
-def _spool(rows: Iterable[Any], path: Path) -> JsonLines:
+def _spool(rows: Iterable[Any], path: Path, unit: str = "row") -> JsonLines:
     """Rows as JSON lines in an unlinked temporary file that lives as long as its mapping."""
     folder = cache_root() / "spool"
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +207,7 @@ def _spool(rows: Iterable[Any], path: Path) -> JsonLines:
         for row in rows:
             file.write(json.dumps(row, default=_encode_bytes) + "\n")
         file.flush()
-        source = JsonLines(Path(file.name), label=str(path), unit="row")
+        source = JsonLines(Path(file.name), label=str(path), unit=unit)
     source.folder = path.parent
     return source
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from fasttrain.data.pairs import check_images, read_pair
 from fasttrain.data.sources import open_source
 from fasttrain.errors import UserError
 
@@ -21,8 +25,6 @@ def sharegpt(question: str, chosen: str, rejected: str) -> dict[str, object]:
 
 
 def test_llama_factory_rankings_are_read_as_pairs(tmp_path: Path) -> None:
-    from fasttrain.data.pairs import read_pair
-
     path = tmp_path / "ranking.json"
     path.write_text(json.dumps([sharegpt("Why?", "Because.", "No."), sharegpt("How?", "So.", "Not so.")]))
     source = open_source(path)
@@ -43,3 +45,95 @@ def test_a_mistake_in_a_foreign_file_is_one_line_of_ours(tmp_path: Path) -> None
 def test_the_real_demo_file_gives_all_its_pairs(shared_data: Path) -> None:
     source = open_source(shared_data / "llamafactory_demo" / "dpo_en_demo_first150.json")
     assert len(source) == 150 and source.passed_over == []
+
+
+TRL = {
+    "prompt": [{"role": "user", "content": "Why?"}],
+    "chosen": [{"role": "assistant", "content": "Because."}],
+    "rejected": [{"role": "assistant", "content": "No."}],
+}
+LAYOUTS = {
+    "llama-factory": sharegpt("Why?", "Because.", "No."),
+    "mllm-dpo": {
+        "question": "{'from': 'human', 'value': 'Why?'}",
+        "chosen": [{"from": "gpt", "value": "Because."}],
+        "rejected": [{"from": "gpt", "value": "No."}],
+    },
+    "ms-swift": {
+        "messages": [*TRL["prompt"], *TRL["chosen"]],
+        "rejected_response": "No.",
+    },
+    "rlaif-v": {"question": "Why?", "chosen": "Because.", "rejected": "No."},
+    "ultrafeedback": {
+        "prompt": "Why?",
+        "chosen": [*TRL["prompt"], *TRL["chosen"]],
+        "rejected": [*TRL["prompt"], *TRL["rejected"]],
+        "chosen-rating": 5.0,
+        "rejected-rating": 1.0,
+    },
+    "llava-next": {"prompt": "Why?", "answer": "Because!", "chosen": "Because.", "rejected": "No."},
+    "trl with other columns": {**TRL, "question": "Who?", "completions": [], "messages": [], "answer": "x"},
+    "trl, implicit, with other columns": {
+        "question": "Who?",
+        "chosen": [*TRL["prompt"], *TRL["chosen"]],
+        "rejected": [*TRL["prompt"], *TRL["rejected"]],
+    },
+    "short, with other columns": {
+        "prompt": "Why?", "chosen": "Because.", "rejected": "No.", "question": "Who?", "completions": [],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet"])
+def test_every_layout_means_the_same_pair(layout: str, form: str, tmp_path: Path) -> None:
+    path, row = tmp_path / f"rows.{form}", LAYOUTS[layout]
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    else:
+        path.write_text(json.dumps([row]) if form == "json" else json.dumps(row))
+    source = open_source(path)
+    pair = read_pair(source.row(0), source.where(0), tmp_path)
+    assert (pair.messages, pair.chosen, pair.rejected) == (
+        (("user", (("text", "Why?"),)),),
+        "Because.",
+        "No.",
+    )
+    assert len(source) == 1 and source.passed_over == []
+
+
+def test_the_line_of_a_row_in_our_own_layout_is_not_lost_to_its_other_columns(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n" + json.dumps(LAYOUTS["trl with other columns"]))
+    assert open_source(path).where(0) == f"{path} line 2"
+
+
+def test_the_first_readable_row_tells_the_layout(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("nope\n" + json.dumps(LAYOUTS["mllm-dpo"]))
+    with pytest.raises(UserError, match=r"rows\.jsonl line 1: "):
+        open_source(path)
+    path.write_text("nope\n" + json.dumps(TRL))
+    assert open_source(path).row(1) == TRL
+
+
+def test_rows_without_a_preference_are_listed_as_skipped_and_pairs_counted_as_pairs(tmp_path: Path) -> None:
+    tie = {**LAYOUTS["ultrafeedback"], "rejected-rating": 5.0}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, [LAYOUTS["ultrafeedback"], tie, LAYOUTS["ultrafeedback"]])))
+    source = open_source(path)
+    assert source.passed_over == [(f"{path} line 2", "tie")]
+    assert [source.where(number) for number in range(len(source))] == [f"{path} pair 1", f"{path} pair 2"]
+    path.write_text(json.dumps(tie))
+    with pytest.raises(UserError, match=r"rows\.jsonl: wanted at least one pair, got none \(tie\)"):
+        open_source(path)
+
+
+def test_embedded_images_of_a_foreign_layout_arrive_as_bytes(tmp_path: Path, tiny_models: ModuleType) -> None:
+    content = tiny_models.draw_image(tmp_path / "drawn.png", seed=1).read_bytes()
+    row = {**LAYOUTS["rlaif-v"], "image": {"bytes": content, "path": "x.jpg"}}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    source = open_source(tmp_path / "rows.parquet")
+    pair = read_pair(source.row(0), source.where(0), tmp_path)
+    assert [ref.content for ref in pair.images] == [content]
+    check_images(pair)

@@ -30,6 +30,10 @@ STRINGS_ONLY = (
     "{{ bos_token }}{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
 )
+# Prints content as it is: a list of parts would appear as Python writes it.
+PRINTS = STRINGS_ONLY.replace(
+    "'[' + m['role'] + '] ' + m['content'] + eos_token", "'[' ~ m['role'] ~ '] ' ~ m['content'] ~ eos_token"
+)
 # Trims what it is given, as Llama 3 does.
 TRIMS = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + (m['content'] | trim) + eos_token + '\n\n' }}{% endfor %}"
@@ -180,7 +184,7 @@ def test_a_text_model_knows_no_image_token(text_chat: Any) -> None:
     assert scored(text_chat(), "the tag <image>") == "the tag <image><|im_end|>"
 
 
-@pytest.mark.parametrize("template", ["VICUNA", "LLAVA_HF", "CHATML", "STRINGS_ONLY"])
+@pytest.mark.parametrize("template", ["VICUNA", "LLAVA_HF", "CHATML", "STRINGS_ONLY", "PRINTS"])
 @pytest.mark.parametrize("strategy", ["default", "full"])
 @pytest.mark.parametrize(
     "messages", [QUESTION, (user(IMAGE, "what is it?"),), (user("which?", IMAGE, IMAGE),), CONVERSATION]
@@ -206,6 +210,7 @@ def test_prompt_ids_are_the_processors_own(
     [
         ("VICUNA", "<s>be brief USER: <image>\n what is it? ASSISTANT: a bar</s>USER: <image>\n and this? ASSISTANT:"),
         ("LLAVA_HF", "be brief USER: <image>\nwhat is it? ASSISTANT: a bar USER: <image>\nand this? ASSISTANT:"),
+        ("PRINTS", "<s>[system] be brief</s>[user] <image>\nwhat is it?</s>[assistant] a bar</s>[user] and this?<image>\n</s>[assistant] "),
         ("STRINGS_ONLY", "<s>[system] be brief</s>[user] <image>\nwhat is it?</s>[assistant] a bar</s>[user] and this?<image>\n</s>[assistant] "),
     ],
 )  # fmt: skip
