@@ -149,6 +149,8 @@ class HashMemo:
 
         try:
             yield
+        except sqlite3.OperationalError as error:  # locked, read-only, no room: the file itself is sound
+            raise OSError(f"{self.path}: cannot keep file hashes: {error}") from None
         except sqlite3.DatabaseError as error:
             raise UserError(
                 f"{self.path}: cannot use the remembered file hashes: {error}; delete the file and run again"

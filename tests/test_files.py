@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,19 @@ def test_damaged_remembered_hashes_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"no database at all" * 100)
     with pytest.raises(UserError, match=r"hashes\.sqlite: cannot use the remembered file hashes"):
         HashMemo(path)
+
+
+def test_remembered_hashes_that_find_no_room_are_the_machines_failure(tmp_path: Path) -> None:
+    memo, before = HashMemo(tmp_path / "hashes.sqlite"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    (tmp_path / "image").write_bytes(b"one")
+    memo(tmp_path / "image")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"hashes\.sqlite: cannot keep file hashes: "):
+            memo.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    memo.close()
 
 
 def test_the_cache_stands_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
