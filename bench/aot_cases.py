@@ -75,7 +75,7 @@ def cases() -> list[Case]:
     logits, hidden = ROWS * VOCABULARY, ROWS * HIDDEN
     warps = head._warps(BLOCK)
     fold: Callable[[str], dict[str, Any]] = lambda on: {  # noqa: E731
-        **_flags("HAS_BIAS HAS_CAP ENTROPY LOG_P2 TOP UNIT ENTROPY_UNIT", on), "BLOCK": BLOCK}  # fmt: skip
+        **_flags("HAS_BIAS HAS_CAP ENTROPY LOG_P2 TOP MEAN UNIT ENTROPY_UNIT", on), "BLOCK": BLOCK}  # fmt: skip
     finish: Callable[[str], dict[str, Any]] = lambda on: {  # noqa: E731
         **_flags("HAS_BIAS HAS_CAP UNIT ENTROPY_UNIT", on), "BLOCK": head._BLOCK_D}  # fmt: skip
     gradient: Callable[[str], dict[str, Any]] = lambda on: {  # noqa: E731
@@ -89,7 +89,7 @@ def cases() -> list[Case]:
         Case("fold, reference pass", head.fold_kernel, fold(""), warps, logits * 4, ROWS * 12),
         Case("fold, frozen head", head.fold_kernel, fold("UNIT"), warps, logits * 4, logits * 2),
         Case("fold, everything on", head.fold_kernel,
-             fold("HAS_BIAS HAS_CAP ENTROPY LOG_P2 TOP UNIT ENTROPY_UNIT"), warps, logits * 4, logits * 4),
+             fold("HAS_BIAS HAS_CAP ENTROPY LOG_P2 TOP MEAN UNIT ENTROPY_UNIT"), warps, logits * 4, logits * 4),
         Case("shrink", head.shrink_kernel, {"BLOCK": head._BLOCK_D}, 4, hidden * 4, hidden * 4),
         Case("finish, reference pass", head.finish_kernel, finish(""), 4, hidden * 4, ROWS * 4),
         Case("finish, frozen head", head.finish_kernel, finish("UNIT"), 4, hidden * 10, hidden * 2),

@@ -18,6 +18,8 @@ def fold(tiles: Tiles, h: Tensor, w: Tensor, bias: Tensor | None, tr: LogitTrans
     """
     z = tiles.product(h, w, tr.product_scale, bias)
     slope = tr.finish_(z)
+    if run.z is not None:
+        run.z.add_(z.sum(1))
     if run.top is None:
         peak = z.amax(1)
     else:

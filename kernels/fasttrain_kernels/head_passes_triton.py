@@ -38,10 +38,10 @@ def transform(z, scale, cap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def fold_kernel(
-    z_ptr, bias_ptr, m_ptr, s_ptr, a_ptr, q_ptr, top_ptr, shrink_ptr, moved_ptr, p_ptr, e_ptr,
+    z_ptr, bias_ptr, m_ptr, s_ptr, a_ptr, q_ptr, top_ptr, sum_ptr, shrink_ptr, moved_ptr, p_ptr, e_ptr,
     z_stride, p_stride, e_stride, columns, first, scale, cap,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, LOG_P2: tl.constexpr, TOP: tl.constexpr,
-    UNIT: tl.constexpr, ENTROPY_UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    MEAN: tl.constexpr, UNIT: tl.constexpr, ENTROPY_UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offset = tl.arange(0, BLOCK)
@@ -50,6 +50,8 @@ def fold_kernel(
     if HAS_BIAS:
         z += tl.load(bias_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     z, slope = transform(z, scale, cap, HAS_CAP)
+    if MEAN:
+        tl.store(sum_ptr + row, tl.load(sum_ptr + row) + tl.sum(tl.where(inside, z, 0.0), axis=0))
     z = tl.where(inside, z, -float("inf"))
     m_old = tl.load(m_ptr + row)
     peak = tl.max(z, axis=0)
@@ -185,10 +187,10 @@ def fold(tiles: Tiles, h: Tensor, w: Tensor, bias: Tensor | None, tr: LogitTrans
     p = tiles.coefficients(z)
     e = p.new_empty(rows, z.stride(0))[:, :width] if entropy_unit else p
     fold_kernel[(rows,)](
-        z, _or(bias, z), run.m, run.s, _or(run.a, run.m), _or(run.q, run.m), _or(run.top, run.m), run.shrink,
-        run.moved, p, e, z.stride(0), p.stride(0), e.stride(0), width, columns.start, tr.product_scale, _cap(tr),
+        z, _or(bias, z), run.m, run.s, _or(run.a, run.m), _or(run.q, run.m), _or(run.top, run.m), _or(run.z, run.m),
+        run.shrink, run.moved, p, e, z.stride(0), p.stride(0), e.stride(0), width, columns.start, tr.product_scale, _cap(tr),
         HAS_BIAS=bias is not None, HAS_CAP=tr.softcap is not None, ENTROPY=run.a is not None,
-        LOG_P2=run.q is not None, TOP=run.top is not None, UNIT=unit, ENTROPY_UNIT=entropy_unit, BLOCK=block,
+        LOG_P2=run.q is not None, TOP=run.top is not None, MEAN=run.z is not None, UNIT=unit, ENTROPY_UNIT=entropy_unit, BLOCK=block,
         num_warps=_warps(block),
     )  # fmt: skip
     return (p if unit else None), (e if entropy_unit else None)

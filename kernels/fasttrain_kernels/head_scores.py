@@ -27,6 +27,7 @@ class HeadCall(NamedTuple):
     entropy: bool = False
     log_p2: bool = False
     top1: bool = False
+    mean_logit: bool = False
     entropy_grad: bool = False
 
 
@@ -43,6 +44,7 @@ class Scores:
     entropy: Tensor | None
     log_p2: Tensor | None
     top1: Tensor | None
+    mean_logit: Tensor | None
     unit: Tensor | None
     entropy_unit: Tensor | None
 
@@ -64,7 +66,7 @@ def _empty_scores(hidden: Tensor, tiles: Tiles, call: HeadCall, unit: bool) -> S
 
     logprob, maximum, total = (hidden.new_empty(n, dtype=tiles.accumulator) for _ in range(3))
     entropy_unit = unit and call.entropy_grad
-    return Scores(logprob, maximum, total, new(call.entropy), new(call.log_p2), new(call.top1, torch.bool),
+    return Scores(logprob, maximum, total, new(call.entropy), new(call.log_p2), new(call.top1, torch.bool), new(call.mean_logit),
                   torch.empty_like(hidden) if unit else None,
                   torch.empty_like(hidden) if entropy_unit else None)  # fmt: skip
 
@@ -79,7 +81,14 @@ def score_rows(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, bias_V: T
     out = _empty_scores(hidden_ND, tiles, call, unit)
     for rows in tiles.row_blocks():
         h = tiles.operand(hidden_ND[rows])
-        run = Running(h.shape[0], out.total, entropy=call.entropy, log_p2=call.log_p2, top=call.top1)
+        run = Running(
+            h.shape[0],
+            out.total,
+            entropy=call.entropy,
+            log_p2=call.log_p2,
+            top=call.top1,
+            mean=call.mean_logit,
+        )
         acc = h.new_empty(h.shape, dtype=tiles.accumulator) if unit else None
         acc_entropy = torch.empty_like(acc) if acc is not None and call.entropy_grad else None
         for columns in tiles.column_blocks():
@@ -98,7 +107,7 @@ def score_rows(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, bias_V: T
                     ops.shrink_(acc, run)
                 tiles.accumulate_(acc, p, w, first)
             del w  # or two widened tiles would exist while the next is made
-        _keep(out, rows, run, target_N)
+        _keep(out, rows, run, target_N, weight_VD.shape[0])
         ops.finish(h, weight_VD, bias_V, target_N[rows], call.transform, run, tiles, acc, acc_entropy,
                    out.logprob[rows], _part(out.unit, rows), _part(out.entropy_unit, rows))  # fmt: skip
     return out
@@ -108,11 +117,13 @@ def _part(x: Tensor | None, rows: slice) -> Tensor | None:
     return None if x is None else x[rows]
 
 
-def _keep(out: Scores, rows: slice, run: Running, target_N: Tensor) -> None:
+def _keep(out: Scores, rows: slice, run: Running, target_N: Tensor, vocabulary: int) -> None:
     out.maximum[rows], out.total[rows] = run.m, run.s
     for whole, part in ((out.entropy, run.entropy()), (out.log_p2, run.log_p2())):
         if whole is not None and part is not None:
             whole[rows] = part
+    if out.mean_logit is not None and run.z is not None:
+        out.mean_logit[rows] = run.z / vocabulary
     if out.top1 is not None and run.top is not None:
         out.top1[rows] = run.top == target_N[rows]
 

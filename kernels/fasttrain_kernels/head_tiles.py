@@ -93,16 +93,19 @@ class Running:
 
         m = max z      s = sum exp(z - m)      q = sum exp(2 (z - m))      a = sum (z - m) exp(z - m)
 
-    `top` is the id of the first maximum. A tile that raises the maximum shrinks the earlier sums: `shrink` is
+    `top` is the id of the first maximum, `z` the plain sum. A tile that raises the maximum shrinks the earlier sums: `shrink` is
     exp(old m - m) and `moved` old m - m of the last tile; both are what accumulated products have to follow.
     """
 
-    def __init__(self, rows: int, like: Tensor, *, entropy: bool, log_p2: bool, top: bool) -> None:
+    def __init__(
+        self, rows: int, like: Tensor, *, entropy: bool, log_p2: bool, top: bool, mean: bool
+    ) -> None:
         # The lowest finite number instead of -inf: (m - m') * 0 stays 0 in the first step.
         self.m = like.new_full((rows,), torch.finfo(like.dtype).min)
         self.s = like.new_zeros(rows)
         self.a = like.new_zeros(rows) if entropy else None
         self.q = like.new_zeros(rows) if log_p2 else None
+        self.z = like.new_zeros(rows) if mean else None
         self.top = like.new_zeros(rows, dtype=torch.int64) if top else None
         self.shrink, self.moved = like.new_zeros(rows), like.new_zeros(rows)
 

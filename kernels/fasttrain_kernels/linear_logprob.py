@@ -26,12 +26,13 @@ IGNORED = -100
 
 
 class LinearLogprob(NamedTuple):
-    """Per row (N,), fp32: logprob, and by request entropy in nats, log_p2 = log sum_v p_v^2, and bool top1."""
+    """Per row (N,), fp32: logprob, and by request entropy in nats, log_p2 = log sum_v p_v^2, bool top1, mean_logit."""
 
     logprob: Tensor
     entropy: Tensor | None = None
     log_p2: Tensor | None = None
     top1: Tensor | None = None
+    mean_logit: Tensor | None = None
 
 
 def linear_logprob_ref(
@@ -42,12 +43,13 @@ def linear_logprob_ref(
     tr = LogitTransform(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     ignored = target_N == IGNORED
     hidden_ND = torch.where(ignored[:, None], 0, hidden_ND)
-    logp_NV = tr.reference(hidden_ND @ weight_VD.t(), bias).log_softmax(-1)
+    z_NV = tr.reference(hidden_ND @ weight_VD.t(), bias)
+    logp_NV = z_NV.log_softmax(-1)
     logp = logp_NV.gather(1, target_N.clamp(min=0)[:, None])[:, 0]
     entropy, log_p2 = -(logp_NV.exp() * logp_NV).sum(-1), (2 * logp_NV).logsumexp(-1)
     top1 = (logp_NV.argmax(-1) == target_N) & ~ignored
     logp, entropy, log_p2 = (x.masked_fill(ignored, 0) for x in (logp, entropy, log_p2))
-    return LinearLogprob(logp, entropy, log_p2, top1)
+    return LinearLogprob(logp, entropy, log_p2, top1, z_NV.mean(-1).masked_fill(ignored, 0))
 
 
 def _no_autocast(device: torch.device) -> torch.autocast:
@@ -55,12 +57,12 @@ def _no_autocast(device: torch.device) -> torch.autocast:
 
 
 def _outputs(ctx: Any, scores: Scores) -> tuple[Tensor | None, ...]:
-    fixed = [x for x in (scores.log_p2, scores.top1) if x is not None]
+    fixed = [x for x in (scores.log_p2, scores.top1, scores.mean_logit) if x is not None]
     if scores.entropy is not None and not ctx.call.entropy_grad:
         fixed.append(scores.entropy)
     ctx.mark_non_differentiable(*fixed)
     ctx.set_materialize_grads(False)
-    return scores.logprob, scores.entropy, scores.log_p2, scores.top1
+    return scores.logprob, scores.entropy, scores.log_p2, scores.top1, scores.mean_logit
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -120,7 +122,8 @@ class _TrainedHead(torch.autograd.Function):
 def linear_logprob(
     hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, bias: Tensor | None = None, temperature: float = 1.0,
     logit_scale: float = 1.0, softcap: float | None = None, entropy: bool = False, backend: str | None = None, *,
-    entropy_grad: bool = False, log_p2: bool = False, top1: bool = False, validate: bool = True,
+    entropy_grad: bool = False, log_p2: bool = False, top1: bool = False, mean_logit: bool = False,
+    validate: bool = True,
 ) -> LinearLogprob:  # fmt: skip
     """Log-prob of each row's target token, differentiable in hidden_ND, weight_VD and bias.
 
@@ -132,6 +135,7 @@ def linear_logprob(
         entropy: also return each row's entropy in nats; `entropy_grad` makes it differentiable (one product more).
         log_p2: also return each row's log sum_v p_v^2 (no gradient), which WPO weights are made of.
         top1: also return whether the target has the (first) largest logit.
+        mean_logit: also return the mean of each row's logits (no gradient).
         backend: "torch", "triton" or None for `backend_for(hidden_ND)`.
         validate: False trusts target_N to be in [0, V) everywhere. On CUDA that saves waiting for the device, which
             checking ids and leaving out ignored rows need.
@@ -148,7 +152,14 @@ def linear_logprob(
             "linear_logprob: hidden_ND: wanted fp32, bf16 or fp16 for backend 'triton', got fp64"
         )
     call = HeadCall(
-        tr, _product_dtype(hidden_ND, weight_VD), name, entropy or entropy_grad, log_p2, top1, entropy_grad
+        tr,
+        _product_dtype(hidden_ND, weight_VD),
+        name,
+        entropy=entropy or entropy_grad,
+        log_p2=log_p2,
+        top1=top1,
+        mean_logit=mean_logit,
+        entropy_grad=entropy_grad,
     )
     if name == "triton":
         hidden_ND, weight_VD, bias = (_rows_in_memory(x) for x in (hidden_ND, weight_VD, bias))
@@ -169,7 +180,7 @@ def _all_rows(
         return LinearLogprob(*_FrozenHead.apply(hidden, weight, target, bias, call))
     with _no_autocast(hidden.device):
         scores = score_rows(hidden, weight, target, bias, call, unit=False)
-    return LinearLogprob(scores.logprob, scores.entropy, scores.log_p2, scores.top1)
+    return LinearLogprob(scores.logprob, scores.entropy, scores.log_p2, scores.top1, scores.mean_logit)
 
 
 def _on_kept_rows(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, call: HeadCall, keep: Tensor,

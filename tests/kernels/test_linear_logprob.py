@@ -48,7 +48,9 @@ def test_values_and_gradients_equal_dense_fp64(
     target[0], target[-1] = 0, v - 1
     ours = [hidden.requires_grad_(), weight.requires_grad_(trained), bias.requires_grad_(trained)]
     true = [x.detach().double().requires_grad_(x.requires_grad) for x in ours]
-    out = linear_logprob(ours[0], ours[1], target, ours[2], entropy=True, log_p2=True, top1=True, **options)
+    out = linear_logprob(
+        ours[0], ours[1], target, ours[2], entropy=True, log_p2=True, top1=True, mean_logit=True, **options
+    )
     ref = linear_logprob_ref(true[0], true[1], target, true[2], **options)
     grad = torch.randn(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (out.logprob * grad.to(out.logprob.dtype)).sum().backward()

@@ -56,7 +56,7 @@ def test_linear_logprob_and_its_gradients(
     hidden[2] = float("nan")
     ours = [hidden.requires_grad_(), weight.requires_grad_(trained), bias.requires_grad_(trained)]
     true = [x.detach().double().requires_grad_(x.requires_grad) for x in ours]
-    flags = {"entropy_grad": True, "log_p2": True, "top1": True}
+    flags = {"entropy_grad": True, "log_p2": True, "top1": True, "mean_logit": True}
     out = linear_logprob(ours[0], ours[1], target, ours[2], backend="triton", **flags, **options)
     ref = linear_logprob_ref(true[0], true[1], target, true[2], **options)
     (out.logprob.sum() + 0.5 * out.entropy.sum()).backward()
