@@ -69,7 +69,7 @@ def main() -> NoReturn:
     """Run the command; one line and exit code 2 for a user's mistake, 130 and 143 for signals."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        sys.exit(cli.main(standalone_mode=False) or 0)
+        sys.exit(cli.main(prog_name="fasttrain-data", standalone_mode=False) or 0)
     except UserError as error:
         _fail(str(error), EXIT_MISTAKE)
     except click.UsageError as error:

@@ -36,7 +36,7 @@ Status = Literal[
     "refused_request",
 ]
 TRANSIENT: frozenset[str] = frozenset({"quota", "rate_limited", "server_error", "timeout"})
-_SILENT_WHEN_EMPTY = ("history", "changed", "flags", "calls")
+_SILENT_WHEN_EMPTY = ("history", "changed", "flags", "calls", "image_sha256")
 AnyRecord = TypeVar("AnyRecord", bound="Record")
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 
-_WINDOW_S = 60.0
+# A minute and a bit: calls reach the server a little later than they start, not all by the same delay.
+_WINDOW_S = 60.5
 # How much of the steady pace may be caught up after a hold-up. The window below still bounds every minute.
 _CATCH_UP_S = 2.0
 
 
 class Limiter:
-    """Paces starts evenly at `rpm`, and never lets more than `rpm` calls or `tpm` tokens into any 60 seconds.
+    """Paces starts evenly, and never lets more than `rpm` calls or `tpm` tokens into any minute.
 
     None means unlimited. All times are seconds of one monotonic clock, given by the caller.
     """
 
     def __init__(self, rpm: float | None = None, tpm: int | None = None) -> None:
         self.rpm, self.tpm = rpm, tpm
-        self._interval_s = 60.0 / rpm if rpm else 0.0
+        self._interval_s = _WINDOW_S / rpm if rpm else 0.0
         self._next_s: float | None = None
         self.paused_until_s = float("-inf")
         self._starts: deque[tuple[float, int]] = deque()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _RETRIED = "quota, rate_limited, server_error, timeout"
 
 
-@click.command("annotate")
+@click.command("annotate", short_help="Let Gemini mark every completion.")
 @click.argument("completions", type=EXISTING_FILE)
 @output_option
 @click.option(

@@ -11,7 +11,7 @@ from fasttrain_data.commands.options import EXISTING_FILE, image_root_option, ou
 from fasttrain_data.errors import EXIT_TYPED_FAILURES
 
 
-@click.command("complete")
+@click.command("complete", short_help="Sample completions of every question.")
 @click.argument("questions", type=EXISTING_FILE)
 @output_option
 @click.option(

@@ -16,7 +16,7 @@ _format_option = click.option(
 )
 
 
-@click.command("export")
+@click.command("export", short_help="Write pairs for another trainer.")
 @click.argument("pairs", type=_ANY)
 @click.option(
     "--to", "target", type=click.Choice(["trl", "llama-factory", "ms-swift", "mllm-dpo"]), required=True
@@ -40,7 +40,7 @@ def export_command(pairs: Path, output: Path, target: str, **options: Any) -> No
     click.echo(f"{output}: {account.total_kept():,} pairs")
 
 
-@click.command("import")
+@click.command("import", short_help="Read another project's preference file.")
 @click.argument("source", type=_ANY)
 @output_option
 @_format_option

@@ -10,7 +10,7 @@ import click
 from fasttrain_data.commands.options import EXISTING_FILE, image_root_option, output_option
 
 
-@click.command("pair")
+@click.command("pair", short_help="Make preference pairs from annotations.")
 @click.argument("annotations", type=EXISTING_FILE)
 @output_option
 @click.option(

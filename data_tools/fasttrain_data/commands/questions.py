@@ -10,7 +10,7 @@ import click
 from fasttrain_data.commands.options import EXISTING_FILE, RowRange, image_root_option, output_option
 
 
-@click.command("questions")
+@click.command("questions", short_help="Read image questions from data files.")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @output_option
 @click.option("--limit", type=click.IntRange(1), help="How many questions in all; default: every usable one.")

@@ -10,7 +10,7 @@ import click
 from fasttrain_data.commands.options import EXISTING_FILE, image_root_option
 
 
-@click.command("review")
+@click.command("review", short_help="Compare pairs by eye, blind, on a local page.")
 @click.argument("pairs", type=EXISTING_FILE)
 @click.option(
     "--limit", type=click.IntRange(1), default=200, show_default=True, help="How many pairs, a seeded sample."

@@ -9,7 +9,7 @@ import click
 from fasttrain_data.commands.options import ANY_PATH, EXISTING_FILE
 
 
-@click.command("stats")
+@click.command("stats", short_help="Describe annotations or pairs.")
 @click.argument("file", type=EXISTING_FILE)
 @click.option(
     "-o", "--out", "folder", type=ANY_PATH, help="Folder for plots, page and stats.json. Default: FILE.stats."
