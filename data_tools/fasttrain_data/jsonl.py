@@ -129,6 +129,15 @@ class LineFile:
         self.close()
 
 
+def check_output(output: Path, *inputs: Path) -> None:
+    """UserError if the output is a folder or one of the files it is made from."""
+    if output.is_dir():
+        raise UserError(f"--out: wanted a file, got the folder {output}")
+    for path in inputs:
+        if output.exists() and path.exists() and output.samefile(path):
+            raise UserError(f"--out: wanted another file than the input, got {output}")
+
+
 def dump_row(row: Row) -> str:
     """One line of JSON, without its line break."""
     return json.dumps(row, ensure_ascii=False, separators=(", ", ": "), allow_nan=False)

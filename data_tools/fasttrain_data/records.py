@@ -206,6 +206,7 @@ class Pair(Record):
     rule: dict[str, Any] | None = Field(default=None, description="score, margin, rejected, seed")
     annotator: str | None = None
     annotator_version: str | None = None
+    annotated: str | None = Field(default=None, description="when the answers were annotated, UTC")
     split: str | None = None
     tool: str | None = None
 

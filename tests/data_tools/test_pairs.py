@@ -215,6 +215,7 @@ def test_the_choice_for_a_prompt_does_not_depend_on_other_prompts(pair):
     ]
     assert set(pair(*rows)[0]) == set(pair(*rows[::-1])[0]) > set(pair(*rows[3:])[0])
     assert pair(*rows, seed=1)[0] != pair(*rows, seed=2)[0]
+    assert len({rejected.split("-")[1] for _, rejected in pair(*rows)[0]}) > 1  # each prompt draws for itself
 
 
 def test_the_command_reports_lengths_and_names_a_bad_row(tmp_path, write_rows, command):

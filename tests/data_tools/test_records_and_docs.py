@@ -133,3 +133,18 @@ def test_mistakes_on_the_command_line_are_one_line_with_exit_code_2(command, tmp
         code, stdout, stderr = command(*arguments)
         assert (code, stdout, stderr.count("\n")) == (2, "", 1)
     assert "did you mean 'annotate'" in command("anotate")[2]
+
+
+@pytest.mark.parametrize("name", ["questions", "complete", "annotate", "pair", "export", "import"])
+def test_no_stage_writes_over_its_input_or_a_folder(name, command, tmp_path, write_rows):
+    more = {
+        "complete": ["-m", "x", "--server", "http://127.0.0.1:1"],
+        "annotate": ["--model", "x", "--dry-run"],
+        "export": ["--to", "trl"],
+    }
+    path = write_rows(tmp_path / "in.jsonl", [{"question": "Why?"}])
+    before = path.read_text()
+    for output, wanted in ((path, "another file than the input"), (tmp_path, "got the folder")):
+        code, _, stderr = command(name, path, "-o", output, *more.get(name, []))
+        assert (code, wanted in stderr, stderr.count("\n")) == (2, True, 1)
+    assert path.read_text() == before

@@ -24,7 +24,7 @@ from fasttrain_data.calls.failures import CallFailed
 from fasttrain_data.calls.journal import Journal, journal_path
 from fasttrain_data.errors import UserError
 from fasttrain_data.image_files import BadImage, ImageNames
-from fasttrain_data.jsonl import whole_rows
+from fasttrain_data.jsonl import check_output, whole_rows
 from fasttrain_data.progress import Progress
 from fasttrain_data.spill import SeenKeys
 
@@ -111,6 +111,7 @@ class _Run:
     """The state of one run: prompts, journal, ledger."""
 
     def __init__(self, completions: Path, output: Path, settings: AnnotateSettings) -> None:
+        check_output(output, completions)
         self.output, self.settings = output, settings
         self.names = ImageNames.between(completions, output, settings.image_root)
         self.read_images = ImageReader(self.names.in_root)

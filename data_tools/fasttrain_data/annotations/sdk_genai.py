@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from fasttrain_data.annotations.judge import Endpoint
@@ -25,7 +26,15 @@ def open_client(endpoint: Endpoint) -> Any:
         api_version=endpoint.api_version,
         timeout=max(1, int(endpoint.timeout_s * 1000)),
     )
-    return genai.Client(api_key=endpoint.api_key, vertexai=False, http_options=options)
+    talk = logging.getLogger("google_genai._api_client")
+    talkative, talk.disabled = (
+        talk.disabled,
+        True,
+    )  # it names a key from the environment that is not the one used
+    try:
+        return genai.Client(api_key=endpoint.api_key, vertexai=False, http_options=options)
+    finally:
+        talk.disabled = talkative
 
 
 class GenaiJudge:

@@ -13,7 +13,7 @@ from fasttrain_data.completions.samples import Drawn, Sample, Sampler, SampleSet
 from fasttrain_data.errors import UserError
 from fasttrain_data.ids import content_hash
 from fasttrain_data.image_files import BadImage, ImageFile, ImageNames, find_image, read_image
-from fasttrain_data.jsonl import Row, read_rows, whole_rows
+from fasttrain_data.jsonl import Row, check_output, read_rows, whole_rows
 from fasttrain_data.progress import Progress
 from fasttrain_data.records import Completion, Question, now, parse_record, tool_version
 
@@ -37,6 +37,7 @@ def complete(
     Samples in `output`'s journal are not drawn again. Equal texts of one question become one record with a
     count. Questions with bad images, failed and empty samples are counted and listed.
     """
+    check_output(output, questions)
     names = ImageNames.between(questions, output, settings.image_root)
     with account_of(output) as account, Journal(journal_path(output)) as journal:
         result = CompleteResult(account)

@@ -16,7 +16,7 @@ from fasttrain_data.formats.scored import helpsteer_annotations
 from fasttrain_data.formats.table_rows import iterate_rows
 from fasttrain_data.ids import content_hash
 from fasttrain_data.image_files import ImageNames
-from fasttrain_data.jsonl import Row, whole_rows
+from fasttrain_data.jsonl import Row, check_output, whole_rows
 from fasttrain_data.records import ATTRIBUTES
 
 
@@ -33,6 +33,7 @@ def import_pairs(
     Embedded images are written to a folder beside the output. Annotations come from HelpSteer (all answers of a
     prompt) and mllm-dpo (the two of a pair); other layouts hold no five scores.
     """
+    check_output(output, source)
     names = ImageNames.between(source / "-" if source.is_dir() else source, output, image_root)
     store = ImageStore(names, output)
     with account_of(output) as account, whole_rows(output) as write:

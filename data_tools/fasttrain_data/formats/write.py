@@ -14,7 +14,7 @@ from fasttrain_data.formats.image_store import ImageStore
 from fasttrain_data.formats.messages import PLACEHOLDER, Place, text_of
 from fasttrain_data.formats.read import read_pairs
 from fasttrain_data.image_files import ImageNames
-from fasttrain_data.jsonl import Row, dump_row, whole_file, write_text
+from fasttrain_data.jsonl import Row, check_output, dump_row, whole_file, write_text
 from fasttrain_data.records import ATTRIBUTES
 
 TARGETS = ("trl", "llama-factory", "ms-swift", "mllm-dpo")
@@ -32,6 +32,7 @@ def export_pairs(
     """
     if target not in TARGETS:
         raise UserError(f"--to: wanted one of {', '.join(TARGETS)}, got {target!r}")
+    check_output(output, source)
     names = ImageNames.between(source, output, image_root)
     store = ImageStore(names, output)
     with account_of(output) as account:

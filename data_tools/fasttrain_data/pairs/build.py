@@ -12,7 +12,7 @@ from fasttrain_data.account import Account, account_of
 from fasttrain_data.errors import UserError
 from fasttrain_data.ids import content_hash, rng_of
 from fasttrain_data.image_files import ImageNames
-from fasttrain_data.jsonl import LineFile, read_lines, whole_rows
+from fasttrain_data.jsonl import LineFile, check_output, read_lines, whole_rows
 from fasttrain_data.pairs.rule import Choice, Rejected, choose
 from fasttrain_data.pairs.scores import ROUNDING, ScoreRule, parse_score
 from fasttrain_data.records import ATTRIBUTES, Annotation, Pair, Scored, parse_record, tool_version
@@ -55,6 +55,7 @@ def make_pairs(annotations: Path, output: Path, settings: PairSettings) -> PairC
     rule = parse_score(settings.score)
     if settings.margin <= 0:
         raise UserError(f"--margin: wanted more than 0, got {settings.margin}")
+    check_output(output, annotations)
     names = ImageNames.between(annotations, output, settings.image_root)
     with account_of(output) as account, contextlib.ExitStack() as files:
         counts = PairCounts(account)
@@ -190,6 +191,7 @@ def _pair(
         },
         annotator=row.model,
         annotator_version=row.model_version,
+        annotated=row.created,
         tool=tool_version(),
     )
 

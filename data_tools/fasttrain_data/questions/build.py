@@ -13,7 +13,7 @@ from fasttrain_data.account import Account, account_of
 from fasttrain_data.errors import UserError
 from fasttrain_data.ids import content_hash
 from fasttrain_data.image_files import BadImage, find_image, read_image
-from fasttrain_data.jsonl import whole_rows
+from fasttrain_data.jsonl import check_output, whole_rows
 from fasttrain_data.questions.duplicates import Duplicates, Overlap
 from fasttrain_data.questions.readers import COORDINATES, Draft, Turns, read_drafts, split_source
 from fasttrain_data.questions.sample import BottomK, share_out
@@ -66,6 +66,7 @@ def build_questions(sources: Sequence[str], output: Path, settings: QuestionSett
 
     UserError for a mistake in the sources, for overlap under on_overlap="refuse", and when nothing is left.
     """
+    check_output(output, *(split_source(spec)[1] for spec in sources))
     roots = _Roots(sources, output, settings.image_root)
     overlap = Overlap(settings.eval_files)
     with account_of(output) as account, whole_rows(output) as write:
