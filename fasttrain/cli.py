@@ -73,7 +73,7 @@ def dpo(recipe: str, overrides: tuple[str, ...], resume: bool, overwrite: bool, 
     if dry_run:
         from fasttrain.train.dry_run import dry_run as run
 
-        click.echo(run(config, may_exist=resume or overwrite))
+        click.echo(run(config, resume=resume, overwrite=overwrite))
         return
     from fasttrain.train.loop import train_dpo
 
@@ -135,7 +135,9 @@ def env(as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("-o", "--out", "folder", type=click.Path(path_type=Path), default="runs/demo", show_default=True)
+@click.option(
+    "-o", "--out", "folder", type=click.Path(path_type=Path), default="runs/demo", show_default=True
+)
 def demo(folder: Path) -> None:
     """Align a tiny LLaVA that ships with fasttrain, on charts drawn here, in a few minutes on a CPU.
 

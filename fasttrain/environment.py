@@ -41,7 +41,9 @@ def collect_facts() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         "cuda": torch.version.cuda,
         "head_backend": head,
-        "head_reason": "a CUDA device and triton are there" if head == "triton" else "no CUDA device, or no triton",
+        "head_reason": "a CUDA device and triton are there"
+        if head == "triton"
+        else "no CUDA device, or no triton",
         "attention_backend": "sdpa",
         "attention_reason": "the only shared-prefix attention backend of this version",
         "versions": versions,

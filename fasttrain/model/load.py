@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fasttrain.config import ModelConfig
 from fasttrain.errors import UserError
@@ -129,7 +130,15 @@ def load_model(folder: Path, config: ModelConfig, model_config: Any, device: tor
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        AttributeError,
+        ImportError,
+        SafetensorError,
+    ) as error:
         raise UserError(f"model.name: cannot load {folder}: {str(error).strip().splitlines()[0]}") from None
     missing = sorted(info["missing_keys"])
     if missing or info["mismatched_keys"]:

@@ -58,9 +58,10 @@ class ReferenceCache:
             self._owner = os.getpid()
         return self._connection
 
-    def _damaged(self, error: object) -> UserError:
+    def _damaged(self, error: object) -> UserError | OSError:
         if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):
-            return UserError(f"{self.path}: cannot use the reference cache: {error}")
+            # locked, read-only, no room: the machine's, and the file itself is sound
+            return OSError(f"{self.path}: cannot use the reference cache: {error}")
         return UserError(
             f"{self.path}: the reference cache is damaged ({error}); delete the file and run again"
         )

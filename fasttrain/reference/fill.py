@@ -82,12 +82,11 @@ def _cost(lengths: np.ndarray, completions: list[int], shared: bool) -> int:
 
 @torch.no_grad()
 def fill(
-    policy: Policy, data: PreparedData, maker: PackMaker, cache: ReferenceCache, memo: HashMemo, *,
+    policy: Policy, data: PreparedData, maker: PackMaker, cache: ReferenceCache, missing: list[tuple[int, list[int]]], *,
     tokens_per_pack: int, workers: int, skip_broken: bool, tick: Callable[[int], object] = lambda n: None,
 ) -> FillReport:  # fmt: skip
-    """Compute and store what is missing, with the policy as it is now; a broken image stops, or drops its group."""
+    """Compute and store `missing` with the policy as it is now; a broken image stops, or drops its group."""
     start = time.perf_counter()
-    missing = missing_completions(data, maker.keys, cache, memo)
     total = sum(len(data.lengths(n)) - 1 for n in range(len(data)) if data.pair_count(n))
     computed = tokens = 0
     dropped: set[int] = set()

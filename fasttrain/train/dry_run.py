@@ -17,14 +17,14 @@ from fasttrain.progress import Progress
 from fasttrain.reference.fill import missing_completions
 from fasttrain.train.first_step import check_sharing
 from fasttrain.train.job import Job, build_job
-from fasttrain.train.run_folder import check_output_is_free
+from fasttrain.train.run_folder import check_output
 
 _STEPS_LOOKED_AT = 20
 
 
-def dry_run(config: DPOConfig, *, may_exist: bool) -> str:
+def dry_run(config: DPOConfig, *, resume: bool, overwrite: bool) -> str:
     """The report of a dry run; UserError for the first mistake, as training would raise it."""
-    check_output_is_free(config, may_exist)
+    check_output(config, resume=resume, overwrite=overwrite)
     with contextlib.closing(build_job(config)) as job:
         check_sharing(job)
         for data in job.datasets:

@@ -38,7 +38,7 @@ from fasttrain.train.metrics import (
     step_metrics,
 )  # fmt: skip
 from fasttrain.train.optimizer import learning_rate_factor
-from fasttrain.train.run_folder import open_run_folder, write_environment, write_skipped
+from fasttrain.train.run_folder import check_output, open_run_folder, write_environment, write_skipped
 from fasttrain.train.step import StepResult, StepRunner, evaluate
 from fasttrain.train.trackers import Trackers
 
@@ -54,9 +54,11 @@ class RunResult:
 
 def train_dpo(config: DPOConfig, *, resume: bool = False, overwrite: bool = False) -> RunResult:
     """Run a recipe; UserError for a mistake in it. Every file of the run is in `config.train.output`."""
-    folder = open_run_folder(config, resume=resume, overwrite=overwrite)
-    job = build_job(config)
-    with contextlib.closing(job):
+    check_output(config, resume=resume, overwrite=overwrite)
+    with contextlib.closing(build_job(config)) as job:
+        folder = open_run_folder(
+            config, overwrite=overwrite
+        )  # only now: a mistake in the data leaves no folder
         return Trainer(job, folder, resume).run()
 
 
@@ -64,11 +66,13 @@ def fill_references(job: Job) -> FillReport:
     """Compute the reference log-probs that are not cached yet, of training and evaluation pairs."""
     reports = []
     for data in job.datasets:
-        total = sum(len(gone) for _, gone in missing_completions(data, job.keys, job.cache, job.memo))
-        with Progress("reference log-probs", total, "completions") as progress:
+        missing = missing_completions(data, job.keys, job.cache, job.memo)
+        with Progress(
+            "reference log-probs", sum(len(gone) for _, gone in missing), "completions"
+        ) as progress:
             reports.append(
                 fill(
-                    job.policy, data, job.maker(data, with_reference=False), job.cache, job.memo,
+                    job.policy, data, job.maker(data, with_reference=False), job.cache, missing,
                     tokens_per_pack=job.tokens_per_pack, workers=job.workers,
                     skip_broken=job.config.data.on_bad_row == "skip", tick=progress.tick,
                 )
@@ -83,7 +87,7 @@ class Trainer:
         self.job, self.folder, self.resume = job, folder, resume
         self.config = job.config
         self.loss = job.loss
-        self._stop = False
+        self._stop = self._told_split = False
 
     def run(self) -> RunResult:
         job, config = self.job, self.config.train
@@ -130,6 +134,12 @@ class Trainer:
                 start = time.perf_counter()
                 first = next(batches)
                 step = planned.popleft()
+                if step.split and not self._told_split:
+                    self._told_split = True
+                    say(
+                        f"warning: {job.train.where(min(step.split))}: its prompt and answers exceed train.tokens_per_pack = "
+                        f"{job.tokens_per_pack}; such groups run in parts, each with the prompt again"
+                    )
                 keep = number == 1
                 result = runner.run(step, itertools.chain([first], batches), keep)
                 if keep:

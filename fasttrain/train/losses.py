@@ -11,6 +11,9 @@ from fasttrain.config import LossConfig
 from fasttrain.errors import UserError
 from fasttrain_kernels import COUPLE_PAIRS, pair_sums, preference_loss, wpo_weights
 
+# The kinds whose formula holds label smoothing.
+TAKE_SMOOTHING = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "cpo", "simpo"}
+
 # What a step reports, as sums over its pairs, in the order of the vector that accumulates them.
 SUMS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected")
 
@@ -35,6 +38,11 @@ class PairLoss:
         self.config = config
         self.needs_log_p2 = config.use_weighting
         self.couples_pairs = bool(COUPLE_PAIRS & set(config.kinds))
+        if config.label_smoothing and not set(config.kinds) & TAKE_SMOOTHING:
+            raise UserError(
+                f"loss.label_smoothing: wanted 0 with {', '.join(config.kinds)}, which do not use it, "
+                f"got {config.label_smoothing}"
+            )
         try:
             one, length = torch.zeros(1), torch.ones(1, dtype=torch.int64)
             self(one, one, length, torch.zeros(1, 2, dtype=torch.int64), one, 1.0)

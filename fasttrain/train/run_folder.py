@@ -23,19 +23,21 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
-def check_output_is_free(config: DPOConfig, may_exist: bool) -> None:
-    """UserError if the output folder is in use and the user has not said what to do about it."""
+def check_output(config: DPOConfig, *, resume: bool, overwrite: bool) -> None:
+    """UserError if the folder is in use and the user has not said what to do, or holds a run of another recipe."""
     folder = Path(config.train.output)
+    may_exist = resume or overwrite
     if not may_exist and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
             f"train.output: {folder} is in use; --resume goes on with it, --overwrite starts anew"
         )
+    if resume:
+        _check_same_recipe(folder, config)
 
 
-def open_run_folder(config: DPOConfig, *, resume: bool, overwrite: bool) -> Path:
-    """Make the folder and write config.yaml, or say why not: in use, or resumed with another recipe."""
+def open_run_folder(config: DPOConfig, *, overwrite: bool) -> Path:
+    """Make the folder, clear it if it is to be overwritten, write config.yaml."""
     folder = Path(config.train.output)
-    check_output_is_free(config, may_exist=resume or overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -47,8 +49,6 @@ def open_run_folder(config: DPOConfig, *, resume: bool, overwrite: bool) -> Path
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    elif resume:
-        _check_same_recipe(folder, config)
     remove_leftovers(folder)
     write_atomic(folder / "config.yaml", config.to_yaml())
     return folder

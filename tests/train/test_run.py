@@ -275,3 +275,32 @@ def test_missing_weights_are_an_error_not_random_numbers(
         UserError, match=r"wanted every weight in .*, got none for model.layers.1.mlp.up_proj.weight"
     ):
         run(broken, text)
+
+
+def test_a_mistake_in_the_data_leaves_no_run_folder(
+    tiny_text: Path, text: Path, run: Runner, tmp_path: Path
+) -> None:
+    good = text.read_text()
+    text.write_text(good + "nope\n")
+    with pytest.raises(UserError, match="line 19: row: wanted a JSON object"):
+        run(tiny_text, text)
+    assert not (tmp_path / "run").exists()
+
+
+def test_truncated_weights_are_named(tiny_text: Path, text: Path, run: Runner, tmp_path: Path) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_text, broken)
+    file = next(broken.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"model.name: cannot load .*broken"):
+        run(broken, text)
+
+
+def test_groups_that_do_not_fit_a_pack_are_told_once(
+    tiny_text: Path, text: Path, run: Runner, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(tiny_text, text, "train.tokens_per_pack=40")
+    warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 and "exceed train.tokens_per_pack = 40" in warnings[0]
