@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import yaml
 
-from fasttrain.config import DPOConfig, _is_union, _type_name
+from fasttrain.config import is_union, type_name
+from fasttrain.settings import DPOConfig
 
 HEAD = """# Settings
 
@@ -45,8 +46,8 @@ def _is_section(hint: object) -> bool:
 def _table(rows: list[tuple[str, object, dataclasses.Field[object]]]) -> Iterator[str]:
     yield "| key | type | default | |\n|---|---|---|---|"
     for key, hint, entry in rows:
-        options = typing.get_args(hint) if _is_union(hint) else (hint,)
-        kind = " or ".join(_type_name(option) for option in options)
+        options = typing.get_args(hint) if is_union(hint) else (hint,)
+        kind = " or ".join(type_name(option) for option in options)
         value = entry.default_factory() if callable(entry.default_factory) else entry.default
         default = (
             "required"

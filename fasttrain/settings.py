@@ -1,0 +1,277 @@
+"""The settings of a recipe: frozen dataclasses with types, defaults, one-line descriptions and checks of values.
+
+No torch here: `fasttrain --help` and recipe errors must answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+from fasttrain.errors import UserError, did_you_mean
+
+LOSS_KINDS = (
+    "sigmoid", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sigmoid_norm", "simpo", "orpo", "cpo", "sft",
+)  # fmt: skip
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+def setting(default: Any, doc: str) -> Any:
+    """A dataclass field that carries its one-line description."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"doc": doc})
+    return field(default=default, metadata={"doc": doc})
+
+
+def require(good: bool, key: str, wanted: str, got: Any) -> None:
+    if not good:
+        raise UserError(f"{key}: wanted {wanted}, got {got!r}")
+
+
+def refuse(present: bool, key: str, what: str) -> None:
+    """Name a setting whose capability this version does not have, instead of ignoring it."""
+    if present:
+        raise UserError(f"{key}: {what} is not available in this version of fasttrain")
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    name: str = setting("", "Hub id or folder of a LLaVA-1.5 model or a text-only causal language model.")
+    revision: str | None = setting(None, "Hub revision: branch, tag or commit.")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "Weight type; auto is bfloat16 on CUDA and float32 on CPU."
+    )
+    attention: Literal["auto", "flash", "flex", "sdpa"] = setting("auto", "Attention backend.")
+    quantize: Literal["nf4", "int8"] | None = setting(
+        None, "Quantise the frozen base model with bitsandbytes."
+    )
+    train_projector: bool = setting(False, "Also train the vision-to-language projector, whole.")
+    trust_remote_code: bool = setting(False, "Run Python code that comes with the model repository.")
+
+    def __post_init__(self) -> None:
+        refuse(self.attention in ("flash", "flex"), "model.attention", f"the {self.attention!r} backend")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    rank: int | None = setting(None, "Rank of the update; 128, or that of init_from.")
+    alpha: float | None = setting(
+        None, "Scale: the update is multiplied by alpha / rank; 256, or that of init_from."
+    )
+    dropout: float = setting(0.0, "Dropout on the adapter's input while training.")
+    targets: str | list[str] | None = setting(
+        None, "auto: every linear of the language model except the head; or names, or one regular expression."
+    )
+    init_from: str | None = setting(None, "Start from this PEFT adapter; the reference is then that adapter.")
+
+    def __post_init__(self) -> None:
+        if self.init_from is None:  # else the adapter's own
+            for name, value in (("rank", 128), ("alpha", 256.0), ("targets", "auto")):
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, value)
+        require(self.rank is None or self.rank >= 1, "lora.rank", "an integer of at least 1", self.rank)
+        require(self.alpha is None or self.alpha > 0, "lora.alpha", "a positive number", self.alpha)
+        require(0 <= self.dropout < 1, "lora.dropout", "a number from 0 to below 1", self.dropout)
+        require(
+            self.targets != [] and (not isinstance(self.targets, str) or _is_pattern(self.targets)),
+            "lora.targets", "auto, names or a regular expression", self.targets,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: str | list[str] = setting("", "Pair file(s): .jsonl, .json, .parquet or a datasets folder.")
+    eval: str | list[str] | None = setting(None, "Pair file(s) that are evaluated, never trained on.")
+    image_root: str | None = setting(
+        None, "Folder that image paths start from; the pair file's folder by default."
+    )
+    max_length: int = setting(3000, "Most tokens of prompt plus one completion, image tokens included.")
+    overflow: Literal["error", "truncate", "drop"] = setting(
+        "error", "For an overlong example: stop, cut its completions at the end, or leave its pair out."
+    )
+    on_bad_row: Literal["stop", "skip"] = setting(
+        "stop", "stop: exit 2; skip: leave out, list in skipped.jsonl."
+    )
+    limit_pairs: int | None = setting(None, "First N pairs after shuffling, for data-scaling studies.")
+    workers: int | Literal["auto"] = setting("auto", "Processes that prepare packs ahead of the step.")
+
+    def __post_init__(self) -> None:
+        require(self.max_length >= 2, "data.max_length", "an integer of at least 2", self.max_length)
+        require(
+            self.limit_pairs is None or self.limit_pairs >= 1,
+            "data.limit_pairs",
+            "at least 1",
+            self.limit_pairs,
+        )
+        require(
+            self.workers == "auto" or int(self.workers) >= 0,
+            "data.workers",
+            "auto or at least 0",
+            self.workers,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    kind: str | list[str] = setting("sigmoid", f"One of {', '.join(LOSS_KINDS)}; or a list of them.")
+    weights: list[float] | None = setting(
+        None, "One weight per kind when kind is a list; 1.0 each by default."
+    )
+    beta: float = setting(0.1, "Strength of the pull towards the reference.")
+    label_smoothing: float = setting(
+        0.0, "Assumed share of flipped labels; sigmoid then is conservative DPO."
+    )
+    f_divergence: str = setting("reverse_kl", f"One of {', '.join(F_DIVERGENCES)}.")
+    ld_alpha: float | None = setting(
+        None, "Length desensitisation: weight of tokens beyond the shorter answer."
+    )
+    use_weighting: bool = setting(
+        False, "WPO: weight each pair by how likely the policy is to have written it."
+    )
+
+    @property
+    def kinds(self) -> list[str]:
+        return [self.kind] if isinstance(self.kind, str) else self.kind
+
+    def __post_init__(self) -> None:
+        require(bool(self.kinds), "loss.kind", "a loss or a list of losses", self.kind)
+        for kind in self.kinds:
+            if kind not in LOSS_KINDS:
+                raise UserError(
+                    f"loss.kind: wanted one of {', '.join(LOSS_KINDS)}, got {kind!r}"
+                    + did_you_mean(kind, list(LOSS_KINDS))
+                )
+        require(
+            self.weights is None or len(self.weights) == len(self.kinds),
+            "loss.weights", f"{len(self.kinds)} number(s), one per kind", self.weights,
+        )  # fmt: skip
+        require(self.beta > 0, "loss.beta", "a positive number", self.beta)
+        require(
+            0 <= self.label_smoothing < 0.5, "loss.label_smoothing", "0 to below 0.5", self.label_smoothing
+        )
+        require(
+            self.f_divergence in F_DIVERGENCES,
+            "loss.f_divergence", f"one of {', '.join(F_DIVERGENCES)}", self.f_divergence,
+        )  # fmt: skip
+        require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "loss.ld_alpha", "0 to 1", self.ld_alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    output: str = setting("runs/dpo", "Run folder.")
+    epochs: float = setting(3, "Passes over the pairs.")
+    max_steps: int | None = setting(None, "Stop after this many optimizer steps, whatever epochs says.")
+    pairs_per_step: int = setting(128, "A step takes whole groups until it holds at least this many pairs.")
+    tokens_per_pack: int | Literal["auto"] = setting("auto", "Most tokens in one forward pass.")
+    share_prefix: bool = setting(True, "Run a prompt once for all its completions.")
+    shuffle: bool = setting(True, "Shuffle the groups, anew every epoch.")
+    learning_rate: float = setting(5.0e-5, "Peak learning rate.")
+    projector_learning_rate: float = setting(2.0e-5, "Peak learning rate of the projector, when trained.")
+    schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "After warm-up.")
+    warmup_ratio: float = setting(0.03, "Share of all steps in which the learning rate rises.")
+    weight_decay: float = setting(0.0, "Decoupled weight decay; never on biases, norms and embeddings.")
+    grad_clip: float | None = setting(1.0, "Largest norm of the gradient; null: no clipping.")
+    optimizer: Literal["adamw", "adamw_8bit"] = setting("adamw", "adamw_8bit needs bitsandbytes.")
+    gradient_checkpointing: bool | Literal["auto"] = setting(
+        "auto", "Recompute activations in the backward pass; auto: only when memory needs it."
+    )
+    compile: bool = setting(False, "torch.compile the decoder layers.")
+    seed: int = setting(0, "Seed of order, adapter and dropout.")
+    log_every: int = setting(1, "Steps between lines of metrics.jsonl.")
+    eval_every: int | None = setting(None, "Steps between evaluations; the end of training always evaluates.")
+    checkpoint_every: int | None = setting(50, "Steps between checkpoints; null: only the final one.")
+    keep_checkpoints: int = setting(2, "How many checkpoints stay.")
+
+    def __post_init__(self) -> None:
+        require(bool(self.output), "train.output", "a folder", self.output)
+        for name in ("max_steps", "eval_every", "checkpoint_every"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"train.{name}", "null or at least 1", value)
+        for name in ("pairs_per_step", "log_every", "keep_checkpoints"):
+            require(
+                getattr(self, name) >= 1, f"train.{name}", "an integer of at least 1", getattr(self, name)
+            )
+        require(self.epochs > 0, "train.epochs", "a positive number", self.epochs)
+        for name in ("learning_rate", "projector_learning_rate", "weight_decay"):
+            require(getattr(self, name) >= 0, f"train.{name}", "a number of at least 0", getattr(self, name))
+        require(0 <= self.warmup_ratio <= 1, "train.warmup_ratio", "0 to 1", self.warmup_ratio)
+        require(
+            self.grad_clip is None or self.grad_clip > 0,
+            "train.grad_clip",
+            "null or positive",
+            self.grad_clip,
+        )
+        require(0 <= self.seed < 2**63, "train.seed", "an integer from 0 to below 2^63", self.seed)
+        require(
+            self.tokens_per_pack == "auto" or int(self.tokens_per_pack) >= 1,
+            "train.tokens_per_pack", "auto or at least 1", self.tokens_per_pack,
+        )  # fmt: skip
+        refuse(self.compile, "train.compile", "compiling the decoder layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    cache: str = setting(
+        "auto", "Folder of the cached reference log-probs; auto: ~/.cache/fasttrain/reference."
+    )
+
+    def __post_init__(self) -> None:
+        require(bool(self.cache), "reference.cache", "auto or a folder", self.cache)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    zero_stage: int | None = setting(None, "DeepSpeed ZeRO stage: null, 2 or 3.")
+    deepspeed_config: str | None = setting(None, "A DeepSpeed JSON merged over ours.")
+
+    def __post_init__(self) -> None:
+        require(self.zero_stage in (None, 2, 3), "distributed.zero_stage", "null, 2 or 3", self.zero_stage)
+        refuse(
+            self.zero_stage is not None, "distributed.zero_stage", "training on several ranks with DeepSpeed"
+        )
+        refuse(
+            self.deepspeed_config is not None,
+            "distributed.deepspeed_config", "training on several ranks with DeepSpeed",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig:
+    """A whole recipe. Nested sections are dataclasses; `lora=None` is full fine-tuning."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig | None = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    track: list[str] = setting(["tensorboard"], f"Any of {', '.join(TRACKERS)}.")
+
+    def __post_init__(self) -> None:
+        require(bool(self.model.name), "model.name", "a hub id or a folder", self.model.name)
+        require(bool(self.data.train), "data.train", "a pair file", self.data.train)
+        for name in self.track:
+            require(name in TRACKERS, "track", f"any of {', '.join(TRACKERS)}", name)
+        if self.lora is None and self.model.quantize:
+            raise UserError("model.quantize: a quantised model cannot be fine-tuned in full (lora is null)")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
