@@ -42,6 +42,7 @@ def test_scores_come_back_in_the_order_shown():
     [
         json.dumps([entry(1), entry(2)]),
         json.dumps({"ratings": [entry(), entry()]}),
+        json.dumps({"Answer 2": entry(), "Answer 1": entry()}),
         json.dumps({"answers": [entry("Answer 1"), entry("2")]}),
         json.dumps({"answers": [entry(0), entry(1)]}),
         json.dumps({"answers": [entry(1, (4.0, 3, 2, 1, 0)), entry(2)]}),

@@ -86,6 +86,8 @@ def _entries(value: Any, answers: int) -> list[dict[str, Any]]:
         lists = [item for item in value.values() if isinstance(item, list)]
         if not lists and answers == 1 and ATTRIBUTES[0] in value:
             lists = [[value]]
+        if not lists and value and all(isinstance(item, dict) for item in value.values()):
+            lists = [[{_LABEL_KEYS[0]: label, **item} for label, item in value.items()]]
         if len(lists) != 1:
             raise _Problem("malformed", f"wanted one list of answers, got keys {sorted(value)}")
         value = lists[0]
