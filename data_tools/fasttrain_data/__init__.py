@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fasttrain_data.errors import BadRow, UserError
 
 if TYPE_CHECKING:
-    from fasttrain_data.annotations.judge import endpoint_from_environment, open_judge
+    from fasttrain_data.annotations.judge import Endpoint, endpoint_from_environment, open_judge
     from fasttrain_data.annotations.run import AnnotateResult, annotate, forecast
     from fasttrain_data.annotations.settings import AnnotateSettings
     from fasttrain_data.calls.dispatch import CallLimits
@@ -39,6 +39,7 @@ _HOMES = {
     "AnnotateSettings": "annotations.settings",
     "CallLimits": "calls.dispatch",
     "CompleteResult": "completions.build",
+    "Endpoint": "annotations.judge",
     "LocalSampler": "completions.local",
     "PairSettings": "pairs.build",
     "QuestionSettings": "questions.build",
@@ -65,6 +66,7 @@ __all__ = [
     "BadRow",
     "CallLimits",
     "CompleteResult",
+    "Endpoint",
     "LocalSampler",
     "PairSettings",
     "QuestionSettings",
