@@ -12,16 +12,15 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from fasttrain_data.completions.samples import Done, Drawn, Sample, SampleSettings, messages_of
 from fasttrain_data.errors import UserError
 from fasttrain_data.ids import content_hash
 from fasttrain_data.image_files import ImageFile
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+# torch is imported by the functions that use it; its types are not spelled here.
+Tensor = Any
 
 
 def load_sampler(
@@ -186,7 +185,7 @@ class LocalSampler:
         )
         return cache
 
-    def _generation(self, seeds: list[int], device: torch.device) -> dict[str, Any]:
+    def _generation(self, seeds: list[int], device: Any) -> dict[str, Any]:
         """Arguments of `generate`: our sampler adds the randomness, so it is told to take the likeliest token."""
         settings = self.settings
         processors = []
@@ -221,7 +220,7 @@ class LocalSampler:
         )
 
 
-def gumbel_sampler(seeds: Sequence[int], temperature: float, top_p: float, device: torch.device) -> Any:
+def gumbel_sampler(seeds: Sequence[int], temperature: float, top_p: float, device: Any) -> Any:
     """A logits processor whose argmax is a sample: row s draws from its own generator, seeded with seeds[s].
 
     argmax(log p + Gumbel noise) is distributed as p; -log of an exponential variable is Gumbel noise.
