@@ -8,6 +8,48 @@ from torch import Tensor
 from .head_options import LogitTransform
 from .head_tiles import Running, Tiles
 
+# What a row of exp(z - m) may add up to before m has to move: far from overflow in fp32, squares included.
+_HEADROOM = 1e13
+
+
+def _logits(tiles: Tiles, h: Tensor, w: Tensor, bias: Tensor | None, tr: LogitTransform,
+            ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    z = tiles.product(h, w, tr.product_scale, bias)
+    return z, tr.finish_(z)
+
+
+def _exp_around_last_shift_(z: Tensor, run: Running) -> Tensor | None:
+    """exp(z - m) in place with the m of the tiles before, and its row sums; None where m must move.
+
+    Later maxima seldom lie far above the first tile's. Trying saves the pass that finds them and the rescaling of what
+    was accumulated; on CUDA looking at the outcome would wait for the device.
+    """
+    run.follow = False
+    if not run.started or run.top is not None or z.device.type != "cpu":
+        return None
+    total = z.sub_(run.m[:, None]).exp_().sum(1)
+    # False for NaN too.
+    return total if bool((total < _HEADROOM).all()) else None
+
+
+def _exp_around_maximum_(z: Tensor, run: Running, first: int) -> Tensor:
+    """exp(z - m) in place with m = max(m, max z), and its row sums; earlier sums follow m."""
+    if run.top is None:
+        peak = z.amax(1)
+    else:
+        peak, index = z.max(1)
+        run.top = torch.where(peak > run.m, index + first, run.top)
+    m = torch.maximum(run.m, peak)
+    run.moved, run.follow = run.m - m, True
+    run.shrink = torch.exp(run.moved)
+    run.m = m
+    if run.a is not None:
+        run.a.addcmul_(run.moved, run.s).mul_(run.shrink)
+    if run.q is not None:
+        run.q.mul_(run.shrink * run.shrink)
+    run.s.mul_(run.shrink)
+    return z.sub_(m[:, None]).exp_().sum(1)
+
 
 def fold(tiles: Tiles, h: Tensor, w: Tensor, bias: Tensor | None, tr: LogitTransform, run: Running, columns: slice,
          *, unit: bool, entropy_unit: bool) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
@@ -16,27 +58,22 @@ def fold(tiles: Tiles, h: Tensor, w: Tensor, bias: Tensor | None, tr: LogitTrans
     With `unit`, returns the coefficients exp(z - m) z' of the second product; with `entropy_unit` also those of the
     entropy's gradient, (z - m) exp(z - m) z'. Both (rows, columns), valid until the next call.
     """
-    z = tiles.product(h, w, tr.product_scale, bias)
-    slope = tr.finish_(z)
+    p, slope = _logits(tiles, h, w, bias, tr)
     if run.z is not None:
-        run.z.add_(z.sum(1))
-    if run.top is None:
-        peak = z.amax(1)
-    else:
-        peak, index = z.max(1)
-        run.top = torch.where(peak > run.m, index + columns.start, run.top)
-    m = torch.maximum(run.m, peak)
-    run.moved = run.m - m
-    run.shrink = torch.exp(run.moved)
-    run.m = m
-    p = z.sub_(m[:, None]).exp_()
+        run.z.add_(p.sum(1))
+    total = _exp_around_last_shift_(p, run)
+    if total is None:
+        if run.started and run.top is None:
+            p, slope = _logits(tiles, h, w, bias, tr)
+        total = _exp_around_maximum_(p, run, columns.start)
     # entr(p) = -p log p is 0 where p underflows, where (z - m) p could be -inf * 0.
     plogp = torch.special.entr(p) if run.a is not None else None
     if run.a is not None and plogp is not None:
-        run.a.addcmul_(run.moved, run.s).mul_(run.shrink).sub_(plogp.sum(1))
+        run.a.sub_(plogp.sum(1))
     if run.q is not None:
-        run.q.mul_(run.shrink * run.shrink).add_(torch.linalg.vector_norm(p, dim=1).square_())
-    run.s.mul_(run.shrink).add_(p.sum(1))
+        run.q.add_(torch.linalg.vector_norm(p, dim=1).square_())
+    run.s.add_(total)
+    run.started = True
     if not unit:
         return None, None
     if slope is not None:

@@ -35,11 +35,11 @@ class HeadCall(NamedTuple):
 class Scores:
     """What the forward makes of all rows: (N,) each; unit gradients (N, D), in the dtype of the hidden states.
 
-    The log-sum-exp is maximum + log(total), kept apart: added up, a large maximum would swallow the logarithm.
+    The log-sum-exp is shift + log(total), kept apart: added up, a large shift would swallow the logarithm.
     """
 
     logprob: Tensor
-    maximum: Tensor
+    shift: Tensor
     total: Tensor
     entropy: Tensor | None
     log_p2: Tensor | None
@@ -64,9 +64,9 @@ def _empty_scores(hidden: Tensor, tiles: Tiles, call: HeadCall, unit: bool) -> S
     def new(wanted: bool = True, dtype: torch.dtype = tiles.accumulator) -> Tensor | None:
         return hidden.new_empty(n, dtype=dtype) if wanted else None
 
-    logprob, maximum, total = (hidden.new_empty(n, dtype=tiles.accumulator) for _ in range(3))
+    logprob, shift, total = (hidden.new_empty(n, dtype=tiles.accumulator) for _ in range(3))
     entropy_unit = unit and call.entropy_grad
-    return Scores(logprob, maximum, total, new(call.entropy), new(call.log_p2), new(call.top1, torch.bool), new(call.mean_logit),
+    return Scores(logprob, shift, total, new(call.entropy), new(call.log_p2), new(call.top1, torch.bool), new(call.mean_logit),
                   torch.empty_like(hidden) if unit else None,
                   torch.empty_like(hidden) if entropy_unit else None)  # fmt: skip
 
@@ -96,14 +96,15 @@ def score_rows(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, bias_V: T
             p, e = ops.fold(tiles, h, w, None if bias_V is None else bias_V[columns], call.transform, run, columns,
                             unit=unit, entropy_unit=acc_entropy is not None)  # fmt: skip
             first = columns.start == 0
+            follow = run.follow and not first
             if acc_entropy is not None and acc is not None:
-                if not first:
+                if follow:
                     # (z - m) shifts with the maximum: a multiple of the other accumulator, before that one shrinks.
                     acc_entropy.addcmul_(acc, run.moved[:, None])
                     ops.shrink_(acc_entropy, run)
                 tiles.accumulate_(acc_entropy, e, w, first)
             if acc is not None:
-                if not first:
+                if follow:
                     ops.shrink_(acc, run)
                 tiles.accumulate_(acc, p, w, first)
             del w  # or two widened tiles would exist while the next is made
@@ -118,7 +119,7 @@ def _part(x: Tensor | None, rows: slice) -> Tensor | None:
 
 
 def _keep(out: Scores, rows: slice, run: Running, target_N: Tensor, vocabulary: int) -> None:
-    out.maximum[rows], out.total[rows] = run.m, run.s
+    out.shift[rows], out.total[rows] = run.m, run.s
     for whole, part in ((out.entropy, run.entropy()), (out.log_p2, run.log_p2())):
         if whole is not None and part is not None:
             whole[rows] = part
@@ -131,7 +132,7 @@ def _keep(out: Scores, rows: slice, run: Running, target_N: Tensor, vocabulary: 
 class SavedSoftmax(NamedTuple):
     """(N,) statistics of the forward that the backward of a trained head starts from."""
 
-    maximum: Tensor
+    shift: Tensor
     total: Tensor
     entropy: Tensor | None
 
@@ -142,7 +143,7 @@ def head_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients with respect to hidden, weight and bias, each only if wanted; logits are made again, tile by tile.
 
-    With p = exp(z - maximum) / total and G[t, v] = (grad[t] (1[v = y_t] - p[t, v]) + entropy's part) z'[t, v]:
+    With p = exp(z - shift) / total and G[t, v] = (grad[t] (1[v = y_t] - p[t, v]) + entropy's part) z'[t, v]:
     dhidden = G W, dweight = G^T hidden, dbias = column sums of G. Sums are fp32, each gradient is rounded once.
     """
     tiles, ops = Tiles(hidden_ND, weight_VD, call.dtype), passes(call.backend)
@@ -160,7 +161,7 @@ def head_gradients(
         db_tile = hidden_ND.new_zeros(w.shape[0], dtype=acc) if db is not None else None
         for rows in tiles.row_blocks():
             h = tiles.operand(hidden_ND[rows])
-            g = ops.gradient(tiles, h, w, b, call.transform, columns, target_N[rows], softmax.maximum[rows],
+            g = ops.gradient(tiles, h, w, b, call.transform, columns, target_N[rows], softmax.shift[rows],
                              softmax.total[rows], grad_N[rows], _part(softmax.entropy, rows),
                              _part(grad_entropy_N, rows))  # fmt: skip
             if dh is not None:

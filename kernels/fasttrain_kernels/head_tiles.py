@@ -91,10 +91,11 @@ class Tiles:
 class Running:
     """Online softmax of one block of rows, after some tiles with logits z; vectors (rows,), fp32.
 
-        m = max z      s = sum exp(z - m)      q = sum exp(2 (z - m))      a = sum (z - m) exp(z - m)
+        s = sum exp(z - m)      q = sum exp(2 (z - m))      a = sum (z - m) exp(z - m)
 
-    `top` is the id of the first maximum, `z` the plain sum. A tile that raises the maximum shrinks the earlier sums: `shrink` is
-    exp(old m - m) and `moved` old m - m of the last tile; both are what accumulated products have to follow.
+    m is the maximum so far, or near enough below it that nothing overflows. `top` is the id of the first maximum, `z`
+    the plain sum. When a tile raises m, `follow` is True and what was accumulated before has to follow: `shrink` is
+    exp(old m - m), `moved` is old m - m.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Running:
         self.z = like.new_zeros(rows) if mean else None
         self.top = like.new_zeros(rows, dtype=torch.int64) if top else None
         self.shrink, self.moved = like.new_zeros(rows), like.new_zeros(rows)
+        self.started, self.follow = False, True
 
     def entropy(self) -> Tensor | None:
         return None if self.a is None else self.s.log() - self.a / self.s

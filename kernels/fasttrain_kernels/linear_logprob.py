@@ -102,7 +102,7 @@ class _TrainedHead(torch.autograd.Function):
         ctx.call = call
         with _no_autocast(hidden.device):
             scores = score_rows(hidden, weight, target, bias, call, unit=False)
-        ctx.save_for_backward(hidden, weight, target, bias, scores.maximum, scores.total, scores.entropy)
+        ctx.save_for_backward(hidden, weight, target, bias, scores.shift, scores.total, scores.entropy)
         return _outputs(ctx, scores)
 
     @staticmethod
