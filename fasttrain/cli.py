@@ -166,7 +166,7 @@ def _prepare_torch() -> None:
 def main() -> None:
     """Entry point: one line and exit code 2 for a user's mistake, 130 for Ctrl-C, no traceback for either."""
     try:
-        cli(standalone_mode=False)
+        cli(standalone_mode=False, prog_name="fasttrain")
     except UserError as error:
         _fail(str(error), 2)
     except click.exceptions.NoArgsIsHelpError as error:

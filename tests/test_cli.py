@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -392,25 +393,30 @@ def test_a_dry_run_opens_every_image(images: Path, fasttrain: Any) -> None:
 # ---- failures of the machine ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk() -> Iterator[Callable[[int], None]]:
-    """Sets how large a file may grow: writing more fails, as on a full disk, inside safetensors as well."""
+@contextlib.contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """No file grows beyond `size` bytes: writing more fails as on a full disk, inside safetensors as well.
+
+    Only around the writing itself: the test runner's own output may be a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_while_saving_is_one_line_and_the_old_checkpoint_stays(
-    project: Path, fasttrain: Any, small_disk: Any, monkeypatch: pytest.MonkeyPatch
+    project: Path, fasttrain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fasttrain.train import loop
 
     save = loop.save_checkpoint
 
     def save_while_there_is_room(folder: Path, step: int, *rest: Any) -> Path:
-        if step == 2:
-            small_disk(20_000)
-        return save(folder, step, *rest)
+        with small_disk(20_000) if step == 2 else contextlib.nullcontext():
+            return save(folder, step, *rest)
 
     monkeypatch.setattr(loop, "save_checkpoint", save_while_there_is_room)
     answer = fasttrain("dpo", "-c", project, "-s", "train.checkpoint_every=1")
@@ -422,17 +428,21 @@ def test_a_full_disk_while_saving_is_one_line_and_the_old_checkpoint_stays(
 
 
 def test_a_run_goes_on_from_the_checkpoint_that_a_full_disk_left(
-    project: Path, fasttrain: Any, small_disk: Any, monkeypatch: pytest.MonkeyPatch
+    project: Path, fasttrain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fasttrain.train import loop
 
     settings = ["-s", "train.checkpoint_every=1", "-s", "train.learning_rate=1e-3"]
     assert fasttrain("dpo", "-c", project, *settings, "-s", "train.output=whole").code == 0
     write = loop.write_final
-    monkeypatch.setattr(loop, "write_final", lambda *given: small_disk(20_000) or write(*given))
+
+    def write_while_there_is_room(*given: Any) -> Path:
+        with small_disk(20_000):
+            return write(*given)
+
+    monkeypatch.setattr(loop, "write_final", write_while_there_is_room)
     assert fasttrain("dpo", "-c", project, *settings).code == 1
     assert not Path("run/final").exists() and not list(Path("run").glob(".*"))
-    small_disk(resource.RLIM_INFINITY)
     monkeypatch.setattr(loop, "write_final", write)
     assert fasttrain("dpo", "-c", project, *settings, "--resume").code == 0
     weights = [Path(run, "final/adapter_model.safetensors").read_bytes() for run in ("whole", "run")]

@@ -21,9 +21,13 @@ from fasttrain_kernels import sequence_sums
 VERIFIED = {"llama", "mistral", "qwen2", "qwen3"}
 
 
-def tolerance(dtype: torch.dtype, lengths_S: Tensor) -> Tensor:
-    """Largest |log-ratio| of a sequence that rounding explains; errors of tokens add up like a random walk."""
-    per_token = 2e-4 if dtype == torch.float32 else 0.15
+def tolerance(job: Job, lengths_S: Tensor) -> Tensor:
+    """Largest |log-ratio| of a sequence that rounding explains; errors of tokens add up like a random walk.
+
+    int8 rounds activations, whatever the model's own type.
+    """
+    exact = job.policy.model.dtype == torch.float32 and job.config.model.quantize != "int8"
+    per_token = 2e-4 if exact else 0.15
     return per_token * (5 + lengths_S.float().sqrt())
 
 
@@ -46,7 +50,7 @@ def check_sharing(job: Job) -> None:
         say(f"warning: {error}, which cannot share prefixes; every completion runs as its own sequence")
         return
     off = (shared - ordinary).abs()
-    if (off <= 2 * tolerance(policy.model.dtype, lengths_S)).all():
+    if (off <= 2 * tolerance(job, lengths_S)).all():
         policy.set_shared(True)
     else:
         say(
@@ -71,7 +75,7 @@ def check_first_step(job: Job, engine: TorchEngine, result: StepResult) -> None:
         logp_N = _without_dropout(job, engine, batch) if dropout else seen_N
         assert batch.reference_N is not None
         ratio_S = sequence_sums(logp_N - batch.reference_N, batch.lengths_S)
-        excess_S = ratio_S.abs() / tolerance(job.policy.model.dtype, batch.lengths_S)
+        excess_S = ratio_S.abs() / tolerance(job, batch.lengths_S)
         worst = int(torch.nan_to_num(excess_S, nan=math.inf).argmax())
         if not excess_S[worst] <= 1:
             group, completion = batch.sequence_ids[worst]
