@@ -1,4 +1,4 @@
-"""The demo: chart pairs, DPO on a small spoiled LLaVA, and its answers to held-out charts before and after."""
+"""The demo: a small spoiled LLaVA makes its own preference pairs about charts and is mended by DPO on them."""
 
 import itertools
 import json
@@ -15,17 +15,18 @@ from peft import PeftModel
 
 from fasttrain import RunResult, UserError, load_config, train_dpo
 from fasttrain.demo.answering import Score, answer_greedily, load_model, one_thread, score
-from fasttrain.demo.chart_files import write_pairs, write_questions
+from fasttrain.demo.chart_files import write_questions
 from fasttrain.demo.charts import KINDS, Example, examples
+from fasttrain.demo.preference_data import PreferenceData, make_preference_data
+from fasttrain_data import UserError as DataError
 
 MODEL = Path(__file__).parent / "assets" / "model"
 RECIPE_MARK = "# Written by `fasttrain demo`."
 INTRODUCTION = """\
 A small LLaVA (1.1 million parameters) reads bar charts well but has learned bad habits: it says "yes",
-it names the tallest bar whatever is asked, and it does not stop after the answer.
+it names the tallest bar whatever is asked, and it does not stop after the answer. Sampled, it sometimes answers
+as it should: its own answers, graded by a judge, become the pairs that mend it.
 """
-PAIRS_SEED = 11
-QUESTIONS_SEED = 12
 
 RECIPE = """\
 {mark} The same run by hand:
@@ -39,13 +40,14 @@ data:
   train: {pairs}
   workers: 0                  # images this small are read faster than they are sent between processes
 loss:
-  beta: 0.5
+  beta: 2.0
 train:
   output: {output}
   epochs: 1
-  pairs_per_step: 64
-  learning_rate: 1.0e-3
+  pairs_per_step: 16
+  learning_rate: 3.0e-4       # at 1e-3 the model unlearns right answers that stand in no pair
   warmup_ratio: 0.05
+  seed: {seed}
 reference:
   cache: {cache}
 track: []
@@ -58,6 +60,7 @@ class DemoResult:
 
     before: Score
     after: Score
+    data: PreferenceData
     tokens: int
     tokens_unshared: int
     run: RunResult
@@ -69,29 +72,34 @@ def run_demo(
     *,
     prompts: int = 640,
     questions: int = 400,
+    seed: int = 11,
     overrides: Sequence[str] = (),
     echo: Callable[[str], Any] = click.echo,
 ) -> DemoResult:
     """Runs the whole demo in `folder`, telling `echo` about it line by line.
 
-    `prompts` training prompts give about three pairs each; `questions` held-out questions are asked before and
-    after; `overrides` are `key=value` changes of the recipe. An earlier demo in the folder is replaced; a folder
-    that holds anything else is refused with `UserError`. Runs on one torch thread and restores the number after.
+    The model answers `prompts` training questions four times each, and `questions` held-out ones before and after;
+    `seed` decides charts, samples and the order of training; `overrides` are `key=value` changes of the recipe. An
+    earlier demo in the folder is replaced; a folder that holds anything else is refused with `UserError`. Runs on one
+    torch thread and restores the number after.
     """
     started = time.monotonic()
     _clear(folder)
-    recipe = _write_recipe(folder)
+    recipe = _write_recipe(folder, seed)
     config = load_config(recipe, overrides)
     echo(INTRODUCTION)
     with one_thread():
-        pairs = write_pairs(folder / "pairs", prompts, PAIRS_SEED)
-        held_out = write_questions(folder / "held_out", questions, QUESTIONS_SEED)
-        asked = list(itertools.islice(examples(QUESTIONS_SEED, "held_out"), questions))
+        held_out = write_questions(folder / "held_out", questions, seed, "held_out")
+        asked = list(itertools.islice(examples(seed, "held_out"), questions))
         model, processor = load_model(MODEL)
         answers_before = answer_greedily(model, processor, asked)
         before = score(asked, answers_before)
         echo(f"Asked about charts kept out of all training ({held_out}):\n{_share(before)}.\n")
-        echo(f"DPO on {_count_lines(pairs):,} pairs from {prompts:,} questions, with {recipe}:\n")
+        echo(
+            f"Preference data, from file to file in {folder / 'data'}, as the commands of fasttrain-data make it:\n"
+        )
+        data = _make_pairs(folder / "data", held_out, prompts, seed, echo)
+        echo(f"\nDPO on the {data.pairs:,} pairs, with {recipe}:\n")
         echo(_indent(recipe.read_text(encoding="utf-8")))
         run = train_dpo(config, overwrite=True)
         if not run.adapter.exists():
@@ -103,6 +111,7 @@ def run_demo(
     result = DemoResult(
         before=before,
         after=after,
+        data=data,
         tokens=sum(line["tokens"] for line in run.metrics),
         tokens_unshared=sum(line["tokens_unshared"] for line in run.metrics),
         run=run,
@@ -124,7 +133,7 @@ def _clear(folder: Path) -> None:
             raise UserError(
                 f"{folder}: wanted a new folder or an earlier demo's, got one with other contents"
             )
-    for name in ("pairs", "held_out", "reference"):
+    for name in ("data", "held_out", "reference"):
         shutil.rmtree(folder / name, ignore_errors=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +141,19 @@ def _clear(folder: Path) -> None:
         raise UserError(f"{folder}: cannot make the folder: {error.strerror}") from None
 
 
-def _write_recipe(folder: Path) -> Path:
+def _make_pairs(
+    folder: Path, held_out: Path, prompts: int, seed: int, echo: Callable[[str], Any]
+) -> PreferenceData:
+    """The chain's account, indented; its mistakes as the trainer's, so that one command has one kind of them."""
+    try:
+        return make_preference_data(
+            folder, MODEL, held_out, prompts=prompts, seed=seed, echo=lambda line: echo(f"  {line}")
+        )
+    except DataError as error:
+        raise UserError(str(error)) from None
+
+
+def _write_recipe(folder: Path, seed: int) -> Path:
     path = folder / "recipe.yaml"
     text = RECIPE.format(
         mark=RECIPE_MARK,
@@ -140,9 +161,10 @@ def _write_recipe(folder: Path) -> Path:
         again=shlex.quote(str(folder / "again")),
         # A JSON string is a YAML string, whatever the folder is called.
         model=json.dumps(str(MODEL)),
-        pairs=json.dumps(str(folder / "pairs" / "pairs.jsonl")),
+        pairs=json.dumps(str(folder / "data" / "pairs.jsonl")),
         output=json.dumps(str(folder / "run")),
         cache=json.dumps(str(folder / "reference")),
+        seed=seed,
     )
     path.write_text(text, encoding="utf-8")
     return path
@@ -169,12 +191,14 @@ def _account(
         lines.append(f"    before: {answers_before[i]}")
         lines.append(f"    after:  {answers_after[i]}")
     times = result.tokens_unshared / result.tokens
+    grades = result.data.pairs_file.with_name("annotations.jsonl")
     lines += [
         "",
         f"The steps ran {result.tokens:,} tokens. With every answer in a sequence of its own and the reference model",
         f"run in every step it would have been {result.tokens_unshared:,}, {times:.1f} times as many. The cached",
         "reference log-probs took one pass over the same prompts and answers and serve later runs too.",
         f"Run folder: {run.folder} (the adapter is in {run.adapter.name}/, the figures are in metrics.jsonl).",
+        f"The grades in figures and plots: fasttrain-data stats {shlex.quote(str(grades))}",
         f"Time: {result.seconds:.0f} s.",
     ]
     return lines
@@ -192,11 +216,6 @@ def _telling(asked: list[Example], answers: list[str]) -> list[int]:
 def _share(result: Score) -> str:
     low, high = result.interval
     return f"{result.accuracy:.1%} of {result.total} answers right (95 % interval {low:.1%} to {high:.1%})"
-
-
-def _count_lines(path: Path) -> int:
-    with path.open(encoding="utf-8") as file:
-        return sum(1 for _ in file)
 
 
 def _indent(text: str) -> str:

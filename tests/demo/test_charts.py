@@ -1,4 +1,4 @@
-"""Charts, questions and pair files, checked against what can be read off the pixels."""
+"""Charts and question files, checked against what can be read off the pixels."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fasttrain.demo.chart_files import write_pairs, write_questions
+from fasttrain.demo.chart_files import write_questions
 from fasttrain.demo.charts import KINDS, PALETTE, RAMBLE, Example, Split, examples
 
 WORDS = {"three": 3, "four": 4, "five": 5, "first": 0, "second": 1, "third": 2, "fourth": 3, "fifth": 4}
@@ -105,23 +105,8 @@ def test_kinds_take_turns_and_yes_is_as_likely_as_no() -> None:
     assert 0.45 < sum(answer.startswith("Yes") for answer in closed) / len(closed) < 0.55
 
 
-def test_pairs_are_in_trl_vision_format_with_images_beside_them(tmp_path: Path) -> None:
-    path = write_pairs(tmp_path, 21, 2)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    expected = [(e, wrong) for e in take(21, 2, "train") for wrong in e.question.wrong]
-    assert len({row["id"] for row in rows}) == len(rows) == len(expected)
-    for row, (example, wrong) in zip(rows, expected):
-        question = {"type": "text", "text": example.question.text}
-        assert row["prompt"] == [{"role": "user", "content": [{"type": "image"}, question]}]
-        right = {"type": "text", "text": example.question.answer}
-        assert row["chosen"] == [{"role": "assistant", "content": [right]}]
-        assert row["rejected"] == [{"role": "assistant", "content": [{"type": "text", "text": wrong}]}]
-        with Image.open(tmp_path / row["images"][0]) as image:
-            assert image.tobytes() == example.chart.image().tobytes()
-
-
 def test_questions_carry_image_question_and_answer(tmp_path: Path) -> None:
-    path = write_questions(tmp_path, 17, 3)
+    path = write_questions(tmp_path, 17, 3, "held_out")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 17
     for row in rows:

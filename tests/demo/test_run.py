@@ -1,4 +1,4 @@
-"""The demo end to end, shortened: pairs, DPO through the public API, answers before and after."""
+"""The demo end to end, shortened: sampled pairs, DPO through the public API, answers before and after."""
 
 import json
 from pathlib import Path
@@ -42,6 +42,7 @@ def test_the_account_tells_what_was_measured(demo: tuple[DemoResult, Path, str])
     assert f"{result.tokens:,}" in text
     assert f"{result.tokens_unshared:,}" in text
     assert str(folder / "run") in text
+    assert f"DPO on the {result.data.pairs:,} pairs" in text
     assert (folder / "recipe.yaml").read_text().splitlines()[3] in text
 
 
@@ -49,10 +50,10 @@ def test_the_account_tells_what_was_measured(demo: tuple[DemoResult, Path, str])
 def test_tokens_are_those_of_the_metrics_file(demo: tuple[DemoResult, Path, str]) -> None:
     result, folder, _ = demo
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    pairs = (folder / "pairs" / "pairs.jsonl").read_text().splitlines()
-    assert sum(line["pairs"] for line in metrics) == len(pairs) > 3 * PROMPTS
+    pairs = (folder / "data" / "pairs.jsonl").read_text().splitlines()
+    assert sum(line["pairs"] for line in metrics) == len(pairs) == result.data.pairs > PROMPTS / 3
     assert result.tokens == sum(line["tokens"] for line in metrics)
-    assert result.tokens_unshared == sum(line["tokens_unshared"] for line in metrics) > 5 * result.tokens
+    assert result.tokens_unshared == sum(line["tokens_unshared"] for line in metrics) > 3 * result.tokens
 
 
 @pytest.mark.slow
@@ -77,17 +78,22 @@ def test_the_demo_can_be_run_again_and_gives_the_same(demo: tuple[DemoResult, Pa
 
 
 def test_a_folder_with_other_contents_is_refused_and_untouched(tmp_path: Path) -> None:
-    (tmp_path / "pairs").mkdir()
-    (tmp_path / "pairs" / "precious.txt").write_text("mine")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "precious.txt").write_text("mine")
     with pytest.raises(UserError, match="wanted a new folder or an earlier demo's"):
         run_demo(tmp_path)
-    assert (tmp_path / "pairs" / "precious.txt").read_text() == "mine"
+    assert (tmp_path / "data" / "precious.txt").read_text() == "mine"
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="file"):
         run_demo(tmp_path / "file" / "demo")
+
+
+def test_too_few_questions_for_a_single_pair_are_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="wanted at least one pair, got none"):
+        run_demo(tmp_path / "demo", prompts=1, questions=8, echo=lambda line: None)
 
 
 def test_a_demo_that_was_interrupted_at_once_can_be_started_again(
@@ -101,5 +107,5 @@ def test_a_demo_that_was_interrupted_at_once_can_be_started_again(
         with monkeypatch.context() as patch:
             patch.setattr("fasttrain.demo.run.train_dpo", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                run_demo(folder, prompts=8, questions=8, echo=lambda line: None)
-    assert load_config(folder / "recipe.yaml").data.train == str(folder / "pairs" / "pairs.jsonl")
+                run_demo(folder, prompts=16, questions=8, echo=lambda line: None)
+    assert load_config(folder / "recipe.yaml").data.train == str(folder / "data" / "pairs.jsonl")
