@@ -27,7 +27,7 @@ $(BIN)/python:
 	$(BIN)/python -m pip install -qq --upgrade pip
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -qq -e .
+	$(BIN)/python -m pip install -qq -e ".[gemini]"
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python

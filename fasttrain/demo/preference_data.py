@@ -125,12 +125,12 @@ def _annotate(
 
 def _pair(annotations: Path, output: Path, seed: int, echo: Echo) -> PairCounts:
     """By the paper's rule; questions without a pair are told by reason."""
-    settings = PairSettings(seed=seed)
+    settings = PairSettings(seed=seed, rejected="all")  # several rejected answers behind one prompt
     counts = make_pairs(annotations, output, settings)
     paired = counts.account.total_kept()
     echo(
         f"pair       {counts.pairs:,} pairs, of {paired:,} questions ({paired / counts.prompts:.0%}): "
-        f"the best answer and one at least {settings.margin:g} of 12 points lower"
+        f"the best answer and each at least {settings.margin:g} of 12 points lower"
     )
     for reason, count in counts.account.dropped.get("prompts", {}).items():
         echo(f"           no pair from {count:,} questions: {reason}")
