@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from fasttrain.config import LoraConfig
 from fasttrain.errors import UserError
+from fasttrain.model.head import LogprobHead
 
 PROJECTOR = "multi_modal_projector"
 
@@ -51,11 +54,16 @@ def attach_lora(model: Any, lora: LoraConfig, train_projector: bool) -> Any:
         adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
-    if any("lm_head" in name for name in adapted.targeted_module_names):
-        raise UserError(
-            "lora.targets: wanted layers below the head, got lm_head: an adapter on the head is not offered"
-        )
+    _refuse_head(model, "lora.targets")
     return adapted
+
+
+def _refuse_head(model: Any, key: str) -> None:
+    """UserError if peft has wrapped the head: the policy calls the head itself, so what wraps it would never run."""
+    if not isinstance(model.get_output_embeddings(), LogprobHead):
+        raise UserError(
+            f"{key}: wanted layers below the head, got the head too: an adapter or a copy of the head is not offered"
+        )
 
 
 def _load_adapter(model: Any, lora: LoraConfig, train_projector: bool) -> Any:
@@ -66,7 +74,11 @@ def _load_adapter(model: Any, lora: LoraConfig, train_projector: bool) -> Any:
         raise UserError(
             f"lora.init_from: wanted a folder with adapter_config.json and adapter_model.safetensors, got {folder}"
         )
-    config = peft.PeftConfig.from_pretrained(folder)
+    try:
+        config = peft.PeftConfig.from_pretrained(folder)
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"lora.init_from: cannot read {folder / 'adapter_config.json'}: {problem}") from None
     if config.peft_type != "LORA":
         raise UserError(f"lora.init_from: wanted a LoRA adapter, got {config.peft_type}")
     for name, theirs in (("rank", config.r), ("alpha", config.lora_alpha)):
@@ -81,9 +93,33 @@ def _load_adapter(model: Any, lora: LoraConfig, train_projector: bool) -> Any:
         )
     config.lora_dropout = lora.dropout
     config.inference_mode = False
-    return peft.PeftModel.from_pretrained(
-        model, folder, config=config, is_trainable=True, autocast_adapter_dtype=False
-    )
+    adapted = _read_adapter(model, folder, config)
+    _refuse_head(model, "lora.init_from")
+    return adapted
+
+
+def _read_adapter(model: Any, folder: Path, config: Any) -> Any:
+    """The PeftModel; UserError unless the file has every weight, in the model's shapes: peft draws what is missing."""
+    import peft
+
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapted = peft.PeftModel.from_pretrained(
+                model, folder, config=config, is_trainable=True, autocast_adapter_dtype=False
+            )
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        problem = " ".join(str(error).split())[:200]
+        raise UserError(f"lora.init_from: {folder} does not fit the model: {problem}") from None
+    for warning in caught:
+        if "missing adapter keys" in str(warning.message):
+            missing = re.findall(r"'([^']+)'", str(warning.message))
+            raise UserError(
+                f"lora.init_from: wanted an adapter of this model, got none in {folder} for {missing[0]} "
+                f"({len(missing)} weights in all)"
+            )
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return adapted
 
 
 def _same_targets(ours: Any, theirs: Any) -> bool:
@@ -100,6 +136,10 @@ def choose_trainable(model: Any, adapted: Any | None, train_projector: bool) -> 
             "model.train_projector: wanted a vision-language model, got a model without projector"
         )
     if adapted is not None:
+        if not train_projector:  # an adapter of init_from may hold one, which peft lets train
+            for name, parameter in model.named_parameters():
+                if PROJECTOR in name and "lora_" not in name:
+                    parameter.requires_grad_(False)
         return
     model.requires_grad_(False)
     language_model(model).requires_grad_(True)

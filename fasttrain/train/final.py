@@ -21,7 +21,9 @@ def write_final(job: Job, optimizer: MasterOptimizer, folder: Path) -> Path:
         if job.adapted is not None:
             masters = {name.removeprefix("model."): value for name, value in optimizer.weights().items()}
             state = _adapter_state(job.adapted, masters)
-            job.adapted.save_pretrained(temporary, state_dict=state)
+            about = job.adapted.peft_config["default"]  # a hub model was loaded from a folder of this machine
+            about.base_model_name_or_path, about.revision = job.config.model.name, job.config.model.revision
+            job.adapted.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
         else:
             job.policy.model.save_pretrained(temporary)
         job.processor.save_pretrained(temporary)

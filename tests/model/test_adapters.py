@@ -1,0 +1,154 @@
+"""Adapters to start from: what they hold is used, what they lack or fasttrain cannot run is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fasttrain.errors import UserError
+
+
+@pytest.fixture
+def adapter(tiny_models: Any, tmp_path: Path) -> Callable[..., Path]:
+    """A LoRA on q_proj and v_proj with every trained weight moved away from where peft starts it."""
+
+    def build(base: Path, **options: Any) -> Path:
+        import peft
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+        vision = hasattr(AutoConfig.from_pretrained(base), "vision_config")
+        auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+        settings = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+        adapted = peft.get_peft_model(auto.from_pretrained(base), peft.LoraConfig(**settings | options))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        adapted.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    return build
+
+
+@pytest.fixture
+def train(
+    tmp_path: Path, text_pairs: Callable[..., Path], vision_pairs: Callable[..., Path]
+) -> Callable[..., Any]:
+    def run(model: Path, start: Path, *settings: str, vision: bool = False) -> Any:
+        from fasttrain import train_dpo
+        from fasttrain.config import config_from_dict
+
+        pairs = vision_pairs(tmp_path / "vision", 8) if vision else text_pairs(tmp_path / "pairs.jsonl", 8)
+        raw = {
+            "model": {"name": str(model)},
+            "lora": {"init_from": str(start)},
+            "data": {"train": str(pairs), "workers": 0},
+            "train": {
+                "output": str(tmp_path / "run"), "max_steps": 2, "pairs_per_step": 100, "learning_rate": 1e-2,
+                "projector_learning_rate": 1e-2, "warmup_ratio": 0.0, "schedule": "constant",
+            },
+            "track": [],
+        }  # fmt: skip
+        return train_dpo(config_from_dict(raw, settings), overwrite=True)
+
+    return run
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_adapter_on_the_head_is_refused_not_ignored(
+    tiny_text: Path, adapter: Callable[..., Path], train: Callable[..., Any], options: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=r"lora.init_from: wanted layers below the head, got the head too"):
+        train(tiny_text, adapter(tiny_text, **options))
+
+
+def test_an_adapter_of_another_model_is_refused_not_drawn_anew(
+    tiny_text: Path, tiny_llava: Path, tiny_models: Any, adapter: Callable[..., Path], train: Callable[..., Any],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    start = adapter(tiny_text)
+    deeper = tiny_models.build_text(tmp_path / "deeper", num_hidden_layers=3)
+    with pytest.raises(
+        UserError, match=r"got none in .*adapter for .*layers.2.self_attn.*\(4 weights in all"
+    ):
+        train(deeper, start)
+    with pytest.raises(UserError, match=r"lora.init_from: wanted an adapter of this model, got none in"):
+        train(tiny_llava, start, vision=True)
+    narrower = tiny_models.build_text(tmp_path / "narrower", hidden_size=32)
+    with pytest.raises(UserError, match=r"lora.init_from: .* does not fit the model: .*size mismatch"):
+        train(narrower, start)
+
+
+@pytest.mark.parametrize("damage", ["json", "type", "weights"])
+def test_a_damaged_adapter_is_one_line(
+    tiny_text: Path, adapter: Callable[..., Path], train: Callable[..., Any], damage: str
+) -> None:
+    start = adapter(tiny_text)
+    about, weights = start / "adapter_config.json", start / "adapter_model.safetensors"
+    if damage == "json":
+        about.write_text("{nope")
+    elif damage == "type":
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"peft_type": "NOPE"}))
+    else:
+        weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"lora.init_from: "):
+        train(tiny_text, start)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_projector_in_the_adapter_trains_only_if_the_recipe_says_so(
+    tiny_llava: Path, adapter: Callable[..., Path], train: Callable[..., Any], trained: bool
+) -> None:
+    start = adapter(tiny_llava, modules_to_save=["multi_modal_projector"])
+    result = train(tiny_llava, start, f"model.train_projector={str(trained).lower()}", vision=True)
+    before, after = weights_of(start), weights_of(result.adapter)
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("projector" in name for name in moved) == trained
+    assert all(name in moved for name in before if "lora_B" in name and "language_model" in name)
+
+
+def test_dora_and_rank_stabilised_adapters_go_on_as_what_they_are(
+    tiny_text: Path, adapter: Callable[..., Path], train: Callable[..., Any], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    start = adapter(tiny_text, use_dora=True, use_rslora=True)
+    result = train(tiny_text, start)
+    assert result.metrics[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    before, after = weights_of(start), weights_of(result.adapter)
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_text), result.adapter)
+    assert loaded.peft_config["default"].use_dora and loaded.peft_config["default"].use_rslora
+
+
+def test_final_names_the_hub_model_not_a_folder_of_this_machine(
+    tiny_text: Path, adapter: Callable[..., Path], train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    import fasttrain.train.job as job
+
+    snapshot = tmp_path / "snapshots" / "0123"
+    shutil.copytree(tiny_text, snapshot)
+    monkeypatch.setattr(job, "find_folder", lambda config: snapshot)
+    result = train(Path("someone/model"), adapter(tiny_text), "model.revision=v2")
+    about = json.loads((result.adapter / "adapter_config.json").read_text())
+    assert (about["base_model_name_or_path"], about["revision"]) == ("someone/model", "v2")
