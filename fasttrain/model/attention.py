@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from fasttrain.model.positions import scales_by_longest
 from fasttrain_kernels import SharedPrefixLayout, shared_prefix_attention
 
 SHARED = "fasttrain_shared_prefix"
@@ -54,6 +55,8 @@ def why_unshared(model: Any, longest: int) -> str | None:
     slides = "sliding_attention" in kinds or not getattr(config, "layer_types", None)
     if getattr(config, "use_sliding_window", True) and slides and window and window < longest:
         return f"its sliding window of {window} tokens is shorter than the longest sequence ({longest})"
+    if scales_by_longest(config, longest):
+        return "its longrope position scaling depends on the longest sequence of a pass"
     if getattr(config, "attn_logit_softcapping", None):
         return "it soft-caps attention scores"
     if getattr(config, "alibi", False):

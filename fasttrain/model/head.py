@@ -37,7 +37,7 @@ def install_head(model: Any) -> LogprobHead:
         raise UserError(f"model.name: wanted a model with a plain linear head, got {type(old).__name__}")
     head = LogprobHead(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
     head.weight, head.bias = old.weight, old.bias
-    config = model.config.get_text_config()
+    config = model.config  # not its text config: LLaVA around Gemma 2 calls the head without the cap
     head.softcap = getattr(config, "final_logit_softcapping", None)
     head.logit_scale = getattr(config, "logit_scale", None) or 1.0
     if getattr(config, "logits_scaling", None):
@@ -55,6 +55,11 @@ def check_head(model: Any, head: LogprobHead, device: torch.device) -> None:
     theirs = logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
     ours = head(hidden, ids[0, 1:]).logprob
+    if not theirs.isfinite().all():
+        raise UserError(
+            f"model.name: the logits of {type(model).__name__} are not finite: its weights hold nan or inf, or overflow in "
+            f"{str(head.weight.dtype).removeprefix('torch.')}"
+        )
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.25
     if not torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance):
         raise UserError(

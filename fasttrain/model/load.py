@@ -151,17 +151,20 @@ def load_model(folder: Path, config: ModelConfig, model_config: Any, device: tor
         # computed by the same one
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    model.config.use_cache = False
     return model.eval()
 
 
 def _takes_sdpa(loader: Any, model_config: Any) -> bool:
-    """Whether the class that will be loaded has scaled_dot_product_attention; some have only eager attention."""
+    """Whether the class that will be loaded, and each part of LLaVA, has scaled_dot_product_attention; some have not."""
+    from transformers import AutoModel
+
     mapping = getattr(loader, "_model_mapping", None)
     if mapping is None:
-        return bool(loader._supports_sdpa)
-    found = mapping.get(type(model_config), None)
-    return bool(getattr(found, "_supports_sdpa", True))
+        parts = (model_config.text_config, model_config.vision_config)
+        classes = [loader, *(AutoModel._model_mapping.get(type(part), None) for part in parts)]
+    else:
+        classes = [mapping.get(type(model_config), None)]
+    return all(getattr(found, "_supports_sdpa", True) for found in classes)
 
 
 def _quantization(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.data.batch import PackBatch
+from fasttrain.errors import UserError
 from fasttrain.model.attention import SHARED
 from fasttrain.model.head import LogprobHead, check_head, install_head
 from fasttrain_kernels import SharedPrefixLayout
@@ -94,5 +95,14 @@ class Policy(nn.Module):
             extra["pixel_values"] = pixel_ICHW.to(self.model.dtype)
             self.counts.images += len(pixel_ICHW)
         self.counts.decoder_tokens += len(ids_T)
-        out = self.model.base_model(input_ids=ids_T[None], use_cache=False, return_dict=True, **extra)
+        try:
+            out = self.model.base_model(input_ids=ids_T[None], use_cache=False, return_dict=True, **extra)
+        except ValueError as error:
+            if pixel_ICHW is None or "image tokens do not match" not in str(error):
+                raise
+            written = int((ids_T == self.model.config.image_token_id).sum()) // len(pixel_ICHW)
+            raise UserError(
+                f"model.name: the processor writes {written} tokens for an image, the model makes another number of features: "
+                "vision_feature_select_strategy, patch_size or num_additional_image_tokens do not fit config.json"
+            ) from None
         return out.last_hidden_state[0]

@@ -30,6 +30,7 @@ from fasttrain.model.load import (
 )  # fmt: skip
 from fasttrain.model.lora import attach_lora, choose_trainable
 from fasttrain.model.policy import Policy
+from fasttrain.model.positions import why_too_long
 from fasttrain.progress import say, ticker
 from fasttrain.reference.cache import ReferenceCache, cache_folder
 from fasttrain.reference.key import CompletionKeys, identity_hash, model_identity
@@ -91,6 +92,7 @@ def build_job(config: DPOConfig) -> Job:
     train, evaluation = _prepare_data(config, chat, memo)
     model = load_model(folder, config.model, model_config, device)
     _check_vocabulary(chat, model)
+    _check_image_token(chat, model)
     silence_dropout(model)
     policy = Policy(model)
     policy.check()
@@ -153,14 +155,29 @@ def _check_vocabulary(chat: ChatTokenizer, model: Any) -> None:
         )
 
 
+def _check_image_token(chat: ChatTokenizer, model: Any) -> None:
+    """The token that the processor writes must be the one that the model replaces by image features."""
+    if chat.pixels is not None and chat.image_token_id != model.config.image_token_id:
+        raise UserError(
+            f"model.name: wanted a processor that writes the model's image token {model.config.image_token_id}, "
+            f"got token {chat.image_token_id}"
+        )
+
+
 def _may_share(config: DPOConfig, model: Any, datasets: list[PreparedData]) -> bool:
-    if not config.train.share_prefix:
-        return False
     longest = max(
         int(lengths[0] + lengths[1:].max(initial=0))
         for data in datasets
         for lengths in (data.lengths(number) for number in range(len(data)))
     )
+    problem = why_too_long(model, longest)
+    if problem:
+        raise UserError(
+            f"data.max_length: {type(model).__name__} cannot run the longest sequence of {longest} tokens: {problem}; "
+            "lower data.max_length and set data.overflow"
+        )
+    if not config.train.share_prefix:
+        return False
     reason = why_unshared(model, longest)
     if reason:
         say(

@@ -25,6 +25,20 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
     "OPT": ({"word_embed_proj_dim": 64, "ffn_dim": 112}, None),
     "GPT2": ({"n_embd": 64, "n_layer": 2, "n_head": 4}, None),
     "Gemma2": ({"head_dim": 16}, "it soft-caps attention scores"),
+    "Phi3 longrope": (
+        {
+            "max_position_embeddings": 256,
+            "original_max_position_embeddings": 32,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 32,
+                "short_factor": [1.0] * 8,
+                "long_factor": [4.0] * 8,
+            },
+        },
+        "its longrope position scaling depends on the longest sequence",
+    ),
     "GptOss": ({"head_dim": 16, "num_local_experts": 4, "sliding_window": 4096}, "attention with s_aux"),
     "Falcon": ({}, "does not take attention functions"),
 }
@@ -34,15 +48,16 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
 def build(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     import transformers
 
-    def make(name: str) -> Path:
+    def make(name: str, **changes: Any) -> Path:
         folder = tmp_path_factory.mktemp("family") / name
+        family = name.split()[0]
         tokenizer = tiny_models.build_tokenizer(tiny_models.CHATML, eos="<|im_end|>")
         common = tiny_models.language_config(tokenizer)
         if name in ("GPTNeoX", "OPT", "GPT2", "Falcon"):
             ids = {key: value for key, value in common.items() if key.endswith("_id") or key == "vocab_size"}
             common = ids | ({} if name == "GPT2" else SMALL)
-        config = getattr(transformers, f"{name}Config")(**(common | FAMILIES[name][0]))
-        kind = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
+        config = getattr(transformers, f"{family}Config")(**(common | FAMILIES[name][0] | changes))
+        kind = "GPT2LMHeadModel" if name == "GPT2" else f"{family}ForCausalLM"
         tiny_models.draw_weights(getattr(transformers, kind)(config), 1).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
@@ -80,3 +95,37 @@ def test_sharing_prompts_gives_the_losses_of_ordinary_sequences(
     for a, b in zip(shared, ordinary):
         assert a["loss"] == pytest.approx(b["loss"], rel=5e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("GPT2", {"n_positions": 40}, "it has 40 positions"),
+        ("OPT", {"max_position_embeddings": 40}, "it has 40 positions"),
+        (
+            "Llama",
+            {
+                "max_position_embeddings": 40,
+                "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+            },
+            "beyond 40 tokens its dynamic position scaling depends on the sequences that ran before",
+        ),
+    ],
+)
+@pytest.mark.parametrize("share", ["true", "false"])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")
+def test_sequences_beyond_a_models_positions_are_refused(
+    name: str, changes: dict[str, Any], message: str, share: str, build: Callable[..., Path],
+    text_pairs: Callable[..., Path], tmp_path: Path,
+) -> None:  # fmt: skip
+    from fasttrain import train_dpo
+    from fasttrain.config import config_from_dict
+    from fasttrain.errors import UserError
+
+    raw = {
+        "model": {"name": str(build(name, **changes))},
+        "data": {"train": str(text_pairs(tmp_path / "pairs.jsonl", 6))},
+        "train": {"output": str(tmp_path / "run")},
+    }
+    with pytest.raises(UserError, match=rf"data.max_length: .* cannot run .* of \d+ tokens: {message}"):
+        train_dpo(config_from_dict(raw, [f"train.share_prefix={share}"]))

@@ -113,6 +113,7 @@ def test_full_fine_tuning_writes_a_model_that_from_pretrained_loads(
     more = run(tiny_text, text, *settings, "train.max_steps=5", resume=True)
     run(tiny_text, text, *settings)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert model.config.use_cache  # ours was off for training; whoever generates wants it on
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
     values = plain_logps(model, tokenizer, text, "chosen")
     assert more.metrics[4]["logps/chosen"] == pytest.approx(sum(values) / len(values), rel=2e-6)

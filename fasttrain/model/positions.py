@@ -1,0 +1,38 @@
+"""How far a model's positions reach: beyond that it fails, or becomes another function with every sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fasttrain.model.lora import language_model
+
+
+def why_too_long(model: Any, longest: int) -> str | None:
+    """Why this model cannot run a sequence of `longest` tokens; None if it can.
+
+    Plain rotary positions are no limit: the model's own code runs beyond what it was trained on.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if not limit or longest <= limit:
+        return None
+    if _rope(config).get("rope_type") == "dynamic":
+        return f"beyond {limit} tokens its dynamic position scaling depends on the sequences that ran before"
+    # OPT's table has two rows more than positions
+    tables = [m.num_embeddings for m in language_model(model).modules() if isinstance(m, nn.Embedding)]
+    if {limit, limit + 2} & set(tables[1:]):
+        return f"it has {limit} positions"
+    return None
+
+
+def scales_by_longest(config: Any, longest: int) -> bool:
+    """Whether every sequence of a pass gets the position scaling of the longest (longrope, beyond its original length)."""
+    rope = _rope(config)
+    original = rope.get("original_max_position_embeddings")
+    return bool(rope.get("rope_type") == "longrope" and original and longest > original)
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    return getattr(config, "rope_parameters", None) or {}
