@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fasttrain.data.batch import PackMaker, load_packs
+from fasttrain.data.batch import PackBatch, PackMaker, load_packs
 from fasttrain.data.groups import image_hash
 from fasttrain.data.packs import Pack, Piece, run_tokens
 from fasttrain.data.prepared import PreparedData
@@ -103,9 +103,23 @@ def fill(
                 dropped.add(number)
             if batch.sequence_ids:
                 logp_N = policy(batch.to(policy.device)).logprob.cpu().numpy()
+                _check_finite(data, batch, logp_N)
                 parts = np.split(logp_N, np.cumsum(batch.lengths_S.numpy())[:-1])
                 cache.put(zip(batch.keys, parts, strict=True))
                 computed += len(parts)
                 tokens += len(batch.input_ids_T)
             tick(sum(len(piece.completions) for piece in batch.pack.pieces))
     return FillReport(total, computed, tokens, time.perf_counter() - start)
+
+
+def _check_finite(data: PreparedData, batch: PackBatch, logp_N: np.ndarray) -> None:
+    """UserError at a log-prob that is no number: stored, it would stop every later run too."""
+    if np.isfinite(logp_N).all():
+        return
+    row = int(np.flatnonzero(~np.isfinite(logp_N))[0])
+    sequence = int(np.searchsorted(np.cumsum(batch.lengths_S.numpy()), row, side="right"))
+    group, _ = batch.sequence_ids[sequence]
+    raise UserError(
+        f"model.name: the model gives a log-prob of {logp_N[row]} for an answer of {data.where(group)}: its weights hold "
+        "numbers that are not finite, or overflow in model.dtype"
+    )

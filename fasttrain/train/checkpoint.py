@@ -22,7 +22,10 @@ def checkpoint_name(step: int) -> str:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+    found = [path for path in folder.glob("step-*") if (path / "state.json").is_file()]
+    return sorted(
+        found, key=lambda path: (len(path.name), path.name)
+    )  # step-1000000 is newer than step-999999
 
 
 def save_checkpoint(folder: Path, step: int, optimizer: MasterOptimizer, keep: int) -> Path:

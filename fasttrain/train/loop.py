@@ -31,6 +31,7 @@ from fasttrain.train.job import Job, build_job
 from fasttrain.train.metrics import (
     MetricsFile,
     StepWork,
+    check_finite,
     peak_memory,
     peak_rate,
     read_metrics,
@@ -148,26 +149,30 @@ class Trainer:
                 norm = engine.step(factor)
                 last = number == total or self._stop
                 due = bool(config.eval_every and number % config.eval_every == 0)
-                evaluates = job.eval is not None and (due or last)
+                # after SIGTERM there may be seconds left: they belong to the checkpoint
+                evaluates = job.eval is not None and (number == total or (due and not self._stop))
                 note = ""
                 if number % config.log_every == 0 or last or evaluates:
                     line: dict[str, Any] = {"step": number, "epoch": round(step.epoch, 6)}
+                    check_finite(number, result.sums, norm)
                     line |= step_metrics(result.sums, norm, step.pairs)
                     line["learning_rate"] = config.learning_rate * factor
                     work = self._work(step, result, time.perf_counter() - start)
                     line |= speed_metrics(work, peak_flops, peak_memory(job.device))
-                    line |= self._evaluate(engine) if evaluates else {}
+                    line |= self._evaluate(engine, final=number == total) if evaluates else {}
                     metrics.write(line)
                     trackers.log(line, number)
                     note = f"loss {line['loss']:.4f}  margin {line['rewards/margins']:.3f}"
                 progress.tick(1, note)
                 done = number
+                last = last or self._stop  # told meanwhile: the run must not end without a checkpoint
                 if last or (config.checkpoint_every and number % config.checkpoint_every == 0):
+                    check_finite(number, result.sums, norm)
                     metrics.sync()
                     save_checkpoint(
                         self.folder / "checkpoints", number, engine.optimizer, config.keep_checkpoints
                     )
-                if self._stop:
+                if last:
                     break
         return done
 
@@ -184,14 +189,15 @@ class Trainer:
         maker = job.maker(job.train, with_reference=True)
         return whole(load_packs(maker, packs(), job.workers, job.device.type == "cuda"), job.train)
 
-    def _evaluate(self, engine: TorchEngine) -> dict[str, float]:
+    def _evaluate(self, engine: TorchEngine, final: bool) -> dict[str, float]:
+        """Metrics of the evaluation pairs; none when SIGTERM comes before the last step is done."""
         job, data = self.job, self.job.eval
         assert data is not None
         groups = np.array([number for number in range(len(data)) if data.pair_count(number)])
         step = plan_step(data, 0, 0.0, groups, job.tokens_per_pack, job.policy.shared)
         maker = job.maker(data, with_reference=True)
         batches = whole(load_packs(maker, step.packs, job.workers, job.device.type == "cuda"), data)
-        return evaluate(engine, self.loss, data, step, batches)
+        return evaluate(engine, self.loss, data, step, batches, lambda: self._stop and not final)
 
     def _restore(self, engine: TorchEngine) -> int:
         path = latest_checkpoint(self.folder / "checkpoints") if self.resume else None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttrain.errors import UserError
 from fasttrain.train.losses import SUMS
 
 
@@ -41,6 +42,16 @@ def step_metrics(sums: Tensor, grad_norm: Tensor | float, pairs: int) -> dict[st
         result[name] = means[name]
     result["grad_norm"] = row[-1]
     return result
+
+
+def check_finite(step: int, sums: Tensor, grad_norm: Tensor) -> None:
+    """UserError when the step's sums or gradient are no numbers: its update spoiled the weights, so nothing is saved."""
+    if bool(torch.isfinite(sums).all() & torch.isfinite(grad_norm).all()):
+        return
+    raise UserError(
+        f"step {step}: training has diverged (sum of losses {float(sums[0]):g}, gradient norm {float(grad_norm):g}); lower "
+        "train.learning_rate or clip with train.grad_clip; checkpoints before this step are kept"
+    )
 
 
 def speed_metrics(work: StepWork, peak_flops: float, peak_bytes: int) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -121,19 +121,24 @@ def pairs_across(
 
 @torch.no_grad()
 def evaluate(
-    engine: TorchEngine, loss: PairLoss, data: PreparedData, step: Step, batches: Iterator[PackBatch]
-) -> dict[str, float]:
-    """Means over all pairs of an evaluation set, by metric name."""
+    engine: TorchEngine, loss: PairLoss, data: PreparedData, step: Step, batches: Iterator[PackBatch],
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:  # fmt: skip
+    """Means over all pairs of an evaluation set, by metric name; nothing if it was `stopped` on the way."""
     policy = engine.policy
     training = policy.training
     policy.eval()
     values, packs = [], []
     for batch in batches:
+        if stopped():
+            break
         moved = batch.to(policy.device)
         out = engine.forward(moved, log_p2=loss.needs_log_p2)
         values.append(out.logprob)
-        packs.append((moved, out.log_p2))
+        packs.append((replace(moved, pixel_ICHW=None), out.log_p2))  # an evaluation set's images do not fit
     policy.train(training)
+    if len(packs) < len(step.packs):
+        return {}
     sums = pairs_across(torch.cat(values), packs, data, loss, step.mean_chosen_length).sums
     means = dict(zip(SUMS, (sums / step.pairs).tolist()))
     means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]

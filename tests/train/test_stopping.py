@@ -1,0 +1,108 @@
+"""SIGTERM belongs to the checkpoint, evaluation holds no images, and the newest checkpoint is the one with most steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Callable[..., Any]:
+    def run(model: Path, pairs: Path, *settings: str, **how: bool) -> Any:
+        from fasttrain import train_dpo
+        from fasttrain.config import config_from_dict
+
+        raw = {
+            "model": {"name": str(model)},
+            "lora": {"rank": 2},
+            "data": {"train": str(pairs), "eval": str(pairs), "workers": 0},
+            "train": {"output": str(tmp_path / "run"), "max_steps": 4, "pairs_per_step": 6, "tokens_per_pack": 100},
+            "track": [],
+        }  # fmt: skip
+        return train_dpo(config_from_dict(raw, settings), **how)
+
+    return run
+
+
+def test_sigterm_within_a_step_saves_without_evaluating(
+    tiny_text: Path, text_pairs: Callable[..., Path], train: Callable[..., Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from fasttrain.train import loop
+
+    run = loop.StepRunner.run
+
+    def interrupted(self: Any, step: Any, *rest: Any) -> Any:
+        if step.number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run(self, step, *rest)
+
+    monkeypatch.setattr(loop.StepRunner, "run", interrupted)
+    pairs = text_pairs(tmp_path / "pairs.jsonl", 18)
+    result = train(tiny_text, pairs)
+    assert [line["step"] for line in result.metrics] == [1, 2]
+    assert not any("eval_loss" in line for line in result.metrics)
+    assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
+    monkeypatch.undo()
+    assert "eval_loss" in train(tiny_text, pairs, resume=True).metrics[-1]
+
+
+def test_sigterm_within_an_evaluation_ends_it_and_saves_the_step(
+    tiny_text: Path, text_pairs: Callable[..., Path], train: Callable[..., Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from fasttrain.train import step
+
+    forward = step.TorchEngine.forward
+    evaluated = []
+
+    def interrupted(self: Any, batch: Any, *rest: Any, **options: Any) -> Any:
+        if not self.policy.training:
+            evaluated.append(batch)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, batch, *rest, **options)
+
+    monkeypatch.setattr(step.TorchEngine, "forward", interrupted)
+    result = train(tiny_text, text_pairs(tmp_path / "pairs.jsonl", 18), "train.eval_every=2")
+    assert len(evaluated) == 1
+    assert [line["step"] for line in result.metrics] == [1, 2]
+    assert not any("eval_loss" in line for line in result.metrics)
+    assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
+
+
+def test_evaluation_keeps_no_images_of_the_packs_that_are_done(
+    tiny_llava: Path, vision_pairs: Callable[..., Path], train: Callable[..., Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from fasttrain.train import step
+
+    across = step.pairs_across
+    held: list[Any] = []
+
+    def record(logp_N: Any, packs: Any, *rest: Any) -> Any:
+        held.extend(batch.pixel_ICHW for batch, _ in packs)
+        return across(logp_N, packs, *rest)
+
+    monkeypatch.setattr(step, "pairs_across", record)
+    train(tiny_llava, vision_pairs(tmp_path / "data", 8), "train.tokens_per_pack=1000", "train.max_steps=1")
+    assert held and all(pixels is None for pixels in held)
+
+
+def test_checkpoints_are_ordered_by_step_beyond_a_million(tmp_path: Path) -> None:
+    from fasttrain.train.checkpoint import checkpoint_name, latest_checkpoint, list_checkpoints
+
+    for number in (1_000_000, 50, 999_950):
+        (tmp_path / checkpoint_name(number)).mkdir()
+        (tmp_path / checkpoint_name(number) / "state.json").write_text("{}")
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        "step-000050",
+        "step-999950",
+        "step-1000000",
+    ]
+    newest = latest_checkpoint(tmp_path)
+    assert newest is not None and newest.name == "step-1000000"
