@@ -57,12 +57,14 @@ class ModelConfig:
     )
     attention: Literal["auto", "flash", "flex", "sdpa"] = setting("auto", "Attention backend.")
     quantize: Literal["nf4", "int8"] | None = setting(
-        None, "Quantise the frozen base model with bitsandbytes."
+        None, "Quantise the frozen base model with bitsandbytes; int8 is not available yet."
     )
     train_projector: bool = setting(False, "Also train the vision-to-language projector, whole.")
     trust_remote_code: bool = setting(False, "Run Python code that comes with the model repository.")
 
     def __post_init__(self) -> None:
+        # bitsandbytes picks outlier columns from all rows of a pass, so a log-prob would depend on what is packed with it
+        refuse(self.quantize == "int8", "model.quantize", "int8")
         refuse(self.attention in ("flash", "flex"), "model.attention", f"the {self.attention!r} backend")
 
 

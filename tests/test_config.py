@@ -244,6 +244,7 @@ def test_a_quantised_model_cannot_be_tuned_in_full(tmp_path: Path) -> None:
     "override",
     [
         "model.attention=flash",
+        "model.quantize=int8",
         "model.attention=flex",
         "train.compile=true",
         "distributed.zero_stage=2",

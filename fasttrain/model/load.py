@@ -178,8 +178,6 @@ def _quantization(config: ModelConfig, dtype: torch.dtype, device: torch.device)
         ) from None
     from transformers import BitsAndBytesConfig
 
-    if config.quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -22,12 +22,8 @@ VERIFIED = {"llama", "mistral", "qwen2", "qwen3"}
 
 
 def tolerance(job: Job, lengths_S: Tensor) -> Tensor:
-    """Largest |log-ratio| of a sequence that rounding explains; errors of tokens add up like a random walk.
-
-    int8 rounds activations, whatever the model's own type.
-    """
-    exact = job.policy.model.dtype == torch.float32 and job.config.model.quantize != "int8"
-    per_token = 2e-4 if exact else 0.15
+    """Largest |log-ratio| of a sequence that rounding explains; errors of tokens add up like a random walk."""
+    per_token = 2e-4 if job.policy.model.dtype == torch.float32 else 0.15
     return per_token * (5 + lengths_S.float().sqrt())
 
 

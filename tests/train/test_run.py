@@ -182,7 +182,6 @@ def test_a_second_run_computes_no_reference_and_other_models_do(
     [
         ["model.dtype=bfloat16"],
         ["model.quantize=nf4"],
-        ["model.quantize=int8"],
         ["train.optimizer=adamw_8bit"],
         ["model.dtype=bfloat16", "lora=null"],
     ],
