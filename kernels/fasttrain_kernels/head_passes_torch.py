@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .head_options import LogitTransform
-from .head_tiles import Running, Tiles
+from .head_running import Running
+from .head_tiles import Tiles
 
 # What a row of exp(z - m) may add up to before m has to move: far from overflow in fp32, squares included.
 _HEADROOM = 1e13
@@ -39,16 +40,9 @@ def _exp_around_maximum_(z: Tensor, run: Running, first: int) -> Tensor:
     else:
         peak, index = z.max(1)
         run.top = torch.where(peak > run.m, index + first, run.top)
-    m = torch.maximum(run.m, peak)
-    run.moved, run.follow = run.m - m, True
-    run.shrink = torch.exp(run.moved)
-    run.m = m
-    if run.a is not None:
-        run.a.addcmul_(run.moved, run.s).mul_(run.shrink)
-    if run.q is not None:
-        run.q.mul_(run.shrink * run.shrink)
-    run.s.mul_(run.shrink)
-    return z.sub_(m[:, None]).exp_().sum(1)
+    run.move_(torch.maximum(run.m, peak))
+    run.follow = True
+    return z.sub_(run.m[:, None]).exp_().sum(1)
 
 
 def fold(tiles: Tiles, h: Tensor, w: Tensor, bias: Tensor | None, tr: LogitTransform, run: Running, columns: slice,
@@ -83,29 +77,28 @@ def fold(tiles: Tiles, h: Tensor, w: Tensor, bias: Tensor | None, tr: LogitTrans
     return p, (plogp.neg_() if slope is None else plogp.neg_().mul_(slope))
 
 
-def shrink_(acc: Tensor, run: Running) -> None:
-    """acc (rows, D) *= shrink: follow a maximum that moved."""
-    acc.mul_(run.shrink[:, None])
+def move_products_(run: Running) -> None:
+    """Make the accumulated products follow a maximum that moved."""
+    run.move_products_()
 
 
 def finish(h: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target: Tensor, tr: LogitTransform, run: Running,
-           tiles: Tiles, acc: Tensor | None, acc_entropy: Tensor | None, logprob: Tensor, unit: Tensor | None,
-           entropy_unit: Tensor | None) -> None:  # fmt: skip
+           dtype: torch.dtype, logprob: Tensor, unit: Tensor | None, entropy_unit: Tensor | None) -> None:  # fmt: skip
     """Fill logprob (rows,) and, where given, unit and entropy_unit (rows, D) of one block of rows."""
-    w_target = weight_VD[target].to(tiles.dtype).to(tiles.accumulator)
-    z = torch.linalg.vecdot(h.to(tiles.accumulator), w_target)
+    w_target = weight_VD[target].to(dtype).to(run.s.dtype)
+    z = torch.linalg.vecdot(h.to(run.s.dtype), w_target)
     if bias_V is not None:
         z = z + bias_V[target].to(z.dtype)
     z = z * tr.product_scale
     slope = tr.finish_(z)
     # A log-prob is never positive; rounding of two close numbers may say otherwise.
     torch.clamp(z - run.m - run.s.log(), max=0, out=logprob)
+    acc, acc_entropy, entropy = run.acc, run.acc_entropy, run.entropy()
     if unit is None or acc is None:
         return
     acc.div_(run.s[:, None])
-    if entropy_unit is not None and acc_entropy is not None:
-        entropy, log_s = run.entropy(), run.s.log()
-        assert entropy is not None
+    if entropy_unit is not None and acc_entropy is not None and entropy is not None:
+        log_s = run.s.log()
         acc_entropy.div_(run.s[:, None]).addcmul_(acc, (entropy - log_s)[:, None])
         entropy_unit.copy_(acc_entropy.mul_(-tr.slope_scale))
     if slope is not None:

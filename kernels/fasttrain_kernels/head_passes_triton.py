@@ -13,12 +13,14 @@ second product, written back over the logits in the dtype the product wants.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .head_options import LogitTransform
-from .head_tiles import Running, Tiles
+from .head_running import Running
+from .head_tiles import Tiles
 
 # Hidden sizes are walked in steps of this many: 8 values per thread of 4 warps.
 _BLOCK_D = 1024
@@ -108,7 +110,9 @@ def finish_kernel(
     for start in range(0, d, BLOCK):
         offset = start + tl.arange(0, BLOCK)
         h = tl.load(h_ptr + row * h_stride + offset, mask=offset < d, other=0.0).to(tl.float32)
-        w = tl.load(w_ptr + target * w_stride + offset, mask=offset < d, other=0.0).to(tl.float32)
+        # rounded as the products round it (autocast)
+        w = tl.load(w_ptr + target * w_stride + offset, mask=offset < d, other=0.0)
+        w = w.to(h_ptr.dtype.element_ty).to(tl.float32)
         products += h * w
     z = tl.sum(products, axis=0)
     if HAS_BIAS:
@@ -125,7 +129,8 @@ def finish_kernel(
         for start in range(0, d, BLOCK):
             offset = start + tl.arange(0, BLOCK)
             mean = tl.load(acc_ptr + row * d + offset, mask=offset < d, other=0.0) / s
-            w = tl.load(w_ptr + target * w_stride + offset, mask=offset < d, other=0.0).to(tl.float32)
+            w = tl.load(w_ptr + target * w_stride + offset, mask=offset < d, other=0.0)
+            w = w.to(h_ptr.dtype.element_ty).to(tl.float32)
             if HAS_CAP:
                 w = w * slope
             unit = ((w - mean) * slope_scale).to(unit_ptr.dtype.element_ty)
@@ -196,19 +201,24 @@ def fold(tiles: Tiles, h: Tensor, w: Tensor, bias: Tensor | None, tr: LogitTrans
     return (p if unit else None), (e if entropy_unit else None)
 
 
-def shrink_(acc: Tensor, run: Running) -> None:
-    """acc (rows, D) *= shrink; rows whose maximum did not move are neither read nor written."""
-    shrink_kernel[(acc.shape[0],)](acc, run.shrink, acc.shape[1], BLOCK=_BLOCK_D, num_warps=4)
+def move_products_(run: Running) -> None:
+    """As `Running.move_products_`; rows whose maximum did not move are neither read nor written."""
+    if run.acc is None:
+        return
+    rows, d = run.acc.shape
+    if run.acc_entropy is not None:
+        run.acc_entropy.addcmul_(run.acc, run.moved[:, None])
+        shrink_kernel[(rows,)](run.acc_entropy, run.shrink, d, BLOCK=_BLOCK_D, num_warps=4)
+    shrink_kernel[(rows,)](run.acc, run.shrink, d, BLOCK=_BLOCK_D, num_warps=4)
 
 
 def finish(h: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target: Tensor, tr: LogitTransform, run: Running,
-           tiles: Tiles, acc: Tensor | None, acc_entropy: Tensor | None, logprob: Tensor, unit: Tensor | None,
-           entropy_unit: Tensor | None) -> None:  # fmt: skip
+           dtype: torch.dtype, logprob: Tensor, unit: Tensor | None, entropy_unit: Tensor | None) -> None:  # fmt: skip
     """As `head_passes_torch.finish`, in one launch: the target's weight row is read where it lies."""
     d = h.shape[1]
     finish_kernel[(h.shape[0],)](
-        h, weight_VD, _or(bias_V, run.m), target, run.m, run.s, _or(run.a, run.m), _or(acc, run.m),
-        _or(acc_entropy, run.m), logprob, _or(unit, run.m), _or(entropy_unit, run.m), h.stride(0),
+        h, weight_VD, _or(bias_V, run.m), target, run.m, run.s, _or(run.a, run.m), _or(run.acc, run.m),
+        _or(run.acc_entropy, run.m), logprob, _or(unit, run.m), _or(entropy_unit, run.m), h.stride(0),
         weight_VD.stride(0), d, tr.product_scale, _cap(tr), tr.slope_scale, HAS_BIAS=bias_V is not None,
         HAS_CAP=tr.softcap is not None, UNIT=unit is not None, ENTROPY_UNIT=entropy_unit is not None,
         BLOCK=_BLOCK_D, num_warps=4,

@@ -1,18 +1,24 @@
-"""Cuts (N rows, V columns) of logits into tiles and makes their matrix products with fp32 results."""
+"""How the (N rows, V columns) of logits are cut into tiles, and the matrix products of one tile, with fp32 results."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Bytes of one fp32 tile of logits on CPU, with the widened weight tile where there is one: they have to stay in the
-# last-level cache between the two products, yet few tiles mean few meeting points of threads.
-_CPU_TILE_BYTES = 8 << 20
+# CPU: bytes of one fp32 tile of logits; between its two products it has to stay in the L2 cache of one core.
+_CPU_TILE_BYTES = 1 << 19
+# CPU: bytes of a weight tile widened to fp32 where the operands are 16-bit.
+_CPU_WIDE_BYTES = 4 << 20
 # Rows of a tile: enough to amortise reading the weight tile, few enough to leave it wide.
 _CPU_ROWS, _GPU_ROWS = 512, 1024
-# Columns of a tile on GPU: a row of it is held in the registers of one program, the tile (32 MiB) in the L2 cache.
+# CPU: threads that share a block of rows, each with a slice of the vocabulary and an accumulator of its own.
+_CPU_SLICES = 4
+# CPU: multiplications below which one thread is not worth leaving.
+_CPU_WORTH_THREADS = 1 << 24
+# GPU: columns of a tile. A row of it is held in the registers of one program, the tile (32 MiB) in the L2 cache.
 _GPU_COLUMNS = 8192
 
 
@@ -21,36 +27,49 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def blocks(start: int, stop: int, size: int) -> Iterator[slice]:
+    """[start, stop) in slices of `size`, the last one shorter."""
+    return (slice(a, min(a + size, stop)) for a in range(start, stop, size))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Blocks of rows, of which `together` are worked on at a time, each by one task per slice of the vocabulary."""
+
+    rows: list[slice]
+    together: int
+    vocabulary: list[slice]
+    columns: int
+
+
+def cut(hidden_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Cut:
+    """Choose tiles for a product; on CPU as many tasks at a time as torch has threads, on GPU one."""
+    (n, d), v = hidden_ND.shape, weight_VD.shape[0]
+    if hidden_ND.device.type != "cpu":
+        return Cut(list(blocks(0, n, _GPU_ROWS)), 1, [slice(0, v)], min(v, _GPU_COLUMNS))
+    threads = torch.get_num_threads() if n * d * v >= _CPU_WORTH_THREADS else 1
+    slices = min(threads, _CPU_SLICES)
+    together = max(1, min(threads // slices, n // 64))
+    rows = max(1, min(_CPU_ROWS, -(-n // together)))
+    columns = _CPU_TILE_BYTES // (rows * accumulator_dtype(dtype).itemsize)
+    if weight_VD.dtype != accumulator_dtype(dtype):
+        columns = min(columns, _CPU_WIDE_BYTES // (d * 4))
+    share = -(-v // slices)
+    return Cut(list(blocks(0, n, rows)), together, list(blocks(0, v, share)), max(64, columns))
+
+
 class Tiles:
-    """The tiles of one (N, D) x (V, D) product, and one buffer that holds the logits of one tile at a time.
+    """Makes the products of tiles of at most (rows, columns), with a buffer that holds one tile of logits at a time.
 
     `dtype` is what the operands are rounded to (autocast). 16-bit operands are multiplied into fp32 by cuBLAS; the CPU
     has no such product, and one that returns bf16 would round the logits, so there operands are widened tile by tile.
     """
 
-    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> None:
-        self.hidden, self.weight, self.dtype = hidden_ND, weight_VD, dtype
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows, self.columns, self.dtype = rows, columns, dtype
         self.accumulator = accumulator_dtype(dtype)
-        on_cpu = hidden_ND.device.type == "cpu"
-        self.narrow = not on_cpu and dtype.itemsize == 2
-        n, d = hidden_ND.shape
-        self.rows = max(1, min(n, _CPU_ROWS if on_cpu else _GPU_ROWS))
-        self.columns = max(1, min(weight_VD.shape[0], self._width(on_cpu, d)))
-        self._buffer = hidden_ND.new_empty(self.rows * self.columns, dtype=self.accumulator)
-
-    def _width(self, on_cpu: bool, d: int) -> int:
-        if not on_cpu:
-            return _GPU_COLUMNS
-        widened = d if self.weight.dtype != self.accumulator else 0
-        return max(64, _CPU_TILE_BYTES // ((self.rows + widened) * self.accumulator.itemsize))
-
-    def row_blocks(self) -> Iterator[slice]:
-        n = self.hidden.shape[0]
-        return (slice(a, min(a + self.rows, n)) for a in range(0, n, self.rows))
-
-    def column_blocks(self) -> Iterator[slice]:
-        v = self.weight.shape[0]
-        return (slice(a, min(a + self.columns, v)) for a in range(0, v, self.columns))
+        self.narrow = device.type != "cpu" and dtype.itemsize == 2
+        self._buffer = torch.empty(rows * columns, dtype=self.accumulator, device=device)
 
     def operand(self, x: Tensor) -> Tensor:
         """Bring a block of hidden states, weights or coefficients to the dtype of the products."""
@@ -86,33 +105,3 @@ class Tiles:
             torch.addmm(out, self.operand(coefficients), x, beta=beta, out_dtype=self.accumulator, out=out)
         else:
             out.addmm_(coefficients, x, beta=beta)
-
-
-class Running:
-    """Online softmax of one block of rows, after some tiles with logits z; vectors (rows,), fp32.
-
-        s = sum exp(z - m)      q = sum exp(2 (z - m))      a = sum (z - m) exp(z - m)
-
-    m is the maximum so far, or near enough below it that nothing overflows. `top` is the id of the first maximum, `z`
-    the plain sum. When a tile raises m, `follow` is True and what was accumulated before has to follow: `shrink` is
-    exp(old m - m), `moved` is old m - m.
-    """
-
-    def __init__(
-        self, rows: int, like: Tensor, *, entropy: bool, log_p2: bool, top: bool, mean: bool
-    ) -> None:
-        # The lowest finite number instead of -inf: (m - m') * 0 stays 0 in the first step.
-        self.m = like.new_full((rows,), torch.finfo(like.dtype).min)
-        self.s = like.new_zeros(rows)
-        self.a = like.new_zeros(rows) if entropy else None
-        self.q = like.new_zeros(rows) if log_p2 else None
-        self.z = like.new_zeros(rows) if mean else None
-        self.top = like.new_zeros(rows, dtype=torch.int64) if top else None
-        self.shrink, self.moved = like.new_zeros(rows), like.new_zeros(rows)
-        self.started, self.follow = False, True
-
-    def entropy(self) -> Tensor | None:
-        return None if self.a is None else self.s.log() - self.a / self.s
-
-    def log_p2(self) -> Tensor | None:
-        return None if self.q is None else self.q.log() - 2 * self.s.log()

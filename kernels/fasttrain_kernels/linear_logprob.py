@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backends import resolve_backend
+from .head_gradients import Inputs, SavedSoftmax, head_gradients
 from .head_options import LogitTransform
-from .head_scores import HeadCall, SavedSoftmax, Scores, head_gradients, score_rows
+from .head_scores import HeadCall, Scores, score_rows
 
 IGNORED = -100
 
@@ -113,7 +114,7 @@ class _TrainedHead(torch.autograd.Function):
         hidden, weight, target, bias, *softmax = ctx.saved_tensors
         wants = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
         with _no_autocast(hidden.device):
-            dh, dw, db = head_gradients(grad, grad_entropy, hidden, weight, target, SavedSoftmax(*softmax), bias,
+            dh, dw, db = head_gradients(grad, grad_entropy, Inputs(hidden, weight, target, bias), SavedSoftmax(*softmax),
                                         ctx.call, wants)  # fmt: skip
         return dh, dw, None, db, None
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fasttrain_kernels import linear_logprob, linear_logprob_ref
+from fasttrain_kernels import cpu_workers, linear_logprob, linear_logprob_ref
 
 OPTIONS = [
     {},
@@ -35,6 +37,14 @@ def worst(ours: Tensor, truth: Tensor) -> float:
     return float(
         (ours.detach().double() - truth.detach()).abs().max() / truth.detach().abs().max().clamp(min=1)
     )
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -127,6 +137,48 @@ def test_extreme_logits_stay_finite_and_exact() -> None:
     ties = linear_logprob(torch.ones(1, 1), torch.full((v, 1), -1e4), torch.tensor([7]), entropy=True)
     assert ties.logprob.item() == pytest.approx(-math.log(v), rel=1e-6)
     assert ties.entropy is not None and ties.entropy.item() == pytest.approx(math.log(v), rel=1e-6)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_threads_share_the_work_and_leave_torchs_number_of_threads_alone(
+    threads: Callable[[int], None], count: int, trained: bool
+) -> None:
+    hidden, weight, target, bias = problem(140, 57, 20011)
+    weight[:, 0] += torch.linspace(-15, 15, 20011)  # slices whose maxima lie far apart
+    threads(count)
+    ours = [hidden.requires_grad_(), weight.requires_grad_(trained), bias.requires_grad_(trained)]
+    true = [x.detach().double().requires_grad_(x.requires_grad) for x in ours]
+    flags = {"entropy_grad": True, "log_p2": True, "top1": True, "mean_logit": True}
+    results = []
+    for _ in range(2):
+        out = linear_logprob(ours[0], ours[1], target, ours[2], **flags)
+        for leaf in ours:
+            leaf.grad = None
+        (out.logprob.sum() + out.entropy.sum()).backward()
+        results.append([*out, *(leaf.grad for leaf in ours if leaf.grad is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    ref = linear_logprob_ref(true[0], true[1], target, true[2])
+    (ref.logprob.sum() + ref.entropy.sum()).backward()
+    for mine, theirs in zip(results[0], [*ref, *(leaf.grad for leaf in true if leaf.grad is not None)]):
+        assert worst(mine, theirs.double()) < 1e-5
+    assert torch.get_num_threads() == count
+
+
+def test_a_forked_child_gets_threads_of_its_own(threads: Callable[[int], None]) -> None:
+    hidden, weight, target, _ = problem(140, 57, 20011)
+    threads(2)
+    expected = linear_logprob(hidden, weight, target).logprob
+    pid = os.fork()
+    if pid == 0:
+        # OpenMP itself does not survive a fork: only our own threads run in the child.
+        same = False
+        try:
+            same = cpu_workers.run_on_workers([lambda: 1, lambda: 2]) == [1, 2]
+        finally:
+            os._exit(0 if same else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert torch.equal(linear_logprob(hidden, weight, target).logprob, expected)
 
 
 def test_no_backward_of_a_frozen_head_reads_its_weight() -> None:

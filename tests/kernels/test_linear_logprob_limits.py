@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -38,8 +39,13 @@ def problem(n: int, d: int, v: int, dtype: torch.dtype = torch.float32) -> tuple
     return hidden.to(dtype), weight.to(dtype), torch.randint(0, v, (n,), generator=g)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_frozen_head_takes_under_16_mb_and_never_a_tensor_of_n_by_v_or_v_by_d(dtype: torch.dtype) -> None:
+def test_a_frozen_head_takes_under_16_mb_and_never_a_tensor_of_n_by_v_or_v_by_d(
+    dtype: torch.dtype, threads: int, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(threads)
     n, d, v = 290, 576, 49153
     hidden, weight, target = problem(n, d, v, dtype)
     hidden.requires_grad_()

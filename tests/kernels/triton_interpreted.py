@@ -15,6 +15,9 @@ from fasttrain_kernels import (
     COUPLE_PAIRS,
     F_DIVERGENCES,
     KINDS,
+    head_gradients,
+    head_scores,
+    head_tiles,
     label_logprob,
     label_logprob_ref,
     linear_logprob,
@@ -23,6 +26,9 @@ from fasttrain_kernels import (
 )
 
 pytest.importorskip("triton")
+
+# So that a few rows still make several tiles of the vocabulary.
+head_tiles._CPU_TILE_BYTES = 16 << 10
 
 OPTIONS = [
     {},
@@ -73,24 +79,22 @@ def test_bf16_coefficients_are_written_over_the_logits_for_the_second_product(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # On CUDA the products take 16-bit operands and give fp32; here two widened products stand in for cuBLAS.
-    from fasttrain_kernels import head_scores
-    from fasttrain_kernels.head_tiles import Tiles
-
-    class CudaLikeTiles(Tiles):
-        def __init__(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
-            super().__init__(hidden, weight, dtype)
-            self.rows, self.columns, self.narrow = 4, 192, True
-            self._buffer = torch.full((4 * 192,), float("nan"))
+    class CudaLikeTiles(head_tiles.Tiles):
+        def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+            super().__init__(rows, columns, dtype, device)
+            self.narrow = True
+            self._buffer.fill_(float("nan"))
 
         def product(self, h: Tensor, w: Tensor, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
-            tile = self._buffer.view(4, 192)[: h.shape[0], : w.shape[0]]
+            tile = self._buffer.view(self.rows, self.columns)[: h.shape[0], : w.shape[0]]
             return torch.mm(h.float(), w.float().t(), out=tile)
 
         def accumulate_(self, out: Tensor, coefficients: Tensor, x: Tensor, first: bool = False) -> None:
             assert coefficients.dtype == x.dtype == torch.bfloat16
             out.addmm_(coefficients.float(), x.float(), beta=0.0 if first else 1.0)
 
-    monkeypatch.setattr(head_scores, "Tiles", CudaLikeTiles)
+    for module in (head_scores, head_gradients):
+        monkeypatch.setattr(module, "Tiles", CudaLikeTiles)
     for trained in (False, True):
         hidden, weight, target, _ = problem(11, 33, 507, torch.bfloat16)
         ours = [hidden.requires_grad_(), weight.requires_grad_(trained)]

@@ -1,0 +1,60 @@
+"""Threads that each run torch on one core, for chains of operations too short to be worth splitting one by one.
+
+Split by OpenMP, every operation of a chain ends with all threads waiting for the slowest; when anything else runs on the
+machine each of those waits can cost a time slice. Here a thread runs its whole chain, and they meet once, at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+_lock = threading.Lock()
+
+
+def _forget_threads() -> None:
+    global _lock
+    _pools.clear()
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked child has none of its parent's threads, and may have caught the lock closed.
+    os.register_at_fork(after_in_child=_forget_threads)
+
+
+def _pool(count: int) -> ThreadPoolExecutor:
+    with _lock:
+        if count not in _pools:
+            threads = torch.get_num_threads()
+            pool = ThreadPoolExecutor(count, "fasttrain-kernels", torch.set_num_threads, (1,))
+            ready = threading.Barrier(count)
+            list(pool.map(lambda _: ready.wait(), range(count)))
+            # set_num_threads acts on its own thread and on threads not started yet: give the latter their number back.
+            torch.set_num_threads(threads)
+            _pools[count] = pool
+        return _pools[count]
+
+
+def run_on_workers(tasks: Sequence[Callable[[], T]]) -> list[T]:
+    """Results of the tasks in order, without gradients; each task runs on one core of a thread of its own.
+
+    A single task runs where it is called, with all of torch's threads. The first exception is raised.
+    """
+    if len(tasks) == 1:
+        return [tasks[0]()]
+    return list(_pool(min(len(tasks), torch.get_num_threads())).map(_without_gradients, tasks))
+
+
+def _without_gradients(task: Callable[[], T]) -> T:
+    # Whether gradients are recorded is a thread's own setting, on by default.
+    with torch.no_grad():
+        return task()
