@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -191,9 +192,9 @@ def _spread(seconds: list[float]) -> tuple[float, float]:
 
 def environment(device: torch.device, dtype: str, rate: float, bandwidth: float) -> str:
     versions = [f"torch {torch.__version__}"]
-    for package in ("triton", "trl", "liger_kernel", "cut_cross_entropy"):
-        module = sys.modules.get(package)
-        versions.append(f"{package} {getattr(module, '__version__', '-') if module else 'not loaded'}")
+    for package in ("triton", "trl", "liger-kernel", "cut-cross-entropy"):
+        loaded = package.replace("-", "_") in sys.modules
+        versions.append(f"{package} {version(package) if loaded else 'not loaded'}")
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader"]
         where = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
