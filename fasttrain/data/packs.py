@@ -1,7 +1,7 @@
 """Which groups make a step, and which completions run together in one forward pass.
 
 A step takes whole groups in a seeded order until it holds enough pairs. A step is cut into packs of at most
-`tokens_per_pack` tokens; how it is cut never changes its loss or gradient.
+`tokens_per_pack` tokens, for one rank or several; how it is cut never changes its loss or gradient.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fasttrain.data.bins import deal, first_fit_decreasing
 from fasttrain.data.prepared import PreparedData
 from fasttrain.errors import UserError
 
@@ -27,15 +28,30 @@ class Piece:
 
 @dataclass(frozen=True)
 class Pack:
-    """What one forward pass holds. With `shared=False` every completion is an ordinary sequence of its own."""
+    """What one forward pass holds. With `shared=False` every completion is an ordinary sequence of its own.
+
+    All ranks must call the same modules equally often, so a pack also says what the packs that other ranks run at the same
+    time need: the fields from `fill` on. On one rank they keep their defaults.
+    """
 
     pieces: tuple[Piece, ...]
     shared: bool = True
+    twice: bool = (
+        False  # values first, gradients later: this pack, or another rank's, holds a part of a split group
+    )
+    fill: bool = False  # a repeat of other work, counted with weight zero, for a rank that has nothing left
+    images: bool = False  # some rank's pack has images: a sequence without runs a blank one at weight zero
+    passes: int = (
+        0  # unshared: passes of the rank that has most; a pack with fewer runs the rest at weight zero
+    )
 
 
 @dataclass(frozen=True)
 class Step:
-    """The packs of one optimizer step."""
+    """The packs of one optimizer step; those of several ranks in turn: round by round, and in a round rank by rank.
+
+    Every part of a split group is on one rank. Pairs and lengths are those of all ranks.
+    """
 
     number: int
     epoch: float
@@ -44,6 +60,11 @@ class Step:
     mean_chosen_length: float  # tokens per pair
     packs: tuple[Pack, ...]
     split: frozenset[int]  # groups whose completions are spread over several packs
+    ranks: int = 1
+
+    def for_rank(self, rank: int) -> Step:
+        """The same step with the packs of one rank, as many as every other rank has."""
+        return replace(self, packs=self.packs[rank :: self.ranks], ranks=1)
 
 
 @dataclass(frozen=True)
@@ -110,26 +131,36 @@ def plan_step(
     groups: np.ndarray,
     tokens_per_pack: int,
     share_prefix: bool,
+    ranks: int = 1,
 ) -> Step:
-    """Cut one step into packs: first-fit decreasing over its groups, groups that are too long split by completions."""
+    """Cut one step into packs, equally many on each rank; groups that are too long are split by completions.
+
+    One rank fills as few packs as it can. Several ranks get equal shares, in as few rounds as that takes.
+    """
     whole: list[tuple[int, Piece]] = []
-    packs: list[Pack] = []
+    parts: list[list[Pack]] = []  # of each group that is too long
     split = set()
     for group in groups.tolist():
         lengths = data.lengths(group)
-        if run_tokens(lengths, share_prefix) <= tokens_per_pack:
-            piece = Piece(group, tuple(range(len(lengths) - 1)))
-            whole.append((run_tokens(lengths, share_prefix), piece))
+        tokens = run_tokens(lengths, share_prefix)
+        if tokens <= tokens_per_pack:
+            whole.append((tokens, Piece(group, tuple(range(len(lengths) - 1)))))
             continue
         pieces = split_group(group, lengths, tokens_per_pack, share_prefix)
-        packs += [Pack((piece,), share_prefix) for piece in pieces]
+        parts.append([Pack((piece,), share_prefix, twice=len(pieces) > 1) for piece in pieces])
         if len(pieces) > 1:
             split.add(group)
-    packs += [Pack(tuple(pieces), share_prefix) for pieces in _first_fit_decreasing(whole, tokens_per_pack)]
+    if ranks == 1:
+        packs = [pack for packs in parts for pack in packs]
+        packs += [
+            Pack(tuple(pieces), share_prefix) for pieces in first_fit_decreasing(whole, tokens_per_pack)
+        ]
+    else:
+        packs = _deal(data, whole, parts, tokens_per_pack, share_prefix, ranks)
     chosen = [data.lengths(group)[1 + data.pairs(group)[:, 0]] for group in groups.tolist()]
     pairs = sum(map(len, chosen))
     mean = sum(int(lengths.sum()) for lengths in chosen) / max(1, pairs)
-    return Step(number, epoch, tuple(groups.tolist()), pairs, mean, tuple(packs), frozenset(split))
+    return Step(number, epoch, tuple(groups.tolist()), pairs, mean, tuple(packs), frozenset(split), ranks)
 
 
 def run_tokens(lengths: np.ndarray, share_prefix: bool) -> int:
@@ -152,14 +183,46 @@ def split_group(
     return [*pieces, Piece(group, tuple(held))]
 
 
-def _first_fit_decreasing(sized: list[tuple[int, Piece]], budget: int) -> list[list[Piece]]:
-    bins: list[tuple[int, list[Piece]]] = []
-    for tokens, piece in sorted(sized, key=lambda entry: -entry[0]):
-        for index, (room, pieces) in enumerate(bins):
-            if tokens <= room:
-                pieces.append(piece)
-                bins[index] = (room - tokens, pieces)
-                break
+def _deal(
+    data: PreparedData, whole: list[tuple[int, Piece]], parts: list[list[Pack]], budget: int, shared: bool,
+    ranks: int,
+) -> list[Pack]:  # fmt: skip
+    """Packs of all ranks, round by round; what is left empty is filled, and each says what its round needs."""
+    chains = []
+    for part in parts:
+        chain = [(_tokens(data, pack.pieces, shared), pack.pieces[0]) for pack in part]
+        if len(chain) > 1:
+            chains.append(chain)
         else:
-            bins.append((budget - tokens, [piece]))
-    return [pieces for _, pieces in bins]
+            whole = [*whole, chain[0]]  # one completion that is too long
+    split = {piece.group for chain in chains for _, piece in chain}
+    every = [piece for _, piece in whole] + [piece for chain in chains for _, piece in chain]
+    rounds = deal(whole, chains, budget, ranks)
+    filler = Pack((), shared)
+    if not all(bins for dealt in rounds for bins in dealt):
+        filler = Pack((_smallest(data, every, shared),), shared, fill=True)
+    packs = []
+    for dealt in rounds:
+        packs += _in_round([Pack(tuple(bins), shared) if bins else filler for bins in dealt], split, data)
+    return packs
+
+
+def _tokens(data: PreparedData, pieces: tuple[Piece, ...], shared: bool) -> int:
+    held = [data.lengths(piece.group)[[0, *(1 + c for c in piece.completions)]] for piece in pieces]
+    return sum(run_tokens(lengths, shared) for lengths in held)
+
+
+def _smallest(data: PreparedData, pieces: list[Piece], shared: bool) -> Piece:
+    """The cheapest single completion among the pieces."""
+    one = [Piece(piece.group, (completion,)) for piece in pieces for completion in piece.completions]
+    return min(one, key=lambda piece: _tokens(data, (piece,), shared))
+
+
+def _in_round(packs: list[Pack], split: set[int], data: PreparedData) -> list[Pack]:
+    """The packs that ranks run at the same time, each with what the others need of it."""
+    groups = [piece.group for pack in packs for piece in pack.pieces]
+    twice = not split.isdisjoint(groups)
+    images = any(data.image_count(group) for group in groups)
+    runs = [sum(len(piece.completions) for piece in pack.pieces) for pack in packs]
+    passes = 0 if packs[0].shared else max(runs)
+    return [replace(pack, twice=twice, images=images, passes=passes) for pack in packs]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fasttrain.data.packs import Order, Pack, plan_step
+from fasttrain.data.packs import Order, Pack, Piece, plan_step
 from fasttrain.errors import UserError
 from fasttrain.reference.fill import greedy_packs
 
@@ -47,6 +47,9 @@ class _Data:
         _, completions, count = self.shape[number]
         every = itertools.cycle(itertools.permutations(range(len(completions)), 2))
         return np.array(list(itertools.islice(every, count)))
+
+    def image_count(self, number: int) -> int:
+        return self.shape[number][0] % 2  # every other prompt has an image
 
     def group(self, number: int) -> Any:
         return SimpleNamespace(number=number, pairs=self.pairs(number))
@@ -129,6 +132,127 @@ def test_no_two_packs_of_whole_groups_would_fit_in_one(shape: Any, budget: int) 
     whole = [cost(data, pack) for pack in step.packs if not any(p.group in step.split for p in pack.pieces)]
     fitting = sorted(tokens for tokens in whole if tokens <= budget)
     assert not fitting[1:] or fitting[0] + fitting[1] > budget
+
+
+# ---- several ranks -------------------------------------------------------------------------------------------------
+
+counts = st.integers(2, 9)
+
+
+def plan_ranks(shape: Any, budget: int, shared: bool, ranks: int) -> tuple[Any, Any, list[Any]]:
+    """The data, the whole step, and the steps of all ranks."""
+    data = data_of(shape)
+    step = plan_step(data, 1, 0.5, np.arange(len(shape)), budget, shared, ranks)
+    return data, step, [step.for_rank(rank) for rank in range(ranks)]
+
+
+def rounds_of(steps: list[Any]) -> list[tuple[Pack, ...]]:
+    return list(zip(*[step.packs for step in steps], strict=True))
+
+
+@settings(deadline=None)
+@given(groups, budgets, st.booleans(), counts)
+def test_ranks_run_every_completion_once_and_equally_many_packs(
+    shape: Any, budget: int, shared: bool, ranks: int
+) -> None:
+    _, whole, steps = plan_ranks(shape, budget, shared, ranks)
+    assert len({len(step.packs) for step in steps}) == 1
+    work = [pack for step in steps for pack in step.packs if not pack.fill]
+    every = [(number, index) for number in range(len(shape)) for index in range(len(shape[number][1]))]
+    assert completions(work) == Counter(every)
+    for step in steps:  # the loss is the mean over all ranks' pairs
+        assert (step.pairs, step.groups, step.mean_chosen_length) == (
+            whole.pairs, whole.groups, whole.mean_chosen_length
+        )  # fmt: skip
+        assert all(pack.pieces for pack in step.packs)
+
+
+@settings(deadline=None)
+@given(groups, budgets, st.booleans(), counts)
+def test_what_fills_a_rank_is_one_completion_of_the_step_no_dearer_than_any(
+    shape: Any, budget: int, shared: bool, ranks: int
+) -> None:
+    data, _, steps = plan_ranks(shape, budget, shared, ranks)
+    cheapest = min(prompt + min(answers) for prompt, answers, _ in shape)
+    for pack in (pack for step in steps for pack in step.packs if pack.fill):
+        assert completions([pack]).total() == 1 and cost(data, pack) == cheapest
+
+
+@settings(deadline=None)
+@given(groups, budgets, st.booleans(), counts)
+def test_ranks_keep_to_the_budget_and_split_what_one_rank_splits(
+    shape: Any, budget: int, shared: bool, ranks: int
+) -> None:
+    data, whole, steps = plan_ranks(shape, budget, shared, ranks)
+    assert whole.split == plan(data, range(len(shape)), budget, shared).split
+    for step in steps:
+        for pack in step.packs:
+            assert cost(data, pack) <= budget or completions([pack]).total() == 1
+    for group in whole.split:  # the pairs of a group meet on one rank
+        homes = [any(p.group == group for k in s.packs if not k.fill for p in k.pieces) for s in steps]
+        assert sum(homes) == 1
+
+
+@settings(deadline=None)
+@given(groups, budgets, st.booleans(), counts)
+def test_all_ranks_are_told_what_any_rank_needs_in_a_round(
+    shape: Any, budget: int, shared: bool, ranks: int
+) -> None:
+    data, whole, steps = plan_ranks(shape, budget, shared, ranks)
+    for packs in rounds_of(steps):
+        groups_here = {piece.group for pack in packs for piece in pack.pieces}
+        work = {piece.group for pack in packs if not pack.fill for piece in pack.pieces}
+        assert {pack.images for pack in packs} == {any(data.image_count(g) for g in groups_here)}
+        if work & whole.split:
+            assert all(pack.twice for pack in packs)
+        assert len({pack.twice for pack in packs}) == 1
+        most = max(completions([pack]).total() for pack in packs)
+        assert {pack.passes for pack in packs} == {0 if shared else most}
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 100), min_size=20, max_size=60), st.integers(100, 400), counts)
+def test_ranks_hold_equal_shares_and_run_hardly_more_rounds_than_they_must(
+    prompts: list[int], budget: int, ranks: int
+) -> None:
+    shape = [(prompt, [1, 2], 1) for prompt in prompts if prompt + 3 <= budget]
+    if not shape:
+        return
+    data, whole, steps = plan_ranks(shape, budget, True, ranks)
+    largest = max(cost(data, pack) for pack in plan(data, range(len(shape)), 1, True).packs)
+    held = [sum(cost(data, pack) for pack in step.packs if not pack.fill) for step in steps]
+    packs = len(plan(data, range(len(shape)), budget, True).packs)
+    assert len(steps[0].packs) <= -(-packs // ranks)  # never more than dealing out one rank's packs
+    assert len(steps[0].packs) * ranks * budget >= sum(held)
+    if len(steps[0].packs) < -(-packs // ranks):  # else the packs may be too full to be levelled
+        assert max(held) - min(held) <= largest
+
+
+def test_64_ranks_share_a_large_step_evenly() -> None:
+    rng = np.random.default_rng(0)
+    shape = [
+        (int(rng.integers(580, 700)), rng.integers(20, 260, int(rng.integers(2, 5))).tolist(), 1)
+        for _ in range(64 * 32)
+    ]
+    data, _, steps = plan_ranks(shape, 8192, True, 64)
+    held = [sum(cost(data, pack) for pack in step.packs) for step in steps]
+    assert max(held) / (sum(held) / len(held)) < 1.02
+    for packs in rounds_of(steps):  # under ZeRO-3 ranks wait for each other in every round
+        sizes = [cost(data, pack) for pack in packs]
+        assert max(sizes) / (sum(sizes) / len(sizes)) < 1.05
+
+
+def test_fewer_groups_than_ranks_leave_filled_ranks() -> None:
+    _, _, steps = plan_ranks([(9, [4, 2], 1), (7, [3, 3], 1)], 100, True, 5)
+    assert [[pack.fill for pack in step.packs] for step in steps].count([True]) == 3
+    assert all(
+        step.packs == (Pack((Piece(1, (0,)),), fill=True, images=True),)
+        for step in steps
+        if step.packs[0].fill
+    )
+
+
+# ---- steps over an epoch -------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
