@@ -131,7 +131,7 @@ def build_text(folder: Path, seed: int = 1, template: str = CHATML, **changes: A
 
 
 def build_mistral_sliding(folder: Path, seed: int = 2, window: int = 16) -> Path:
-    """A two-layer Mistral whose attention looks back `window` tokens: its layers cannot share a prompt."""
+    """A two-layer Mistral whose attention looks back `window` tokens, less than most prompts."""
     from transformers import MistralConfig, MistralForCausalLM
 
     tokenizer = build_tokenizer(CHATML, eos="<|im_end|>")

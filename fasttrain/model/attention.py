@@ -13,7 +13,7 @@ from fasttrain_kernels import SharedPrefixLayout, shared_prefix_attention
 SHARED = "fasttrain_shared_prefix"
 
 # Keywords some families pass to their attention that change its result and that ours does not compute.
-_UNKNOWN_TO_US = ("softcap", "s_aux", "sinks", "position_bias", "alibi")
+_UNKNOWN_TO_US = ("sinks", "position_bias", "alibi")
 
 
 class CannotShare(RuntimeError):
@@ -23,7 +23,7 @@ class CannotShare(RuntimeError):
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, shared_prefix_layout: SharedPrefixLayout | None = None,
-    **kwargs: Any,
+    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Hugging Face's attention signature: q (1, H, T, K), k and v (1, Hkv, T, K) -> (1, T, H, K)."""
     if shared_prefix_layout is None:
@@ -35,7 +35,10 @@ def _attention(
         raise CannotShare(
             f"{type(module).__name__} asks for attention with {', '.join(unknown) or 'a mask or dropout'}"
         )
-    out = shared_prefix_attention(query, key, value, shared_prefix_layout, scale=scaling)
+    out = shared_prefix_attention(
+        query, key, value, shared_prefix_layout, scale=scaling,
+        window=sliding_window, softcap=softcap, sinks=s_aux,
+    )  # fmt: skip
     return out.transpose(1, 2), None
 
 
@@ -51,14 +54,8 @@ def why_unshared(model: Any, longest: int) -> str | None:
     other = kinds - {"full_attention", "attention", "sliding_attention"}
     if other:
         return f"it has layers of type {', '.join(sorted(other))}"
-    window = getattr(config, "sliding_window", None)
-    slides = "sliding_attention" in kinds or not getattr(config, "layer_types", None)
-    if getattr(config, "use_sliding_window", True) and slides and window and window < longest:
-        return f"its sliding window of {window} tokens is shorter than the longest sequence ({longest})"
     if scales_by_longest(config, longest):
         return "its longrope position scaling depends on the longest sequence of a pass"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "it soft-caps attention scores"
     if getattr(config, "alibi", False):
         return "it uses ALiBi position biases"
     return None

@@ -16,15 +16,25 @@ class SharedPrefixLayout:
 
     A group is a prompt followed by its completions; groups follow each other. Every completion continues the prompt: its
     positions start at the prompt's length, it sees the prompt and its own earlier tokens, nothing else.
+    `bidirectional` holds, per group, the spans of its prompt whose tokens see each other both ways.
     Index tensors are made once per device and shared: do not write into them.
     """
 
     groups: tuple[tuple[int, tuple[int, ...]], ...]
+    bidirectional: tuple[tuple[tuple[int, int], ...], ...] = ()
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def from_groups(cls, groups: Iterable[tuple[int, Sequence[int]]]) -> SharedPrefixLayout:
-        """Layout of [(prompt length, [completion lengths]), ...]; ValueError where a length is not positive."""
+    def from_groups(
+        cls,
+        groups: Iterable[tuple[int, Sequence[int]]],
+        bidirectional: Sequence[Sequence[tuple[int, int]]] | None = None,
+    ) -> SharedPrefixLayout:
+        """Layout of [(prompt length, [completion lengths]), ...]; ValueError where a length is not positive.
+
+        bidirectional: for each group, spans (start, stop) of its prompt, in order and apart from each other, whose tokens
+        also see the span's later tokens: an image's tokens in Gemma 3, the whole prompt in PaliGemma.
+        """
         checked = []
         for i, (prompt, completions) in enumerate(groups):
             if int(prompt) < 1:
@@ -41,13 +51,15 @@ class SharedPrefixLayout:
             checked.append((int(prompt), tuple(int(length) for length in completions)))
         if not checked:
             raise ValueError("SharedPrefixLayout: groups: wanted a group or more, got none")
-        return cls(tuple(checked))
+        spans = _checked_spans(bidirectional, [prompt for prompt, _ in checked])
+        return cls(tuple(checked), spans if any(spans) else ())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"groups": self.groups}
+        return {"groups": self.groups, "bidirectional": self.bidirectional}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         object.__setattr__(self, "groups", state["groups"])
+        object.__setattr__(self, "bidirectional", state["bidirectional"])
         object.__setattr__(self, "_made", {})
 
     def cached(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -125,8 +137,23 @@ class SharedPrefixLayout:
             "sequences", device, lambda: [torch.full((n,), i) for i, n in enumerate(self.lengths)]
         )
 
-    def dense_mask(self, device: torch.device | str | None = None) -> Tensor:
-        """bool (T, T), True where the row may see the column: the definition, for references and dense attention."""
+    def spans(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """The bidirectional spans of every group's prompt, positions within the prompt."""
+        return self.bidirectional or ((),) * len(self.groups)
+
+    def longest(self) -> int:
+        """Tokens of the longest prompt with one of its completions."""
+        return self.cached("longest", lambda: max(p + max(r) for p, r in self.groups))
+
+    def binding_window(self, window: int | None) -> int | None:
+        """`window`, or None where it reaches over every sequence and so changes nothing."""
+        return None if window is None or window >= self.longest() else window
+
+    def dense_mask(self, device: torch.device | str | None = None, window: int | None = None) -> Tensor:
+        """bool (T, T), True where the row may see the column: the definition, for references and dense attention.
+
+        With a window a query at position p sees no key before position p - window + 1.
+        """
 
         def make() -> list[Tensor]:
             mask = torch.zeros(self.tokens, self.tokens, dtype=torch.bool)
@@ -134,6 +161,43 @@ class SharedPrefixLayout:
                 mask[start : start + prompt, start : start + prompt] = True
                 mask[own : own + length, start : start + prompt] = True
                 mask[own : own + length, own : own + length] = True
-            return [mask.tril_()]
+            mask.tril_()
+            for start, spans in zip(self._group_starts(), self.spans(), strict=True):
+                for a, b in spans:
+                    mask[start + a : start + b, start + a : start + b] = True
+            if window is not None:
+                position = self.position_ids()
+                mask &= position[None, :] > position[:, None] - window
+            return [mask]
 
-        return self._index("mask", device, make)
+        return self._index(f"mask {window}", device, make)
+
+    def _group_starts(self) -> list[int]:
+        starts, row = [], 0
+        for prompt, lengths in self.groups:
+            starts.append(row)
+            row += prompt + sum(lengths)
+        return starts
+
+
+def _checked_spans(
+    bidirectional: Sequence[Sequence[tuple[int, int]]] | None, prompts: list[int]
+) -> tuple[tuple[tuple[int, int], ...], ...]:
+    if bidirectional is None:
+        return ()
+    if len(bidirectional) != len(prompts):
+        raise ValueError(
+            f"SharedPrefixLayout: bidirectional: wanted the spans of {len(prompts)} groups, got {len(bidirectional)}"
+        )
+    checked = []
+    for i, (spans, prompt) in enumerate(zip(bidirectional, prompts, strict=True)):
+        edge = 0
+        for start, stop in spans:
+            if not edge <= int(start) < int(stop) <= prompt:
+                raise ValueError(
+                    f"SharedPrefixLayout: bidirectional[{i}]: wanted spans in order within a prompt of {prompt} tokens, "
+                    f"got {start} to {stop}"
+                )
+            edge = int(stop)
+        checked.append(tuple((int(start), int(stop)) for start, stop in spans))
+    return tuple(checked)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fasttrain_kernels import SharedPrefixLayout, shared_prefix_attention, shared_prefix_attention_ref
-from fasttrain_kernels.shared_prefix_attention import attention_plan
+from fasttrain_kernels.shared_prefix_plan import Plan, attention_plan
 
 GROUPS = st.lists(
     st.tuples(st.integers(1, 40), st.lists(st.integers(1, 30), min_size=1, max_size=5)),
@@ -44,7 +44,8 @@ def test_indices_of_a_small_layout_written_out_by_hand() -> None:
 
 
 def test_equal_layouts_are_equal_and_survive_pickling() -> None:
-    layout = SharedPrefixLayout.from_groups([(3, [2, 1])])
+    layout = SharedPrefixLayout.from_groups([(3, [2, 1])], [[(0, 2)]])
+    assert layout != SharedPrefixLayout.from_groups([(3, [2, 1])])
     layout.position_ids()
     copy = pickle.loads(pickle.dumps(layout))
     assert copy == layout and hash(copy) == hash(layout)
@@ -66,20 +67,70 @@ def test_empty_parts_of_a_layout_are_refused(groups: list, message: str) -> None
         SharedPrefixLayout.from_groups(groups)
 
 
-@settings(deadline=None, max_examples=60)
-@given(groups=GROUPS, block=st.sampled_from([4, 16, 128]))
-def test_a_plan_covers_every_visible_pair_once_and_no_other(groups: list, block: int) -> None:
-    layout = SharedPrefixLayout.from_groups(groups)
-    plan = attention_plan(layout, block)
-    seen = torch.zeros(layout.tokens, layout.tokens, dtype=torch.int64)
-    for d in plan.diagonals:
-        for a in range(d.start, d.start + d.segments * d.length, d.length):
-            seen[a : a + d.length, a : a + d.length] += torch.ones(
-                d.length, d.length, dtype=torch.int64
-            ).tril()
-    for r in plan.rectangles:
-        seen[r.q0 : r.q1, r.k0 : r.k1] += 1
-    assert torch.equal(seen, layout.dense_mask().long())
+@st.composite
+def layouts(draw: st.DrawFn) -> SharedPrefixLayout:
+    """Small layouts, some with bidirectional spans in their prompts."""
+    groups = draw(GROUPS)
+    spans = []
+    for prompt, _ in groups:
+        edges = sorted(draw(st.sets(st.integers(0, prompt), max_size=4)))
+        spans.append(list(zip(edges[::2], edges[1::2])))
+    return SharedPrefixLayout.from_groups(groups, spans)
+
+
+def pairs_of(plan: Plan, tokens: int) -> Tensor:
+    """How often each (row, column) is computed by the parts of a plan, and each row as a diagonal."""
+    row = torch.arange(tokens)[None, None, :, None]
+    seen = torch.zeros(tokens, tokens, dtype=torch.int64)
+    for part in [*plan.first, *plan.more]:
+        for queries, keys in zip(part.queries.take(row), part.keys.take(row), strict=True):
+            square = torch.ones(queries.shape[1], keys.shape[1], dtype=torch.int64)
+            square = square.tril() if part.how.causal else square
+            square = square if part.how.above is None else square.triu(part.how.above)
+            assert (square.sum(1) > 0).all(), "a kernel must not get a row without keys"
+            seen[queries[0, :, 0, None], keys[0, None, :, 0]] += square
+    return seen
+
+
+@settings(deadline=None, max_examples=150)
+@given(layout=layouts(), window=st.none() | st.integers(1, 80), block=st.sampled_from([4, 16, 128]))
+def test_a_plan_covers_every_visible_pair_once_and_no_other(
+    layout: SharedPrefixLayout, window: int | None, block: int
+) -> None:
+    plan = attention_plan(layout, window, block)
+    assert torch.equal(pairs_of(plan, layout.tokens), layout.dense_mask(window=window).long())
+    rows = torch.cat(
+        [part.queries.take(torch.arange(layout.tokens)[None, None, :, None]).flatten() for part in plan.first]
+    )
+    assert sorted(rows.tolist()) == list(range(layout.tokens))
+
+
+def test_a_window_counts_positions_and_a_span_is_bidirectional_written_out_by_hand() -> None:
+    layout = SharedPrefixLayout.from_groups([(4, [2, 1])], bidirectional=[[(1, 3)]])
+    # rows:     p i i p a a b; positions 0 1 2 3 4 5 4
+    assert layout.dense_mask(window=3).int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 1, 0, 0],
+        [0, 0, 0, 1, 1, 1, 0],
+        [0, 0, 1, 1, 0, 0, 1],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spans", "message"),
+    [
+        ([[(0, 2)], []], "bidirectional: wanted the spans of 1 groups, got 2"),
+        ([[(2, 2)]], r"bidirectional\[0\]: wanted spans in order within a prompt of 4 tokens, got 2 to 2"),
+        ([[(0, 2), (1, 3)]], "got 1 to 3"),
+        ([[(2, 5)]], "got 2 to 5"),
+    ],
+)
+def test_spans_outside_a_prompt_or_out_of_order_are_refused(spans: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SharedPrefixLayout.from_groups([(4, [1])], spans)
 
 
 def heads_of(tokens: int, heads: int, size: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -119,6 +170,45 @@ def test_attention_and_its_gradients_equal_dense_attention(
         )
 
 
+OPTIONS = {
+    "window": {"window": 100},
+    "narrow window": {"window": 3},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": True},
+    "bidirectional": {"spans": True},
+    "all": {"window": 70, "softcap": 2.0, "sinks": True, "spans": True},
+}
+
+
+@pytest.mark.parametrize("dtype", list(BAR))
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("groups", [[(5, [3, 3, 4])], [(300, [40, 41]), (17, [1, 1]), (1, [333])]])
+def test_options_and_their_gradients_equal_dense_attention(
+    groups: list, name: str, dtype: torch.dtype
+) -> None:
+    options = dict(OPTIONS[name])
+    spans = [[(p // 3, p // 3 + 1), (p // 2, p)] if p > 2 else [] for p, _ in groups]
+    layout = SharedPrefixLayout.from_groups(groups, spans if options.pop("spans", False) else None)
+    ours = [heads_of(layout.tokens, h, 16, dtype, i) for i, h in enumerate((4, 2, 2))]
+    true = [x.detach().double().requires_grad_() for x in ours]
+    if options.pop("sinks", False):
+        ours.append(torch.tensor([0.3, -2.0, 4.0, 1.0], dtype=dtype, requires_grad=True))
+        true.append(ours[3].detach().double().requires_grad_())
+    out = shared_prefix_attention(*ours[:3], layout, sinks=ours[3] if ours[3:] else None, **options)
+    ref = shared_prefix_attention_ref(*true[:3], layout, sinks=true[3] if true[3:] else None, **options)
+    grad = torch.randn(ref.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    out.backward(grad.to(dtype))
+    ref.backward(grad)
+    bar, grad_bar = BAR[dtype]
+    # a narrow window averages little: values of 4, whose bf16 neighbours are 1/64 apart
+    assert ((out.detach().double() - ref.detach()).abs() <= bar * ref.detach().abs().clamp(min=1)).all()
+    for mine, theirs in zip(ours, true):
+        assert mine.grad is not None and theirs.grad is not None
+        assert (mine.grad.double() - theirs.grad).abs().max() <= grad_bar * theirs.grad.abs().max().clamp(
+            min=1
+        )
+
+
 def test_a_completion_is_blind_to_the_other_completions_and_groups() -> None:
     layout = SharedPrefixLayout.from_groups([(20, [9, 6]), (4, [5])])
     q, k, v = (heads_of(layout.tokens, 2, 8, torch.float32, i).detach() for i in range(3))
@@ -136,6 +226,9 @@ def test_a_completion_is_blind_to_the_other_completions_and_groups() -> None:
         ({"k": torch.ones(1, 3, 7, 8)}, r"k: wanted shape \(1, a divisor of 4, 7, 8\), got \(1, 3, 7, 8\)"),
         ({"v": torch.ones(1, 4, 7, 8)}, r"v: wanted shape \(1, 2, 7, 8\) as k"),
         ({"v": torch.ones(1, 2, 7, 8).double()}, "v: wanted dtype torch.float32 as q, got torch.float64"),
+        ({"window": 0}, "window: wanted 1 token or more, got 0"),
+        ({"softcap": -1.0}, "softcap: wanted a positive number, got -1.0"),
+        ({"sinks": torch.ones(2)}, r"sinks: wanted shape \(4,\) on cpu, got \(2,\) on cpu"),
         ({"backend": "magic"}, "backend: wanted one of .*, got 'magic'"),
     ],
 )

@@ -16,6 +16,15 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
     "Qwen2": ({}, None),
     "Qwen3": ({"head_dim": 16}, None),
     "Mistral": ({"sliding_window": 4096}, None),
+    "Mistral of a short window": ({"sliding_window": 11}, None),
+    "Qwen2 of a short window": (
+        {"use_sliding_window": True, "sliding_window": 13, "max_window_layers": 1},
+        None,
+    ),
+    "Gemma3 text": (
+        {"head_dim": 16, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
+        None,
+    ),
     "Gemma": ({"head_dim": 16}, None),
     "Phi3": ({}, None),
     "Granite": ({"logits_scaling": 3.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.3}, None),
@@ -24,7 +33,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
     "GPTNeoX": ({}, None),
     "OPT": ({"word_embed_proj_dim": 64, "ffn_dim": 112}, None),
     "GPT2": ({"n_embd": 64, "n_layer": 2, "n_head": 4}, None),
-    "Gemma2": ({"head_dim": 16}, "it soft-caps attention scores"),
+    "Gemma2": ({"head_dim": 16, "attn_logit_softcapping": 2.0, "sliding_window": 12}, None),
     "Phi3 longrope": (
         {
             "max_position_embeddings": 256,
@@ -39,7 +48,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
         },
         "its longrope position scaling depends on the longest sequence",
     ),
-    "GptOss": ({"head_dim": 16, "num_local_experts": 4, "sliding_window": 4096}, "attention with s_aux"),
+    "GptOss": ({"head_dim": 16, "num_local_experts": 4, "sliding_window": 14}, None),
     "Falcon": ({}, "does not take attention functions"),
 }
 
@@ -56,7 +65,8 @@ def build(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         if name in ("GPTNeoX", "OPT", "GPT2", "Falcon"):
             ids = {key: value for key, value in common.items() if key.endswith("_id") or key == "vocab_size"}
             common = ids | ({} if name == "GPT2" else SMALL)
-        config = getattr(transformers, f"{family}Config")(**(common | FAMILIES[name][0] | changes))
+        text = "TextConfig" if name == "Gemma3 text" else "Config"
+        config = getattr(transformers, f"{family}{text}")(**(common | FAMILIES[name][0] | changes))
         kind = "GPT2LMHeadModel" if name == "GPT2" else f"{family}ForCausalLM"
         tiny_models.draw_weights(getattr(transformers, kind)(config), 1).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
