@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from fasttrain_data.formats.bring_in import import_pairs
     from fasttrain_data.formats.write import export_pairs
     from fasttrain_data.pairs.build import PairSettings, make_pairs
+    from fasttrain_data.pairs.demonstrations import DemonstrationSettings, make_demonstrations
+    from fasttrain_data.pairs.steering import steering_text
     from fasttrain_data.questions.build import QuestionSettings, build_questions
     from fasttrain_data.stats.report import make_report
 
@@ -39,6 +41,7 @@ _HOMES = {
     "AnnotateSettings": "annotations.settings",
     "CallLimits": "calls.dispatch",
     "CompleteResult": "completions.build",
+    "DemonstrationSettings": "pairs.demonstrations",
     "Endpoint": "annotations.judge",
     "LocalSampler": "completions.local",
     "PairSettings": "pairs.build",
@@ -54,10 +57,12 @@ _HOMES = {
     "forecast": "annotations.run",
     "import_pairs": "formats.bring_in",
     "load_sampler": "completions.local",
+    "make_demonstrations": "pairs.demonstrations",
     "make_pairs": "pairs.build",
     "make_report": "stats.report",
     "open_judge": "annotations.judge",
     "read_pairs": "formats",
+    "steering_text": "pairs.steering",
 }
 
 __all__ = [
@@ -66,6 +71,7 @@ __all__ = [
     "BadRow",
     "CallLimits",
     "CompleteResult",
+    "DemonstrationSettings",
     "Endpoint",
     "LocalSampler",
     "PairSettings",
@@ -82,10 +88,12 @@ __all__ = [
     "forecast",
     "import_pairs",
     "load_sampler",
+    "make_demonstrations",
     "make_pairs",
     "make_report",
     "open_judge",
     "read_pairs",
+    "steering_text",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The records that stages hand to each other: question, completion, annotation, pair.
+"""The records that stages hand to each other: question, completion, annotation, pair, demonstration.
 
 Every record says how it was made. Keys of other tools are kept. Written by hand, a record needs only the
 fields without a default; `image` is read as a one-element `images`.
@@ -204,6 +204,29 @@ class Pair(Record):
     chosen_chars: int | None = None
     rejected_chars: int | None = None
     rule: dict[str, Any] | None = Field(default=None, description="score, margin, rejected, seed")
+    annotator: str | None = None
+    annotator_version: str | None = None
+    annotated: str | None = Field(default=None, description="when the answers were annotated, UTC")
+    split: str | None = None
+    tool: str | None = None
+
+
+class Demonstration(Record):
+    """A row in TRL's prompt-completion format: what the SFT arms learn, with where it came from."""
+
+    id: str
+    images: list[str] = []
+    prompt: list[dict[str, Any]]
+    completion: list[dict[str, Any]]
+    question_id: str | None = None
+    completion_id: str | None = None
+    score: float | None = Field(
+        default=None, description="by the rule's score; none for a dataset's own answer"
+    )
+    scores: dict[str, int] | None = None
+    count: int = Field(default=1, ge=1, description="how many samples gave this very answer")
+    chars: int | None = None
+    rule: dict[str, Any] | None = Field(default=None, description="for, take, score, margin, seed")
     annotator: str | None = None
     annotator_version: str | None = None
     annotated: str | None = Field(default=None, description="when the answers were annotated, UTC")

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 from fasttrain_data.jsonl import write_text
-from fasttrain_data.records import Annotation, Completion, Pair, Question, Record
+from fasttrain_data.records import Annotation, Completion, Demonstration, Pair, Question, Record
 
 RECORDS: dict[str, type[Record]] = {
     "question": Question,
     "completion": Completion,
     "annotation": Annotation,
     "pair": Pair,
+    "demonstration": Demonstration,
 }
 
 

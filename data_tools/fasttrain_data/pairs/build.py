@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,26 @@ from fasttrain_data.spill import Groups
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairSettings:
-    """answers: how many sampled answers a prompt must have; prompts with fewer are left out. None: any number,
+class PromptSettings:
+    """Which prompts are used, whatever is made of them.
+
+    answers: how many sampled answers a prompt must have; prompts with fewer are left out. None: any number,
     with prompts below the most common number counted. held_out: share of the prompts set aside.
     """
 
     score: str = "hcc"
     margin: float = 2.0
-    rejected: Rejected = "random"
     seed: int = 0
     answers: int | None = None
     held_out: float = 0.0
     image_root: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSettings(PromptSettings):
+    """And which of a prompt's clearly worse answers is rejected."""
+
+    rejected: Rejected = "random"
 
 
 @dataclass
@@ -66,23 +74,20 @@ def make_pairs(annotations: Path, output: Path, settings: PairSettings) -> PairC
         sizes: dict[int, int] = {}
         for where, group in grouped(annotations):
             counts.prompts += 1
-            answers = _scored_answers(where, group, settings, account)
+            answers = scored_answers(where, group, settings, account)
             if answers is None:
                 continue
             size = sum(answer.count for answer in answers)
             sizes[size] = sizes.get(size, 0) + 1
-            aside = _is_held_out(group[0], settings)
+            aside = is_held_out(group[0], settings)
             for pair in _pairs_of(where, group, answers, rule, settings, account):
                 _count(counts, pair, aside)
                 pair.images = [names.written(name) for name in pair.images]
                 pair.split = ("heldout" if aside else "train") if settings.held_out else None
                 (write_held_out if aside else write)(pair.row())
-        _note_sizes(account, sizes, settings)
+        note_sizes(account, sizes, settings)
         if not counts.pairs:
-            reasons = ", ".join(
-                f"{count:,} {reason}" for reason, count in account.dropped.get("prompts", {}).items()
-            )
-            raise UserError(f"{annotations}: wanted at least one pair, got none ({reasons or 'no rows'})")
+            raise nothing_left(annotations, "pair", account)
     if note := names.note(output):
         account.notes.append(note)
     return counts
@@ -111,8 +116,8 @@ def grouped(annotations: Path) -> Iterator[tuple[str, list[Annotation]]]:
         groups.close()
 
 
-def _scored_answers(
-    where: str, group: list[Annotation], settings: PairSettings, account: Account
+def scored_answers(
+    where: str, group: list[Annotation], settings: PromptSettings, account: Account
 ) -> list[Scored] | None:
     """The prompt's different answers, all scored; None (and counted) if that cannot be had."""
     failed = [row.status for row in group if row.status != "ok"]
@@ -152,14 +157,22 @@ def _pairs_of(
     choices = choose(scores, settings.margin, settings.rejected, rng, counts)
     if choices:
         account.keep("prompts")
-    elif len(answers) < 2:
-        account.drop("prompts", "one answer only", where, first.question)
     else:
-        spread = max(scores) - min(scores)
-        reason = "tie: all answers score the same" if spread < ROUNDING else "low margin"
-        account.drop("prompts", reason, where, first.question)
+        account.drop("prompts", why_no_pair(scores), where, first.question)
     for choice in choices:
         yield _pair(first, answers, choice, rule, settings)
+
+
+def nothing_left(annotations: Path, wanted: str, account: Account) -> UserError:
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in account.dropped.get("prompts", {}).items())
+    return UserError(f"{annotations}: wanted at least one {wanted}, got none ({reasons or 'no rows'})")
+
+
+def why_no_pair(scores: Sequence[float]) -> str:
+    """The reason that is counted for a prompt whose answers do not differ by the margin."""
+    if len(scores) < 2:
+        return "one answer only"
+    return "tie: all answers score the same" if max(scores) - min(scores) < ROUNDING else "low margin"
 
 
 def _pair(
@@ -211,7 +224,7 @@ def answer_message(text: str) -> list[dict[str, Any]]:
     return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
 
 
-def _is_held_out(row: Annotation, settings: PairSettings) -> bool:
+def is_held_out(row: Annotation, settings: PromptSettings) -> bool:
     """Decided by the prompt alone, so that all pairs of a prompt stand on one side."""
     return (
         bool(settings.held_out)
@@ -227,7 +240,7 @@ def _count(counts: PairCounts, pair: Pair, aside: bool) -> None:
     counts.margin_sum += pair.margin or 0.0
 
 
-def _note_sizes(account: Account, sizes: dict[int, int], settings: PairSettings) -> None:
+def note_sizes(account: Account, sizes: dict[int, int], settings: PromptSettings) -> None:
     """Prompts with fewer answers than is usual in this file are paired, but not in silence."""
     if settings.answers is not None or not sizes:
         return
