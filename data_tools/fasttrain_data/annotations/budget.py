@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from fasttrain_data.annotations.prices import Price
-from fasttrain_data.annotations.request import JudgeRequest
 from fasttrain_data.errors import UserError
 
 # Rough sizes for estimates before the first reply: Gemini's documents give four characters a token; an image is
 # taken at the largest default budget they name. Replies in the journal replace these by their own means.
 CHARS_PER_TOKEN = 4
 IMAGE_TOKENS = 1120
-OUTPUT_TOKENS_PER_ANSWER = 150
+
+
+class Priced(Protocol):
+    """What the price of a request is reckoned from."""
+
+    @property
+    def images(self) -> Sequence[Any]: ...
+
+    @property
+    def max_output_tokens(self) -> int: ...
+
+    def prompt_chars(self) -> int: ...
+
+    def likely_output_tokens(self) -> int:
+        """A rough guess, before the first reply."""
 
 
 @dataclass
@@ -29,12 +44,12 @@ class Measured:
         self.output_tokens += output_tokens
 
 
-def estimate_tokens(request: JudgeRequest, measured: Measured) -> tuple[int, int]:
+def estimate_tokens(request: Priced, measured: Measured) -> tuple[int, int]:
     """(prompt, output) tokens that a call will probably take."""
     if measured.calls:
         return measured.prompt_tokens // measured.calls, measured.output_tokens // measured.calls
     prompt = request.prompt_chars() // CHARS_PER_TOKEN + IMAGE_TOKENS * len(request.images)
-    return prompt, OUTPUT_TOKENS_PER_ANSWER * len(request.answers)
+    return prompt, request.likely_output_tokens()
 
 
 class Budget:
@@ -55,7 +70,7 @@ class Budget:
         self._reserved_usd: dict[str, float] = {}
         self._reserved_sum_usd = 0.0
 
-    def admit(self, key: str, request: JudgeRequest) -> bool:
+    def admit(self, key: str, request: Priced) -> bool:
         """Reserve the most that the call could cost; False if the cap has no room for it now."""
         if self.cap_usd is None or key in self._reserved_usd:
             return True
@@ -66,7 +81,7 @@ class Budget:
         self.reserve(key, most_usd)
         return True
 
-    def most_of(self, request: JudgeRequest) -> float:
+    def most_of(self, request: Priced) -> float:
         """The most that a call can cost, in US dollars; 0 without a price."""
         if self.price is None:
             return 0.0

@@ -47,15 +47,22 @@ class _Problem(Exception):
         self.status, self.detail = status, detail
 
 
-def judge_reply(reply: Reply, answers: int) -> Verdict:
-    """Status and scores of a reply to a request with so many answers."""
+def withheld(reply: Reply) -> Verdict | None:
+    """Why the server kept its answer back; None if it did not."""
     if reply.block_reason and reply.text is None:
         return Verdict("blocked_prompt", reply.block_reason)
-    finish = reply.finish_reason or ""
-    if finish == "RECITATION":
+    if reply.finish_reason == "RECITATION":
         return Verdict("recitation", "the judge's answer was withheld as recitation")
-    if finish in _BLOCKED:
-        return Verdict("blocked_answer", finish)
+    if reply.finish_reason in _BLOCKED:
+        return Verdict("blocked_answer", reply.finish_reason)
+    return None
+
+
+def judge_reply(reply: Reply, answers: int) -> Verdict:
+    """Status and scores of a reply to a request with so many answers."""
+    if (verdict := withheld(reply)) is not None:
+        return verdict
+    finish = reply.finish_reason or ""
     if finish == "MAX_TOKENS":
         return Verdict("truncated", "the reply reached --max-output-tokens")
     if not (reply.text or "").strip():

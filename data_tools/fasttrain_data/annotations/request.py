@@ -15,6 +15,7 @@ from fasttrain_data.records import ATTRIBUTES, Turn
 # Sorted keys keep the written assessment before the scores: the older SDK cannot order properties, and servers
 # that sort them still let the judge reason first.
 REASON = "assessment"
+OUTPUT_TOKENS_PER_ANSWER = 150
 
 _INSTRUCTIONS = """\
 You grade answers that an assistant gave to a question, usually about one or more images. Look at the images \
@@ -65,6 +66,9 @@ class JudgeRequest:
     def prompt_chars(self) -> int:
         """Length of all text that is sent."""
         return len(system_instruction()) + sum(len(text) for text in self.texts())
+
+    def likely_output_tokens(self) -> int:
+        return OUTPUT_TOKENS_PER_ANSWER * len(self.answers)
 
     def texts(self) -> list[str]:
         """The text parts after the images: conversation and question first, then one part per answer."""

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import base64
-import json
 import os
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
+from fasttrain_data.calls.chat_server import KEY_VARIABLE, chat_url, post_chat
 from fasttrain_data.calls.dispatch import CallLimits, Dispatcher
-from fasttrain_data.calls.failures import CallFailed, failure_of, without_key
 from fasttrain_data.completions.samples import Done, Drawn, Sample, SampleSettings, messages_of
 from fasttrain_data.errors import UserError
-
-KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 class ServerSampler:
@@ -26,10 +23,7 @@ class ServerSampler:
     def __init__(
         self, url: str, settings: SampleSettings, limits: CallLimits, timeout_s: float = 300.0
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"--server: wanted http://... or https://..., got {url!r}")
-        base = url.rstrip("/").removesuffix("/chat/completions")
-        self.url = f"{base if base.endswith('/v1') else base + '/v1'}/chat/completions"
+        self.url = chat_url(url)
         self.settings, self.limits = settings, limits
         self.timeout_s = timeout_s
         self._key = os.environ.get(KEY_VARIABLE)
@@ -49,31 +43,12 @@ class ServerSampler:
 
     def _ask(self, client: Any, sample: Sample) -> Drawn:
         """One request; CallFailed if it brought no text."""
-        import httpx
-
-        try:
-            response = client.post(self.url, json=self._body(sample))
-        except httpx.TimeoutException as error:
-            raise CallFailed("timeout", f"no reply in time ({type(error).__name__})", retry=True) from None
-        except httpx.HTTPError as error:
-            raise CallFailed(
-                "server_error", without_key(f"connection failed: {error}", self._key), retry=True
-            ) from None
-        if response.status_code != 200:
-            message = without_key(_error_message(response.text), self._key)
-            raise failure_of(response.status_code, message, [], dict(response.headers))
-        try:
-            body = response.json()
-            choice = body["choices"][0]
-            text = choice["message"].get("content") or ""
-            usage = body.get("usage") or {}
-        except (json.JSONDecodeError, KeyError, IndexError, TypeError, AttributeError):
-            problem = f"unreadable reply: {response.text[:200]!r}"
-            raise CallFailed("malformed", problem, retry=True) from None
+        body = post_chat(client, self.url, self._body(sample), self._key)
+        choice = body["choices"][0]
         return Drawn(
-            text=text,
+            text=choice["message"].get("content") or "",
             finish_reason=choice.get("finish_reason"),
-            tokens=usage.get("completion_tokens"),
+            tokens=(body.get("usage") or {}).get("completion_tokens"),
             model_version=body.get("system_fingerprint") or body.get("model"),
         )
 
@@ -106,12 +81,3 @@ def _openai_messages(sample: Sample) -> list[dict[str, Any]]:
             for part in parts
         ]
     return messages
-
-
-def _error_message(text: str) -> str:
-    try:
-        body = json.loads(text)
-        error = body.get("error", body)
-        return str(error.get("message", error) if isinstance(error, dict) else error)[:300]
-    except (json.JSONDecodeError, AttributeError):
-        return text[:300]

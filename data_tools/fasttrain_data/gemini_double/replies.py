@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from typing import Any
 
 from fasttrain_data.annotations.request import REASON
@@ -44,15 +45,21 @@ class AskedFor:
             self.question = text.partition("Question:\n")[2] or text
 
 
-def judged(asked: AskedFor, judge: JudgeFunction, fault: Fault | None, model_version: str) -> Body:
-    """The 200 body for a request: the judge's scores, spoilt by a content fault."""
+def judged(
+    asked: AskedFor,
+    judge: JudgeFunction,
+    fault: Fault | None,
+    model_version: str,
+    free: Callable[[str], str] | None = None,
+) -> Body:
+    """The 200 body for a request: the judge's scores, or free text, spoilt by a content fault."""
     if fault == "blocked_prompt":
         return {
             "promptFeedback": {"blockReason": "SAFETY"},
             "modelVersion": model_version,
             "usageMetadata": _usage(asked, 0),
         }
-    text, finish = _text(asked, judge, fault)
+    text, finish = _text(asked, judge, fault, free)
     candidate: Body = {"finishReason": finish, "index": 0}
     if text is not None:
         candidate["content"] = {"role": "model", "parts": [{"text": text}]}
@@ -67,13 +74,18 @@ def judged(asked: AskedFor, judge: JudgeFunction, fault: Fault | None, model_ver
     return body
 
 
-def _text(asked: AskedFor, judge: JudgeFunction, fault: Fault | None) -> tuple[str | None, str]:
+def _text(
+    asked: AskedFor, judge: JudgeFunction, fault: Fault | None, free: Callable[[str], str] | None
+) -> tuple[str | None, str]:
     if fault in ("blocked_answer", "recitation"):
         return None, {"blocked_answer": "SAFETY", "recitation": "RECITATION"}[fault]
     if fault == "max_tokens_thinking":
         return None, "MAX_TOKENS"
     if fault == "empty":
         return None, "STOP"
+    if free is not None:
+        said = free(asked.question)
+        return (said[: len(said) // 2], "MAX_TOKENS") if fault == "max_tokens" else (said, "STOP")
     if fault == "prose":
         return "Answer 1 is helpful, I would say.", "STOP"
     entries = _entries(judge(asked.question, asked.images, asked.answers))

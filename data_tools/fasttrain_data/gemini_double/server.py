@@ -49,6 +49,7 @@ class GeminiDouble:
     judge: (question, image bytes, answers) -> five scores per answer. faults: see FaultMix. delay_s: how long a
     reply takes. retry_delay_s: what a 429 tells the client. timeout_s: how long a hanging call hangs.
     model_version: what replies report. batch_polls: how often a batch is asked for before it is done.
+    text: if given, replies are what it makes of the last text part, instead of the judge's grades.
     on_call: called with every SeenCall, in the thread that served it. Without `keep_calls` only counts are kept.
     """
 
@@ -65,9 +66,10 @@ class GeminiDouble:
         batch_polls: int = 1,
         on_call: Callable[[SeenCall], None] | None = None,
         keep_calls: bool = True,
+        text: Callable[[str], str] | None = None,
         port: int = 0,
     ) -> None:
-        self.judge, self.faults, self.delay_s = judge, faults, delay_s
+        self.judge, self.faults, self.delay_s, self.text = judge, faults, delay_s, text
         self.retry_delay_s, self.timeout_s = retry_delay_s, timeout_s
         self.api_key, self.on_call, self.keep_calls = api_key, on_call, keep_calls
         self._version = model_version
@@ -148,7 +150,7 @@ class GeminiDouble:
             return 200, "upstream connect error"
         if fault in TRANSPORT:
             return fault_error(fault, self.retry_delay_s, self.api_key)  # type: ignore[arg-type]
-        return 200, judged(asked, self.judge, fault, self.model_version)
+        return 200, judged(asked, self.judge, fault, self.model_version, self.text)
 
     def _note(self, call: SeenCall) -> None:
         with self._lock:
