@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from fasttrain import __version__
+from fasttrain.answering.command import answer_command
 from fasttrain.errors import UserError
 
 RECIPE_OPTIONS = (
@@ -47,6 +48,7 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="fasttrain")
 def cli() -> None:
     """Direct Preference Optimization for vision-language models, fast and exact."""
+    _prepare_torch()
 
 
 @cli.command()
@@ -69,7 +71,6 @@ def dpo(recipe: str, overrides: tuple[str, ...], resume: bool, overwrite: bool, 
     if resume and overwrite:
         raise UserError("--resume and --overwrite: wanted one of them, got both")
     config = load_config(recipe, overrides)
-    _prepare_torch()
     if dry_run:
         from fasttrain.train.dry_run import dry_run as run
 
@@ -100,7 +101,6 @@ def reference(recipe: str, overrides: tuple[str, ...]) -> None:
     from fasttrain.config import load_config
 
     config = load_config(recipe, overrides)
-    _prepare_torch()
     from fasttrain.train.first_step import check_sharing
     from fasttrain.train.job import build_job
     from fasttrain.train.loop import fill_references
@@ -118,7 +118,6 @@ def env(as_json: bool) -> None:
     """Show versions, devices, and which backend is picked and why. Paste it into bug reports."""
     import json
 
-    _prepare_torch()
     from fasttrain.environment import collect_facts
 
     facts = collect_facts()
@@ -145,10 +144,12 @@ def demo(folder: Path) -> None:
     Example:
       fasttrain demo -o runs/demo
     """
-    _prepare_torch()
     from fasttrain.demo.run import run_demo
 
     run_demo(folder, echo=click.echo)
+
+
+cli.add_command(answer_command)
 
 
 def _prepare_torch() -> None:
@@ -166,7 +167,7 @@ def _prepare_torch() -> None:
 def main() -> None:
     """Entry point: one line and exit code 2 for a user's mistake, 130 for Ctrl-C, no traceback for either."""
     try:
-        cli(standalone_mode=False, prog_name="fasttrain")
+        code = cli(standalone_mode=False, prog_name="fasttrain")
     except UserError as error:
         _fail(str(error), 2)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -189,6 +190,9 @@ def main() -> None:
         if not isinstance(error, SafetensorError):
             raise
         _fail(f"the machine failed: {error}", 1)
+    else:
+        if isinstance(code, int) and code:
+            sys.exit(code)
 
 
 def _fail(message: str, code: int) -> None:

@@ -1,5 +1,10 @@
 """The one exception that stands for a user's mistake."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """A mistake in command, recipe, data or files: shown as one line, exit code 2."""
@@ -11,3 +16,14 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
     close = get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+@contextlib.contextmanager
+def mistakes_of_data_tools() -> Iterator[None]:
+    """Raises fasttrain_data's UserError, where the block calls its code, as the one of this package."""
+    import fasttrain_data.errors
+
+    try:
+        yield
+    except fasttrain_data.errors.UserError as error:
+        raise UserError(str(error)) from None

@@ -43,10 +43,7 @@ def read_pair(row: dict[str, Any], where: str, image_root: Path) -> Pair:
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if prompt is None:
         prompt, chosen, rejected = _split_common_prompt(chosen, rejected, where)
-    images = _read_images(row, where, image_root)
-    messages = _place_images(_read_prompt(prompt, where), len(images), where)
-    if not any(text.strip() for _, parts in messages for _, text in parts) and IMAGE not in messages[-1][1]:
-        raise BadRow(where, "prompt", "some text or an image", "an empty prompt")
+    messages, images = read_prompt(row, prompt, where, image_root)
     texts = {"chosen": _read_completion(chosen, "chosen", where)}
     texts["rejected"] = _read_completion(rejected, "rejected", where)
     if texts["chosen"] == texts["rejected"]:
@@ -55,15 +52,31 @@ def read_pair(row: dict[str, Any], where: str, image_root: Path) -> Pair:
     return Pair(where=where, id=name, messages=messages, images=images, **texts)
 
 
+def read_prompt(
+    row: dict[str, Any], prompt: Any, where: str, image_root: Path
+) -> tuple[tuple[Message, ...], tuple[ImageRef, ...]]:
+    """A prompt (text or messages) with the row's images, placeholders made explicit; BadRow names what is wrong."""
+    images = _read_images(row, where, image_root)
+    messages = _place_images(_read_prompt(prompt, where), len(images), where)
+    if not any(text.strip() for _, parts in messages for _, text in parts) and IMAGE not in messages[-1][1]:
+        raise BadRow(where, "prompt", "some text or an image", "an empty prompt")
+    return messages, images
+
+
 def check_images(pair: Pair) -> None:
     """Open the header of every image; BadRow if one is missing or no image."""
     for ref in pair.images:
-        try:
-            check_header(ref)
-        except FileNotFoundError:
-            raise BadRow(pair.where, "images", "an existing image file", str(ref.path)) from None
-        except (ValueError, OSError) as error:
-            raise BadRow(pair.where, "images", "an image", f"{ref.name()} ({error})") from None
+        check_image(ref, pair.where)
+
+
+def check_image(ref: ImageRef, where: str) -> None:
+    """Open the header of an image; BadRow, at `where`, if it is missing or no image."""
+    try:
+        check_header(ref)
+    except FileNotFoundError:
+        raise BadRow(where, "images", "an existing image file", str(ref.path)) from None
+    except (ValueError, OSError) as error:
+        raise BadRow(where, "images", "an image", f"{ref.name()} ({error})") from None
 
 
 def _split_common_prompt(chosen: Any, rejected: Any, where: str) -> tuple[Any, Any, Any]:

@@ -67,20 +67,8 @@ def _refuse_head(model: Any, key: str) -> None:
 
 
 def _load_adapter(model: Any, lora: LoraConfig, train_projector: bool) -> Any:
-    import peft
-
     folder = Path(str(lora.init_from))
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(
-            f"lora.init_from: wanted a folder with adapter_config.json and adapter_model.safetensors, got {folder}"
-        )
-    try:
-        config = peft.PeftConfig.from_pretrained(folder)
-    except (ValueError, KeyError, TypeError) as error:
-        problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"lora.init_from: cannot read {folder / 'adapter_config.json'}: {problem}") from None
-    if config.peft_type != "LORA":
-        raise UserError(f"lora.init_from: wanted a LoRA adapter, got {config.peft_type}")
+    config = read_adapter_config(folder)
     for name, theirs in (("rank", config.r), ("alpha", config.lora_alpha)):
         wanted = getattr(lora, name)
         if wanted is not None and wanted != theirs:
@@ -93,12 +81,30 @@ def _load_adapter(model: Any, lora: LoraConfig, train_projector: bool) -> Any:
         )
     config.lora_dropout = lora.dropout
     config.inference_mode = False
-    adapted = _read_adapter(model, folder, config)
+    adapted = read_adapter(model, folder, config, trainable=True)
     _refuse_head(model, "lora.init_from")
     return adapted
 
 
-def _read_adapter(model: Any, folder: Path, config: Any) -> Any:
+def read_adapter_config(folder: Path) -> Any:
+    """The settings of a LoRA adapter in PEFT's format; UserError if the folder holds none."""
+    import peft
+
+    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"lora.init_from: wanted a folder with adapter_config.json and adapter_model.safetensors, got {folder}"
+        )
+    try:
+        config = peft.PeftConfig.from_pretrained(folder)
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"lora.init_from: cannot read {folder / 'adapter_config.json'}: {problem}") from None
+    if config.peft_type != "LORA":
+        raise UserError(f"lora.init_from: wanted a LoRA adapter, got {config.peft_type}")
+    return config
+
+
+def read_adapter(model: Any, folder: Path, config: Any, *, trainable: bool) -> Any:
     """The PeftModel; UserError unless the file has every weight, in the model's shapes: peft draws what is missing."""
     import peft
 
@@ -106,7 +112,7 @@ def _read_adapter(model: Any, folder: Path, config: Any) -> Any:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             adapted = peft.PeftModel.from_pretrained(
-                model, folder, config=config, is_trainable=True, autocast_adapter_dtype=False
+                model, folder, config=config, is_trainable=trainable, autocast_adapter_dtype=False
             )
     except (ValueError, RuntimeError, SafetensorError) as error:
         problem = " ".join(str(error).split())[:200]

@@ -1,0 +1,120 @@
+"""Models of other shapes, through their own processor and `generate`: other vision families, sliding windows, recurrences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fasttrain.answering.decoding import Decoding, Reply
+from fasttrain.answering.generator import read_image, reply_of
+from fasttrain.answering.picking import TokenPicker
+from fasttrain.answering.questions import Question, next_turn
+from fasttrain.data.images import open_image
+from fasttrain.data.pairs import IMAGE, Message
+from fasttrain.data.sources import BadRow
+
+
+class GenericGenerator:
+    """Answers with whatever `generate` runs, one pass for prompt and images of every turn."""
+
+    def __init__(self, model: Any, processor: Any, stops: Sequence[int]) -> None:
+        self.model, self.processor, self.stops = model, processor, list(dict.fromkeys(stops))
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.takes_images = hasattr(processor, "image_processor")
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    def prompt_ids(self, question: Question) -> np.ndarray:
+        """The prompt's text as token ids, an image as one: near enough to sort questions by length."""
+        text = self._render([_plain(message) for message in question.messages], question, tokenize=False)
+        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
+
+    @torch.no_grad()
+    def answer(self, questions: Sequence[Question], decoding: Decoding) -> list[list[Reply]]:
+        """All turns of all questions, in order. The model must be in evaluation mode."""
+        replies: list[list[Reply]] = [[] for _ in questions]
+        messages = [question.messages for question in questions]
+        for turn in range(max(question.turns for question in questions)):
+            rows = [row for row, question in enumerate(questions) if turn < question.turns]
+            if turn:
+                for row in rows:
+                    said, asked = replies[row][-1].text, questions[row].later_turns[turn - 1]
+                    messages[row] = next_turn(messages[row], said or " ", asked)
+            asked_now = [questions[row] for row in rows]
+            for row, reply in zip(
+                rows, self._turn(asked_now, [messages[row] for row in rows], turn, decoding)
+            ):
+                replies[row].append(reply)
+        return replies
+
+    def _turn(
+        self, questions: list[Question], messages: list[tuple[Message, ...]], turn: int, decoding: Decoding
+    ) -> list[Reply]:
+        chats = [self._with_images(q, said) for q, said in zip(questions, messages)]
+        inputs = self._render(
+            chats, questions[0], tokenize=True, return_dict=True, padding=True, return_tensors="pt"
+        )
+        moved = {
+            key: value.to(self.model.device, self.model.dtype)
+            if value.is_floating_point()
+            else value.to(self.model.device)
+            for key, value in inputs.items()
+            if isinstance(value, torch.Tensor)
+        }
+        picker = TokenPicker(
+            [decoding.temperature_of(question) for question in questions],
+            [decoding.seed_of(question, turn) for question in questions],
+            decoding.top_p,
+            self.model.device,
+        )
+        output_ST = self.model.generate(
+            **moved, max_new_tokens=decoding.max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
+            logits_processor=[picker], eos_token_id=self.stops, pad_token_id=self.tokenizer.pad_token_id,
+        )  # fmt: skip
+        new_ST = output_ST[:, moved["input_ids"].shape[1] :].tolist()
+        return [reply_of(tokens, set(self.stops), self.tokenizer) for tokens in new_ST]
+
+    def _with_images(self, question: Question, messages: tuple[Message, ...]) -> list[dict[str, Any]]:
+        """Messages as the processor's chat template takes them, pictures in their places."""
+        if not self.takes_images:
+            if question.images:
+                raise BadRow(question.where, "images", "a text-only row for a text-only model", "an image")
+            return [_plain(message) for message in messages]
+        pictures = iter([self._picture(question, number) for number in range(len(question.images))])
+        chat = []
+        for role, parts in messages:
+            content = [
+                {"type": "image", "image": next(pictures)}
+                if part == IMAGE
+                else {"type": "text", "text": part[1]}
+                for part in parts
+            ]
+            chat.append({"role": role, "content": content})
+        return chat
+
+    def _picture(self, question: Question, number: int) -> Any:
+        image = question.images[number]
+        try:
+            return open_image(read_image(image, question))
+        except ValueError as error:
+            raise BadRow(question.where, "images", "an image", f"{image.name()} ({error})") from None
+
+    def _render(self, chat: Any, question: Question, **options: Any) -> Any:
+        import jinja2
+
+        try:
+            return self.processor.apply_chat_template(chat, add_generation_prompt=True, **options)
+        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise BadRow(
+                question.where, "question", "a conversation that the chat template renders", problem
+            ) from None
+
+
+def _plain(message: Message) -> dict[str, str]:
+    role, parts = message
+    return {"role": role, "content": "".join(text for _, text in parts)}

@@ -1,0 +1,184 @@
+"""A model in this process as something that answers: loaded when the first question needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasttrain.answering.batches import Budget, halving, plan_order, take_batches
+from fasttrain.answering.decoding import Decoding
+from fasttrain.answering.generator import Generator
+from fasttrain.answering.generic import GenericGenerator
+from fasttrain.answering.kv_cache import cache_bytes_per_token
+from fasttrain.answering.questions import Question, image_hashes
+from fasttrain.answering.run import Done
+from fasttrain.config import ModelConfig
+from fasttrain.data.tokens import ChatTokenizer
+from fasttrain.errors import UserError
+from fasttrain.files import HashMemo, cache_root
+from fasttrain.memory import device_memory
+from fasttrain.model import load as loading
+from fasttrain.model.lora import read_adapter, read_adapter_config
+from fasttrain.model.positions import why_too_long
+from fasttrain.progress import say
+from fasttrain.reference.key import identity_hash, model_identity
+
+_MOST_ROWS = 64
+_ANY_LENGTH = 1 << 30
+
+
+class LocalModel:
+    """Answers with a hub id's or folder's model, and a PEFT adapter on it.
+
+    rows, tokens: bounds of a batch; None for what the device's memory allows. UserError at once if model, tokenizer or
+    adapter cannot be used; the weights are read when the first question is asked.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        adapter: Path | None = None,
+        *,
+        rows: int | None = None,
+        tokens: int | None = None,
+    ) -> None:
+        self.config, self.adapter = config, find_adapter(adapter) if adapter is not None else None
+        self.rows, self.tokens = rows, tokens
+        self.device = loading.pick_device()
+        self.folder = loading.find_folder(config)
+        self.model_config = loading.load_model_config(self.folder, config)
+        self.takes_images = self.model_config.model_type == "llava"
+        self.processor = loading.load_processor(self.folder, config, self.takes_images)
+        self.stops = loading.stop_token_ids(self.processor, self.folder)
+        self.memo = HashMemo(cache_root() / "hashes.sqlite")
+
+    @cached_property
+    def version(self) -> str:
+        """A hash of everything that decides an answer besides the question: weights, adapter, template, image settings."""
+        dtype = str(loading.pick_dtype(self.config.dtype, self.device)).removeprefix("torch.")
+        adapter = str(self.adapter) if self.adapter else None
+        identity = model_identity(
+            self.folder, self.model_config, dtype, self.config.quantize, adapter, self.memo
+        )
+        images = getattr(self.processor, "image_processor", None)
+        settings = images.to_dict() if images is not None else None
+        template = getattr(self.processor, "chat_template", None)
+        return identity_hash({**identity, "template": template, "images": str(settings), "stops": self.stops})
+
+    @cached_property
+    def generator(self) -> Generator | GenericGenerator:
+        model = loading.load_model(self.folder, self.config, self.model_config, self.device)
+        if self.adapter is not None:
+            model = load_adapter(model, self.adapter)
+        return make_generator(model, self.processor, self.stops)
+
+    def images_of(self, questions: Sequence[Question]) -> list[tuple[str, ...]]:
+        """Content hashes of each question's images."""
+        hashes = list(image_hashes(questions, self.memo))
+        self.memo.save()
+        return hashes
+
+    def answer(self, questions: Sequence[Question], decoding: Decoding, done: Done) -> None:
+        """Answer all questions, telling `done` of each as its batch ends."""
+        answer_in_batches(
+            self.generator, questions, self.images_of(questions), decoding, self.budget(decoding), done
+        )
+
+    def budget(self, decoding: Decoding) -> Budget:
+        if self.tokens is None:
+            config = self.generator.model.config.get_text_config()
+            free = _free_memory(self.device) * 0.7
+            tokens = int(free // cache_bytes_per_token(config, self.generator.model.dtype))
+        return Budget(self.rows or _MOST_ROWS, self.tokens or max(1, tokens))
+
+    def close(self) -> None:
+        self.memo.close()
+
+
+def answer_in_batches(
+    generator: Generator | GenericGenerator, questions: Sequence[Question], images: Sequence[tuple[str, ...]],
+    decoding: Decoding, budget: Budget, done: Done,
+) -> None:  # fmt: skip
+    """Batches of similar length, questions about one image together; halved, for good, when memory runs out."""
+    lengths = [len(generator.prompt_ids(question)) for question in questions]
+    costs = [
+        length + question.turns * decoding.max_new_tokens
+        for length, question in zip(lengths, questions, strict=True)
+    ]
+    # questions without images share nothing, so nothing keeps them together
+    groups = [hashes or number for number, hashes in enumerate(images)]
+
+    def run(batch: list[int]) -> None:
+        asked = [questions[number] for number in batch]
+        for question, replies in zip(asked, generator.answer(asked, decoding), strict=True):
+            done(question, replies)
+
+    def smaller(batch: list[int]) -> None:
+        budget.halve(len(batch), len(batch) * max(costs[number] for number in batch))
+        torch.cuda.empty_cache()
+        say(f"out of memory with {len(batch)} questions at once: from now on at most {budget.rows}")
+
+    for batch in take_batches(plan_order(lengths, groups), costs, budget):
+        try:
+            halving(batch, run, lambda error: isinstance(error, torch.OutOfMemoryError), smaller)
+        except torch.OutOfMemoryError:
+            question = questions[batch[0]]
+            raise UserError(
+                f"{question.where}: one question of {lengths[batch[0]]} tokens with {decoding.max_new_tokens} new ones does "
+                "not fit into memory; lower --max-new-tokens, or quantize the model"
+            ) from None
+
+
+def make_generator(model: Any, processor: Any, stops: Sequence[int]) -> Generator | GenericGenerator:
+    """The generator that shares image prompts where the model's layers and inputs allow it, else `generate`'s."""
+    if not shares_prompts(model):
+        return GenericGenerator(model, processor, stops)
+    positions = (
+        model.config.get_text_config().max_position_embeddings if why_too_long(model, _ANY_LENGTH) else None
+    )
+    return Generator(model, ChatTokenizer(processor, list(stops)), stops, positions)
+
+
+def shares_prompts(model: Any) -> bool:
+    """Whether every layer looks at all tokens before its own, whatever their number, and images are LLaVA-1.5's."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    return (
+        getattr(model, "_supports_attention_backend", False)
+        and (model.config.model_type == "llava" or model.config is config)
+        and kinds <= {"full_attention", "attention"}
+        and not window
+        and not getattr(config, "alibi", False)
+        and rope not in ("dynamic", "longrope")
+    )
+
+
+def find_adapter(folder: Path) -> Path:
+    """The adapter's folder: as given, or `final/` of a run folder."""
+    for place in (folder, folder / "final"):
+        if (place / "adapter_config.json").is_file() and (place / "adapter_model.safetensors").is_file():
+            return place
+    raise UserError(
+        f"--adapter: wanted a folder with adapter_config.json and adapter_model.safetensors, or a run's folder, got {folder}"
+    )
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """The model with the adapter's layers in place; UserError unless it has every weight, in the model's shapes."""
+    try:
+        adapted = read_adapter(model, folder, read_adapter_config(folder), trainable=False)
+        return adapted.get_base_model().eval()
+    except UserError as error:
+        raise UserError(str(error).replace("lora.init_from:", "--adapter:")) from None
+
+
+def _free_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return device_memory(device) / 4

@@ -1,0 +1,164 @@
+"""`fasttrain answer --server`: an OpenAI-compatible server gets images, turns and seeds; its faults are retried or typed."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fasttrain import cli
+
+
+class Server(ThreadingHTTPServer):
+    """`plan(body, attempt)` gives (status, reply); attempts are counted by conversation."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.seen: list[tuple[str, dict[str, str], dict[str, Any]]] = []
+        self.lock, self.attempts = threading.Lock(), Counter[str]()
+        self.plan: Any = lambda body, attempt: (200, said(body))
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            key = json.dumps(body["messages"])
+            attempt = self.server.attempts[key]
+            self.server.attempts[key] += 1
+            self.server.seen.append((self.path, dict(self.headers), body))
+        status, reply = self.server.plan(body, attempt)
+        raw = json.dumps(reply).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(raw)))
+        if status == 429:
+            self.send_header("Retry-After", "0.05")
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    found = Server()
+    thread = threading.Thread(target=found.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield found
+    found.shutdown()
+    found.server_close()
+    thread.join()
+
+
+def said(body: dict[str, Any]) -> dict[str, Any]:
+    last = body["messages"][-1]["content"]
+    text = last if isinstance(last, str) else last[-1]["text"]
+    choice = {"message": {"role": "assistant", "content": f" you said {text} "}, "finish_reason": "stop"}
+    return {"choices": [choice], "usage": {"completion_tokens": 5}, "model": "served-1"}
+
+
+@pytest.fixture
+def questions(tmp_path: Path, tiny_models: ModuleType) -> Path:
+    tiny_models.draw_image(tmp_path / "a.png", seed=1)
+    rows = [
+        {"question_id": 1, "image": "a.png", "text": "what is it?"},
+        {"question_id": 2, "turns": ["red?", "and blue?"]},
+        {"question_id": 3, "text": "and the bars?"},
+    ]
+    return tiny_models.write_rows(tmp_path / "q.jsonl", rows)
+
+
+@pytest.fixture
+def answer(server: Server, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def run(*words: object) -> int:
+        line = [
+            "answer",
+            "-m",
+            "served",
+            "--server",
+            server.url,
+            questions,
+            "-o",
+            tmp_path / "a.jsonl",
+            *words,
+        ]
+        monkeypatch.setattr(sys, "argv", ["fasttrain", *map(str, line)])
+        try:
+            cli.main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return run
+
+
+def test_images_turns_and_decoding_reach_the_server_and_its_words_the_file(
+    server: Server, answer: Any, tmp_path: Path, tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    assert answer("--max-new-tokens", 9, "--temperature", 0.5) == 0
+    first, second, third = tiny_models.read_rows(tmp_path / "a.jsonl")
+    assert (first["text"], third["text"]) == ("you said what is it?", "you said and the bars?")
+    assert second["choices"][0]["turns"] == ["you said red?", "you said and blue?"]
+    assert first["model_id"] == "served"
+    by_length = {len(body["messages"]): (path, headers, body) for path, headers, body in server.seen}
+    path, headers, body = by_length[3]
+    assert (path, headers["Authorization"]) == ("/v1/chat/completions", "Bearer secret-key")
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("served", 0.5, 9)
+    assert [turn["content"] for turn in body["messages"]] == ["red?", "you said red?", "and blue?"]
+    shown = next(body for _, _, body in server.seen if isinstance(body["messages"][0]["content"], list))
+    url = shown["messages"][0]["content"][0]["image_url"]["url"]
+    assert base64.b64decode(url.removeprefix("data:image/png;base64,")) == (tmp_path / "a.png").read_bytes()
+    assert len({body["seed"] for _, _, body in server.seen}) == 4
+    assert "secret-key" not in "".join(path.read_text() for path in tmp_path.glob("a*.jsonl"))
+    assert answer("--max-new-tokens", 9, "--temperature", 0.5) == 0
+    assert len(server.seen) == 4  # a rerun asks nothing
+
+
+def test_faults_are_retried_and_what_stays_unanswered_is_named_with_exit_code_3(
+    server: Server, answer: Any, tmp_path: Path, tiny_models: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan(body: dict[str, Any], attempt: int) -> tuple[int, Any]:
+        if body["messages"][-1]["content"] == "and the bars?":
+            return 400, {"error": {"message": "too long"}}
+        return (429, {"error": {"message": "slow down"}}) if attempt == 0 else (200, said(body))
+
+    server.plan = plan
+    assert answer() == 3
+    assert [row["question_id"] for row in tiny_models.read_rows(tmp_path / "a.jsonl")] == [1, 2]
+    err = capsys.readouterr().err
+    assert (
+        "no answer: 1 refused_request: 3" in err and "q.jsonl line 3: refused_request: 400: too long" in err
+    )
+    server.plan = lambda body, attempt: (200, said(body))
+    assert answer() == 0
+    assert [row["question_id"] for row in tiny_models.read_rows(tmp_path / "a.jsonl")] == [1, 2, 3]
+
+
+def test_a_server_that_refuses_everything_is_a_mistake(
+    server: Server, answer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.plan = lambda body, attempt: (404, {"error": {"message": "no such model"}})
+    assert answer() == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == "fasttrain: error: the server refuses: 404: no such model"
+    )
+    assert answer("-a", "runs/x") == 2
+    assert "--adapter: wanted with a model in this process" in capsys.readouterr().err
