@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["DPOConfig", "RunResult", "UserError", "load_config", "train_dpo"]
+__all__ = ["DPOConfig", "RunResult", "UserError", "load_config", "train_dpo", "train_sft"]
 
 if TYPE_CHECKING:
     from fasttrain.config import DPOConfig, load_config
     from fasttrain.errors import UserError
-    from fasttrain.train.loop import RunResult, train_dpo
+    from fasttrain.train.loop import RunResult, train_dpo, train_sft
 
 _HOME = {
     "DPOConfig": "fasttrain.config",
@@ -21,6 +21,7 @@ _HOME = {
     "UserError": "fasttrain.errors",
     "RunResult": "fasttrain.train.loop",
     "train_dpo": "fasttrain.train.loop",
+    "train_sft": "fasttrain.train.loop",
 }
 
 

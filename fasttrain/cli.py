@@ -29,6 +29,18 @@ def _with_recipe(command):  # type: ignore[no-untyped-def]
     return command
 
 
+def _with_training(command):  # type: ignore[no-untyped-def]
+    for option in (
+        click.option(
+            "--dry-run", is_flag=True, help="Check recipe, data and model, print counts; train nothing."
+        ),
+        click.option("--overwrite", is_flag=True, help="Start anew in a run folder that is in use."),
+        click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the run folder."),
+    ):
+        command = option(command)
+    return _with_recipe(command)
+
+
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 
 
@@ -52,10 +64,7 @@ def cli() -> None:
 
 
 @cli.command()
-@_with_recipe
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the run folder.")
-@click.option("--overwrite", is_flag=True, help="Start anew in a run folder that is in use.")
-@click.option("--dry-run", is_flag=True, help="Check recipe, data and model, print counts; train nothing.")
+@_with_training
 def dpo(recipe: str, overrides: tuple[str, ...], resume: bool, overwrite: bool, dry_run: bool) -> None:
     """Align a model on preference pairs.
 
@@ -66,24 +75,44 @@ def dpo(recipe: str, overrides: tuple[str, ...], resume: bool, overwrite: bool, 
     Example:
       fasttrain dpo -c recipe.yaml -s train.output=runs/first -s lora.rank=64
     """
+    _train("dpo", recipe, overrides, resume, overwrite, dry_run)
+
+
+@cli.command()
+@_with_training
+def sft(recipe: str, overrides: tuple[str, ...], resume: bool, overwrite: bool, dry_run: bool) -> None:
+    """Teach a model answers: supervised fine-tuning with the same recipe and machinery.
+
+    Learns `completion` of each row (what `fasttrain-data pair --for sft|rejection|steerlm` writes), or `chosen` of a pair
+    file. The loss is the mean cross-entropy over a step's answer tokens. No reference model is used.
+
+    \b
+    Example:
+      fasttrain sft -c recipe.yaml -s data.train=rejection.jsonl -s train.learning_rate=4e-4
+    """
+    _train("sft", recipe, overrides, resume, overwrite, dry_run)
+
+
+def _train(
+    command: str, recipe: str, overrides: tuple[str, ...], resume: bool, overwrite: bool, dry_run: bool
+) -> None:
     from fasttrain.config import load_config
 
     if resume and overwrite:
         raise UserError("--resume and --overwrite: wanted one of them, got both")
     config = load_config(recipe, overrides)
+    from fasttrain.train.loop import OBJECTIVES, train
+
+    loss = OBJECTIVES[command](config.loss)
     if dry_run:
         from fasttrain.train.dry_run import dry_run as run
 
-        click.echo(run(config, resume=resume, overwrite=overwrite))
+        click.echo(run(config, loss, resume=resume, overwrite=overwrite))
         return
-    from fasttrain.train.loop import train_dpo
-
-    result = train_dpo(config, resume=resume, overwrite=overwrite)
-    last = result.metrics[-1] if result.metrics else {}
-    if last:
-        click.echo(
-            f"loss {last['loss']:.4f}, rewards/margins {last['rewards/margins']:.3f} at step {last['step']}"
-        )
+    result = train(config, loss, resume=resume, overwrite=overwrite)
+    if result.metrics:
+        last = result.metrics[-1]
+        click.echo(f"{loss.summary(last)} at step {last['step']}")
     click.echo(f"run folder: {result.folder}")
     if result.adapter.exists():
         click.echo(f"adapter: {result.adapter}" if config.lora else f"model: {result.adapter}")

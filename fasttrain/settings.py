@@ -96,7 +96,9 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    train: str | list[str] = setting("", "Pair file(s): .jsonl, .json, .parquet or a datasets folder.")
+    train: str | list[str] = setting(
+        "", "Pair file(s), or answers to learn for sft: .jsonl, .json, .parquet or a datasets folder."
+    )
     eval: str | list[str] | None = setting(None, "Pair file(s) that are evaluated, never trained on.")
     image_root: str | None = setting(
         None, "Folder that image paths start from; the pair file's folder by default."
@@ -108,7 +110,9 @@ class DataConfig:
     on_bad_row: Literal["stop", "skip"] = setting(
         "stop", "stop: exit 2; skip: leave out, list in skipped.jsonl."
     )
-    limit_pairs: int | None = setting(None, "First N pairs after shuffling, for data-scaling studies.")
+    limit_pairs: int | None = setting(
+        None, "First N pairs (sft: answers) after shuffling, for data-scaling studies."
+    )
     workers: int | Literal["auto"] = setting("auto", "Processes that prepare packs ahead of the step.")
 
     def __post_init__(self) -> None:
@@ -177,7 +181,9 @@ class TrainConfig:
     output: str = setting("runs/dpo", "Run folder.")
     epochs: float = setting(3, "Passes over the pairs.")
     max_steps: int | None = setting(None, "Stop after this many optimizer steps, whatever epochs says.")
-    pairs_per_step: int = setting(128, "A step takes whole groups until it holds at least this many pairs.")
+    pairs_per_step: int = setting(
+        128, "A step takes whole groups until it holds at least this many pairs (sft: answers)."
+    )
     tokens_per_pack: int | Literal["auto"] = setting("auto", "Most tokens in one forward pass.")
     share_prefix: bool = setting(True, "Run a prompt once for all its completions.")
     shuffle: bool = setting(True, "Shuffle the groups, anew every epoch.")

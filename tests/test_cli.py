@@ -455,7 +455,7 @@ def test_an_interrupt_says_that_what_is_done_is_kept(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fasttrain.train.loop.train_dpo", interrupted)
+    monkeypatch.setattr("fasttrain.train.loop.train", interrupted)
     answer = fasttrain("dpo", "-c", project)
     assert answer.code == 130
     assert answer.err.strip() == "fasttrain: interrupted; what is done is kept, go on with --resume"
@@ -467,7 +467,7 @@ def test_a_failure_of_ours_keeps_its_traceback(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("fasttrain.train.loop.train_dpo", broken)
+    monkeypatch.setattr("fasttrain.train.loop.train", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         fasttrain("dpo", "-c", project)
 

@@ -31,9 +31,12 @@ class Skipped:
 
 
 class PairFiles:
-    """The rows of one or more pair files, fetched by a running number."""
+    """The rows of one or more pair files, fetched by a running number; `read` makes a pair of a row."""
 
-    def __init__(self, paths: list[str], image_root: str | None) -> None:
+    def __init__(
+        self, paths: list[str], image_root: str | None, read: Callable[..., Pair] = read_pair
+    ) -> None:
+        self._read = read
         self.sources: list[Source] = [open_source(Path(path).expanduser()) for path in paths]
         root = None if image_root is None else Path(image_root).expanduser()
         if root is not None and not root.is_dir():
@@ -52,7 +55,7 @@ class PairFiles:
         """Row `number` over all files; BadRow if it cannot be used."""
         index, row = self._locate(number)
         source = self.sources[index]
-        return read_pair(source.row(row), source.where(row), self.roots[index])
+        return self._read(source.row(row), source.where(row), self.roots[index])
 
     def where(self, number: int) -> str:
         index, row = self._locate(number)

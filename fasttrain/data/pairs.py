@@ -1,6 +1,7 @@
 """One row of a pair file -> one checked pair: prompt messages, images, chosen and rejected text.
 
-Reads TRL's vision preference format (explicit or implicit prompt) and the short form with plain strings.
+Reads TRL's vision preference format (explicit or implicit prompt) and the short form with plain strings; for supervised
+fine-tuning also TRL's prompt-completion format, whose rows have no rejected text.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Pair:
     messages: tuple[Message, ...]
     images: tuple[ImageRef, ...]
     chosen: str
-    rejected: str
+    rejected: str | None  # None: an answer to learn, by itself
 
     def prompt_hash(self) -> bytes:
         """16 bytes that are equal for equal prompts (images not included)."""
@@ -61,6 +62,22 @@ def read_prompt(
     if not any(text.strip() for _, parts in messages for _, text in parts) and IMAGE not in messages[-1][1]:
         raise BadRow(where, "prompt", "some text or an image", "an empty prompt")
     return messages, images
+
+
+def read_example(row: dict[str, Any], where: str, image_root: Path) -> Pair:
+    """The answer to learn from a prompt-completion row or a pair's chosen answer; BadRow as in `read_pair`."""
+    field = "completion" if row.get("completion") is not None else "chosen"
+    prompt, answer = row.get("prompt"), row.get(field)
+    if answer is None:
+        raise BadRow(where, "completion", "an answer to learn (or chosen, in a pair file)", "nothing")
+    if prompt is None and isinstance(answer, list) and len(answer) > 1:  # TRL's implicit prompt
+        prompt, answer = answer[:-1], answer[-1:]
+    if prompt is None:
+        raise BadRow(where, "prompt", "a prompt", "nothing")
+    messages, images = read_prompt(row, prompt, where, image_root)
+    name = where if row.get("id") is None else printable(str(row["id"]))
+    text = _read_completion(answer, field, where)
+    return Pair(where=where, id=name, messages=messages, images=images, chosen=text, rejected=None)
 
 
 def check_images(pair: Pair) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from fasttrain.config import DataConfig
 from fasttrain.data.groups import GroupIndex, PairFiles, Skipped, group_rows
 from fasttrain.data.images import ImageRef
-from fasttrain.data.pairs import Pair, check_images
+from fasttrain.data.pairs import Pair, check_images, read_pair
 from fasttrain.data.sources import BadRow
 from fasttrain.data.tokens import ChatTokenizer, EncodedPrompt
 from fasttrain.errors import UserError
@@ -29,7 +29,9 @@ class Group:
     where: str
     prompt_ids: np.ndarray
     completion_ids: list[np.ndarray]
-    pairs: np.ndarray  # (P, 2) int: chosen, rejected as indices into completion_ids
+    pairs: (
+        np.ndarray
+    )  # (P, 2) int: chosen, rejected as indices into completion_ids; equal for an answer to learn
 
     @property
     def tokens(self) -> int:
@@ -109,7 +111,10 @@ class PreparedData:
         return 0 if number in self._dropped else self._pair_starts[at + 1] - self._pair_starts[at]
 
     def pairs(self, number: int) -> np.ndarray:
-        """(P, 2) chosen and rejected, as indices into the group's completions; empty for a dropped group."""
+        """(P, 2) chosen and rejected, as indices into the group's completions; empty for a dropped group.
+
+        An answer to learn, by itself, stands as both.
+        """
         if number in self._dropped:
             return np.zeros((0, 2), np.int64)
         at = self._order[number]
@@ -186,9 +191,10 @@ def prepare(
     seed: int,
     limit_pairs: int | None = None,
     progress: Callable[[str, int], Callable[[int], object]] = lambda name, total: lambda n: None,
+    read: Callable[..., Pair] = read_pair,
 ) -> PreparedData:
     """Read, group and tokenize pair files; UserError at the first bad row unless data.on_bad_row is skip."""
-    files = PairFiles([paths] if isinstance(paths, str) else paths, data.image_root)
+    files = PairFiles([paths] if isinstance(paths, str) else paths, data.image_root, read)
     account = Account(rows=len(files))
     for source in files.sources:
         account.skipped += [Skipped(where, None, reason) for where, reason in source.passed_over]
@@ -289,8 +295,11 @@ def _check_prompt_fits(pair: Pair, prompt: np.ndarray, data: DataConfig) -> None
 
 def _fit(pair: Pair, prompt: EncodedPrompt, chat: ChatTokenizer, data: DataConfig) -> tuple[_Fitted, _Fitted]:
     """Token ids of chosen and rejected, cut, refused or dropped as data.overflow says."""
-    result = []
-    for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+    result: list[_Fitted] = []
+    answers = [("chosen", pair.chosen), ("rejected", pair.rejected)]
+    for name, answer in answers:
+        if answer is None:  # nothing to compare with
+            return result[0], result[0]
         ids = chat.completion(pair.messages, prompt, answer, pair.where, name)
         total, room = len(prompt.ids) + len(ids), data.max_length - len(prompt.ids)
         if total > data.max_length:

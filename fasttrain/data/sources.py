@@ -176,6 +176,8 @@ def _first_readable(source: Source) -> dict[str, Any] | None:
 def _is_ours(row: dict[str, Any]) -> bool:
     """Whether `pairs.read_pair` takes the row as it is, whatever other keys it has."""
     prompt, chosen = row.get("prompt"), row.get("chosen")
+    if prompt is not None and chosen is None and row.get("completion") is not None:
+        return True  # TRL's prompt-completion format
     if not isinstance(chosen, list):
         return prompt is not None and isinstance(chosen, str)
     said = all(isinstance(message, dict) and "role" in message for message in chosen)

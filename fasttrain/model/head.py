@@ -20,13 +20,16 @@ class LogprobHead(nn.Linear):
     softcap: float | None = None
     logit_scale: float = 1.0
 
-    def forward(self, hidden: Tensor, target_N: Tensor | None = None, log_p2: bool = False) -> Any:  # type: ignore[override]
-        """hidden (..., D) -> logits; with target_N (N,): hidden (N, D) -> object with .logprob (N,) fp32."""
+    def forward(self, hidden: Tensor, target_N: Tensor | None = None, **wants: bool) -> Any:  # type: ignore[override]
+        """hidden (..., D) -> logits; with target_N (N,): hidden (N, D) -> object with .logprob (N,) fp32.
+
+        `wants` are `linear_logprob`'s: log_p2, entropy, top1.
+        """
         if target_N is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
         return linear_logprob(
             hidden, self.weight, target_N, bias=self.bias, logit_scale=self.logit_scale, softcap=self.softcap,
-            log_p2=log_p2,
+            **wants,
         )  # fmt: skip
 
 

@@ -58,14 +58,14 @@ class Policy(nn.Module):
             {"text_config": name} if hasattr(self.model.config, "text_config") else name
         )
 
-    def forward(self, batch: PackBatch, log_p2: bool = False) -> Any:
-        """Log-probs of the batch's N completion tokens, fp32, in order (`.logprob`; `.log_p2` if asked)."""
+    def forward(self, batch: PackBatch, **wants: bool) -> Any:
+        """Log-probs of the batch's N completion tokens, fp32, in order (`.logprob`; what `wants` asks the head for)."""
         if batch.shared != self.shared:
             raise ValueError(f"wanted a batch with shared={self.shared}, got shared={batch.shared}")
         hidden_ND = self._hidden_shared(batch) if batch.shared else self._hidden_separate(batch)
         self.counts.head_rows += len(batch.target_N)
         self.counts.passes += 1
-        return self.head(hidden_ND, batch.target_N, log_p2=log_p2)
+        return self.head(hidden_ND, batch.target_N, **wants)
 
     def _hidden_shared(self, batch: PackBatch) -> Tensor:
         layout = SharedPrefixLayout.from_groups(batch.layout)

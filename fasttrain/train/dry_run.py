@@ -17,15 +17,16 @@ from fasttrain.progress import Progress
 from fasttrain.reference.fill import missing_completions
 from fasttrain.train.first_step import check_sharing
 from fasttrain.train.job import Job, build_job
+from fasttrain.train.objective import Objective
 from fasttrain.train.run_folder import check_output
 
 _STEPS_LOOKED_AT = 20
 
 
-def dry_run(config: DPOConfig, *, resume: bool, overwrite: bool) -> str:
+def dry_run(config: DPOConfig, loss: Objective, *, resume: bool, overwrite: bool) -> str:
     """The report of a dry run; UserError for the first mistake, as training would raise it."""
-    check_output(config, resume=resume, overwrite=overwrite)
-    with contextlib.closing(build_job(config)) as job:
+    check_output(config, loss.command, resume=resume, overwrite=overwrite)
+    with contextlib.closing(build_job(config, loss)) as job:
         check_sharing(job)
         for data in job.datasets:
             _open_all_images(job, data)
@@ -51,7 +52,7 @@ def _open_all_images(job: Job, data: PreparedData) -> None:
 def _report(job: Job) -> Iterator[str]:
     config, account = job.config, job.train.account
     yield f"model       {config.model.name}: {_count(job)}, {job.policy.model.dtype}, on {job.device}"
-    yield f"data        {account.rows:,} rows: {account.pairs:,} pairs in {account.groups:,} groups, {account.images:,} images"
+    yield f"data        {account.rows:,} rows: {account.pairs:,} {job.loss.unit} in {account.groups:,} groups, {account.images:,} images"
     yield f"left out    {len(account.skipped):,} rows; {account.truncated:,} completions truncated"
     for entry in account.skipped[:5]:
         yield f"            {entry.where}: {entry.reason}"
@@ -69,20 +70,15 @@ def _report(job: Job) -> Iterator[str]:
     shared, unshared, flops = _work(job, steps)
     packs = [len(step.packs) for step in steps]
     yield (
-        f"steps       {total:,} of at least {config.train.pairs_per_step} pairs, {np.mean(packs):.1f} packs each "
+        f"steps       {total:,} of at least {config.train.pairs_per_step} {job.loss.unit}, {np.mean(packs):.1f} packs each "
         f"of up to {job.tokens_per_pack:,} tokens; prompts {'shared' if job.policy.shared else 'not shared'}"
     )
     yield (
-        f"tokens      {shared:,} a step; without sharing and cached reference {unshared:,} ({unshared / max(1, shared):.2f} x); "
+        f"tokens      {shared:,} a step; {_otherwise(job)} {unshared:,} ({unshared / max(1, shared):.2f} x); "
         f"{flops / 1e12:.3g} TFLOP a step"
     )
-    gone = sum(
-        len(m) for data in job.datasets for _, m in missing_completions(data, job.keys, job.cache, job.memo)
-    )
-    every = sum(
-        len(data.lengths(n)) - 1 for data in job.datasets for n in range(len(data)) if data.pair_count(n)
-    )
-    yield f"reference   {every - gone:,} of {every:,} completions cached in {job.cache.path}"
+    if job.loss.needs_reference:
+        yield _cached(job)
     largest = max(max(_pack_tokens(job, step)) for step in steps)
     peak = job.memory.peak(largest, job.checkpointing)
     yield (
@@ -93,6 +89,20 @@ def _report(job: Job) -> Iterator[str]:
     )
     yield from _example(job, numbers[0])
     yield "nothing was trained"
+
+
+def _cached(job: Job) -> str:
+    gone = sum(
+        len(m) for data in job.datasets for _, m in missing_completions(data, job.keys, job.cache, job.memo)
+    )
+    every = sum(
+        len(data.lengths(n)) - 1 for data in job.datasets for n in range(len(data)) if data.pair_count(n)
+    )
+    return f"reference   {every - gone:,} of {every:,} completions cached in {job.cache.path}"
+
+
+def _otherwise(job: Job) -> str:
+    return "without sharing and cached reference" if job.loss.needs_reference else "without sharing"
 
 
 def _count(job: Job) -> str:
@@ -132,14 +142,12 @@ def _work(job: Job, steps) -> tuple[int, int, int]:  # type: ignore[no-untyped-d
             flops += pass_flops(job.shape, layout, images, backward=True, checkpointing=job.checkpointing)
         for group in step.groups:
             lengths = job.train.lengths(group)
-            unshared += 2 * int(
-                sum(2 * lengths[0] + lengths[1 + c] + lengths[1 + r] for c, r in job.train.pairs(group))
-            )
+            unshared += job.loss.unshared_tokens(lengths, job.train.pairs(group))
     return shared // len(steps), unshared // len(steps), flops // len(steps)
 
 
 def _example(job: Job, number: int) -> Iterator[str]:
-    """One pair as the model sees it: what is scored is in brackets."""
+    """One pair, or answer, as the model sees it: what is scored is in brackets."""
     group = job.train.group(number)
     tokenizer = job.chat.tokenizer
     prompt = group.prompt_ids
@@ -149,5 +157,8 @@ def _example(job: Job, number: int) -> Iterator[str]:
     chosen, rejected = group.pairs[0].tolist()
     yield f"example     {group.where}; the scored tokens are in [[ ]]"
     yield f"  prompt    {tokenizer.decode(prompt.tolist())!r}"
-    yield f"  chosen    [[{tokenizer.decode(group.completion_ids[chosen].tolist())!r}]]"
+    said = "chosen  " if chosen != rejected else "answer  "
+    yield f"  {said}  [[{tokenizer.decode(group.completion_ids[chosen].tolist())!r}]]"
+    if chosen == rejected:
+        return
     yield f"  rejected  [[{tokenizer.decode(group.completion_ids[rejected].tolist())!r}]]"

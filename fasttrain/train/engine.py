@@ -21,9 +21,9 @@ class TorchEngine:
             policy.model.activation_checkpointing_enable({"use_reentrant": False})
         self.optimizer = MasterOptimizer(policy, config)
 
-    def forward(self, batch: PackBatch, log_p2: bool = False) -> Any:
+    def forward(self, batch: PackBatch, **wants: bool) -> Any:
         """The head's output for the batch's rows."""
-        return self.policy(batch, log_p2=log_p2)
+        return self.policy(batch, **wants)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]

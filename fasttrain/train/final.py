@@ -57,12 +57,12 @@ def model_card(job: Job, folder: Path) -> str:
     return f"""---
 base_model: {config.model.name}
 {"library_name: peft" if job.adapted is not None else "library_name: transformers"}
-tags: [dpo, fasttrain{", lora" if job.adapted is not None else ""}]
+tags: [{job.loss.command}, fasttrain{", lora" if job.adapted is not None else ""}]
 ---
 
 # {folder.name}
 
-A {kind} trained with Direct Preference Optimization by fasttrain {__version__} from `{config.model.name}`.
+A {kind} trained with {job.loss.title} by fasttrain {__version__} from `{config.model.name}`.
 
 ## Use
 
@@ -72,7 +72,7 @@ A {kind} trained with Direct Preference Optimization by fasttrain {__version__} 
 
 ## Training
 
-{account.pairs:,} pairs in {account.groups:,} groups of one prompt, {account.images:,} images; {len(account.skipped):,} rows \
+{account.pairs:,} {job.loss.unit} in {account.groups:,} groups of one prompt, {account.images:,} images; {len(account.skipped):,} rows \
 left out ({account.truncated:,} completions truncated). Loss `{config.loss.kind}`, beta {config.loss.beta}, \
 {last.get("step", 0):,} steps of at least {config.train.pairs_per_step} pairs, peak learning rate \
 {config.train.learning_rate:g}, seed {config.train.seed}; {spent:,.0f} s in logged steps on {_device(job)}.

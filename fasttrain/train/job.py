@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from fasttrain.progress import say, ticker
 from fasttrain.reference.cache import ReferenceCache, cache_folder
 from fasttrain.reference.key import CompletionKeys, identity_hash, model_identity
 from fasttrain.train.losses import PairLoss
+from fasttrain.train.objective import Objective
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Job:
     """A recipe brought to life. `adapted` is the PeftModel, None for full fine-tuning."""
 
     config: DPOConfig
-    loss: PairLoss
+    loss: Objective
     device: torch.device
     model_folder: Path
     processor: Any
@@ -55,7 +57,7 @@ class Job:
     memory: MemoryEstimate
     identity: dict[str, Any]
     keys: CompletionKeys
-    cache: ReferenceCache
+    cache_path: Path
     memo: HashMemo
     tokens_per_pack: int
     checkpointing: bool
@@ -65,22 +67,28 @@ class Job:
     def datasets(self) -> list[PreparedData]:
         return [self.train, *([self.eval] if self.eval else [])]
 
+    @functools.cached_property
+    def cache(self) -> ReferenceCache:
+        """Opened, and made if need be, when it is first asked for: not every objective has a reference."""
+        return ReferenceCache(self.cache_path, self.identity)
+
     def close(self) -> None:
         """Close the databases; prepared data and model go with the object."""
-        self.cache.close()
+        if "cache" in vars(self):
+            self.cache.close()
         self.memo.close()
 
     def maker(self, data: PreparedData, with_reference: bool) -> PackMaker:
         return PackMaker(data, self.chat.pixels, self.keys, self.cache if with_reference else None)
 
 
-def build_job(config: DPOConfig) -> Job:
-    """Check and load everything, cheap things first; UserError at the first mistake."""
+def build_job(config: DPOConfig, loss: Objective | None = None) -> Job:
+    """Check and load everything, cheap things first; UserError at the first mistake. `loss` is the recipe's if not given."""
+    objective: Objective = loss or PairLoss(config.loss)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "training on several ranks is not available in this version of fasttrain; start one process"
         )
-    loss = PairLoss(config.loss)
     torch.manual_seed(config.train.seed)
     device = pick_device()
     folder = find_folder(config.model)
@@ -89,7 +97,7 @@ def build_job(config: DPOConfig) -> Job:
     processor = load_processor(folder, config.model, has_images)
     chat = ChatTokenizer(processor, stop_token_ids(processor, folder))
     memo = HashMemo(cache_root() / "hashes.sqlite")
-    train, evaluation = _prepare_data(config, chat, memo)
+    train, evaluation = _prepare_data(config, objective, chat, memo)
     model = load_model(folder, config.model, model_config, device)
     _check_vocabulary(chat, model)
     _check_image_token(chat, model)
@@ -109,7 +117,7 @@ def build_job(config: DPOConfig) -> Job:
     digest = identity_hash(identity)
     return Job(
         config=config,
-        loss=loss,
+        loss=objective,
         device=device,
         model_folder=folder,
         processor=processor,
@@ -122,7 +130,7 @@ def build_job(config: DPOConfig) -> Job:
         memory=memory,
         identity=identity,
         keys=CompletionKeys(digest, chat.fingerprint()),
-        cache=ReferenceCache(cache_folder(config.reference.cache) / f"{digest}.sqlite", identity),
+        cache_path=cache_folder(config.reference.cache) / f"{digest}.sqlite",
         memo=memo,
         tokens_per_pack=tokens,
         checkpointing=checkpointing,
@@ -131,11 +139,14 @@ def build_job(config: DPOConfig) -> Job:
 
 
 def _prepare_data(
-    config: DPOConfig, chat: ChatTokenizer, memo: HashMemo
+    config: DPOConfig, loss: Objective, chat: ChatTokenizer, memo: HashMemo
 ) -> tuple[PreparedData, PreparedData | None]:
     data, seed = config.data, config.train.seed
-    train = prepare(data.train, data, chat, memo, seed=seed, limit_pairs=data.limit_pairs, progress=ticker)
-    evaluation = prepare(data.eval, data, chat, memo, seed=seed, progress=ticker) if data.eval else None
+    prepared = functools.partial(
+        prepare, data=data, chat=chat, memo=memo, seed=seed, progress=ticker, read=loss.read
+    )
+    train = prepared(data.train, limit_pairs=data.limit_pairs)
+    evaluation = prepared(data.eval) if data.eval else None
     if chat.appended_end:
         say(
             f"note: the chat template ends no answer; {chat.end_tokens[0]} is added to all {chat.appended_end} answers"

@@ -1,4 +1,4 @@
-"""`fasttrain dpo`, top to bottom: fill the reference cache, step, log, evaluate, checkpoint, write the adapter."""
+"""`fasttrain dpo` and `sft`, top to bottom: fill the reference cache, step, log, evaluate, checkpoint, write the adapter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import signal
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fasttrain.config import DPOConfig
+from fasttrain.config import DPOConfig, LossConfig
 from fasttrain.data.batch import PackBatch, load_packs, whole
 from fasttrain.data.packs import Order, Pack, Step, plan_step
 from fasttrain.environment import collect_facts
@@ -28,6 +28,7 @@ from fasttrain.train.engine import TorchEngine
 from fasttrain.train.final import write_final
 from fasttrain.train.first_step import check_first_step, check_sharing
 from fasttrain.train.job import Job, build_job
+from fasttrain.train.losses import PairLoss
 from fasttrain.train.metrics import (
     MetricsFile,
     StepWork,
@@ -38,8 +39,10 @@ from fasttrain.train.metrics import (
     speed_metrics,
     step_metrics,
 )  # fmt: skip
+from fasttrain.train.objective import Objective
 from fasttrain.train.optimizer import learning_rate_factor
 from fasttrain.train.run_folder import check_output, open_run_folder, write_environment, write_skipped
+from fasttrain.train.sft_loss import AnswerLoss
 from fasttrain.train.step import StepResult, StepRunner, evaluate
 from fasttrain.train.trackers import Trackers
 
@@ -55,8 +58,21 @@ class RunResult:
 
 def train_dpo(config: DPOConfig, *, resume: bool = False, overwrite: bool = False) -> RunResult:
     """Run a recipe; UserError for a mistake in it. Every file of the run is in `config.train.output`."""
-    check_output(config, resume=resume, overwrite=overwrite)
-    with contextlib.closing(build_job(config)) as job:
+    return train(config, PairLoss(config.loss), resume=resume, overwrite=overwrite)
+
+
+def train_sft(config: DPOConfig, *, resume: bool = False, overwrite: bool = False) -> RunResult:
+    """The same machinery with the cross-entropy of answers (`completion`, or `chosen` of pairs) and no reference."""
+    return train(config, AnswerLoss(config.loss), resume=resume, overwrite=overwrite)
+
+
+OBJECTIVES: dict[str, Callable[[LossConfig], Objective]] = {"dpo": PairLoss, "sft": AnswerLoss}
+
+
+def train(config: DPOConfig, loss: Objective, *, resume: bool = False, overwrite: bool = False) -> RunResult:
+    """Run a recipe with an objective."""
+    check_output(config, loss.command, resume=resume, overwrite=overwrite)
+    with contextlib.closing(build_job(config, loss)) as job:
         folder = open_run_folder(
             config, overwrite=overwrite
         )  # only now: a mistake in the data leaves no folder
@@ -93,11 +109,12 @@ class Trainer:
     def run(self) -> RunResult:
         job, config = self.job, self.config.train
         check_sharing(job)
-        report = fill_references(job)
-        say(
-            f"reference: {report.completions:,} completions, {report.computed:,} computed now "
-            f"({report.tokens:,} tokens in {report.seconds:.1f} s), cache {job.cache.path}"
-        )
+        if self.loss.needs_reference:
+            report = fill_references(job)
+            say(
+                f"reference: {report.completions:,} completions, {report.computed:,} computed now "
+                f"({report.tokens:,} tokens in {report.seconds:.1f} s), cache {job.cache.path}"
+            )
         write_skipped(self.folder, [line for data in job.datasets for line in data.skipped_lines()])
         order = Order(job.train, config.pairs_per_step, config.shuffle, config.seed)
         total = config.max_steps or order.total_steps(config.epochs)
@@ -111,7 +128,7 @@ class Trainer:
         trackers = Trackers(self.config.track, self.folder, self.config.to_dict(), done + 1)
         say(self._account(total, done))
         try:
-            with self._signals(), Progress("dpo", total, "steps", initial=done) as progress:
+            with self._signals(), Progress(self.loss.command, total, "steps", initial=done) as progress:
                 done = self._steps(engine, order, done, total, metrics, trackers, progress, peak_flops)
         finally:
             metrics.close()
@@ -143,7 +160,7 @@ class Trainer:
                     )
                 keep = number == 1
                 result = runner.run(step, itertools.chain([first], batches), keep)
-                if keep:
+                if keep and self.loss.needs_reference:
                     check_first_step(job, engine, result)
                 factor = learning_rate_factor(config.schedule, number, total, config.warmup_ratio)
                 norm = engine.step(factor)
@@ -155,14 +172,14 @@ class Trainer:
                 if number % config.log_every == 0 or last or evaluates:
                     line: dict[str, Any] = {"step": number, "epoch": round(step.epoch, 6)}
                     check_finite(number, result.sums, norm)
-                    line |= step_metrics(result.sums, norm, step.pairs)
+                    line |= step_metrics(self.loss, result.sums, norm, step.pairs)
                     line["learning_rate"] = config.learning_rate * factor
                     work = self._work(step, result, time.perf_counter() - start)
-                    line |= speed_metrics(work, peak_flops, peak_memory(job.device))
+                    line |= speed_metrics(work, self.loss.unit, peak_flops, peak_memory(job.device))
                     line |= self._evaluate(engine, final=number == total) if evaluates else {}
                     metrics.write(line)
                     trackers.log(line, number)
-                    note = f"loss {line['loss']:.4f}  margin {line['rewards/margins']:.3f}"
+                    note = self.loss.note(line)
                 progress.tick(1, note)
                 done = number
                 last = last or self._stop  # told meanwhile: the run must not end without a checkpoint
@@ -186,7 +203,7 @@ class Trainer:
                 planned.append(step)
                 yield from step.packs
 
-        maker = job.maker(job.train, with_reference=True)
+        maker = job.maker(job.train, self.loss.needs_reference)
         return whole(load_packs(maker, packs(), job.workers, job.device.type == "cuda"), job.train)
 
     def _evaluate(self, engine: TorchEngine, final: bool) -> dict[str, float]:
@@ -195,7 +212,7 @@ class Trainer:
         assert data is not None
         groups = np.array([number for number in range(len(data)) if data.pair_count(number)])
         step = plan_step(data, 0, 0.0, groups, job.tokens_per_pack, job.policy.shared)
-        maker = job.maker(data, with_reference=True)
+        maker = job.maker(data, self.loss.needs_reference)
         batches = whole(load_packs(maker, step.packs, job.workers, job.device.type == "cuda"), data)
         return evaluate(engine, self.loss, data, step, batches, lambda: self._stop and not final)
 
@@ -217,25 +234,24 @@ class Trainer:
                 pass_flops(job.shape, layout, images, backward=False, checkpointing=False) if twice else 0
             )
             tokens += held * (2 if twice else 1)
-        unshared = 0
-        for group in step.groups:
-            lengths = job.train.lengths(group)
-            unshared += 2 * int(
-                sum(2 * lengths[0] + lengths[1 + c] + lengths[1 + r] for c, r in job.train.pairs(group))
-            )
+        unshared = sum(
+            self.loss.unshared_tokens(job.train.lengths(group), job.train.pairs(group))
+            for group in step.groups
+        )
         return StepWork(
             pairs=step.pairs, tokens=tokens, tokens_unshared=unshared, flops=flops, seconds=seconds
         )
 
     def _facts(self, total: int, peak_flops: float, peak_source: str) -> dict[str, Any]:
         job = self.job
-        return {
+        facts: dict[str, Any] = {"reference_cache": str(job.cache.path)} if self.loss.needs_reference else {}
+        return facts | {
+            "method": self.loss.command,
             "tokens_per_pack": job.tokens_per_pack,
             "gradient_checkpointing": job.checkpointing,
             "share_prefix": job.policy.shared,
             "workers": job.workers,
             "steps": total,
-            "reference_cache": str(job.cache.path),
             "reference_model": job.identity,
             "mfu_is_against_flops": peak_flops,
             "mfu_peak_source": peak_source,
@@ -244,7 +260,7 @@ class Trainer:
     def _account(self, total: int, done: int) -> str:
         account, policy = self.job.train.account, self.job.policy
         return (
-            f"training: {account.pairs:,} pairs in {account.groups:,} groups, steps {done + 1} to {total}, "
+            f"training: {account.pairs:,} {self.loss.unit} in {account.groups:,} groups, steps {done + 1} to {total}, "
             f"prompts {'shared' if policy.shared else 'not shared'}, {self.job.tokens_per_pack:,} tokens per pack"
         )
 

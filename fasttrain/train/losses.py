@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fasttrain.config import LossConfig
+from fasttrain.data.pairs import read_pair
 from fasttrain.errors import UserError
+from fasttrain.train.objective import PairResult
 from fasttrain_kernels import COUPLE_PAIRS, pair_sums, preference_loss, wpo_weights
 
 # The kinds whose formula holds label smoothing.
@@ -18,25 +22,18 @@ TAKE_SMOOTHING = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "cpo",
 SUMS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected")
 
 
-@dataclass(frozen=True)
-class PairResult:
-    """Losses of P pairs and the sums that the metrics are made of."""
-
-    loss_P: Tensor
-    sums: Tensor  # (len(SUMS),) fp32, detached
-
-    @property
-    def total(self) -> Tensor:
-        """Sum of the losses."""
-        return self.loss_P.sum()
-
-
 class PairLoss:
     """Losses of pairs from per-token policy and reference log-probs; UserError if the recipe's options contradict."""
 
+    command, unit, title = "dpo", "pairs", "Direct Preference Optimization"
+    names: tuple[str, ...] = SUMS
+    needs_reference = True
+    single = False
+    read = staticmethod(read_pair)
+
     def __init__(self, config: LossConfig) -> None:
         self.config = config
-        self.needs_log_p2 = config.use_weighting
+        self.wants = {"log_p2": True} if config.use_weighting else {}
         self.couples_pairs = bool(COUPLE_PAIRS & set(config.kinds))
         if config.label_smoothing and not set(config.kinds) & TAKE_SMOOTHING:
             raise UserError(
@@ -49,12 +46,18 @@ class PairLoss:
         except ValueError as error:
             raise UserError(f"loss: {str(error).removeprefix('preference_loss: ')}") from None
 
+    def side(self, out: Any) -> Tensor | None:
+        """What WPO weights are made of, if they are wanted."""
+        log_p2_N: Tensor | None = out.log_p2
+        return log_p2_N
+
     def __call__(
-        self, logp_N: Tensor, reference_N: Tensor, lengths_S: Tensor, pairs_P2: Tensor, log_p2_N: Tensor | None,
+        self, logp_N: Tensor, reference_N: Tensor | None, lengths_S: Tensor, pairs_P2: Tensor, side_N: Tensor | None,
         mean_chosen_length: float,
     ) -> PairResult:  # fmt: skip
         """Losses and sums of the P pairs; `mean_chosen_length` is the whole step's, whatever part of it this is."""
         config = self.config
+        assert reference_N is not None
         # fp64: a log-ratio is a small difference of two sums in the hundreds
         logp_N, reference_N = logp_N.double(), reference_N.double()
         chosen_P, rejected_P = pair_sums(logp_N, lengths_S, pairs_P2)
@@ -63,9 +66,9 @@ class PairLoss:
         if config.ld_alpha is not None:
             scored = pair_sums(logp_N, lengths_S, pairs_P2, config.ld_alpha)
         weight = None
-        if self.needs_log_p2:
-            assert log_p2_N is not None
-            weight = wpo_weights(logp_N.detach(), log_p2_N.double(), lengths_S, pairs_P2)
+        if self.wants:
+            assert side_N is not None
+            weight = wpo_weights(logp_N.detach(), side_N.double(), lengths_S, pairs_P2)
         out = preference_loss(
             *scored, *ref, kind=config.kind, weights=config.weights, beta=config.beta,
             label_smoothing=config.label_smoothing, f_divergence=config.f_divergence,
@@ -77,3 +80,19 @@ class PairLoss:
             columns = [out.losses, out.chosen_reward, out.rejected_reward, better, chosen_P, rejected_P]
             sums = torch.stack([column.detach().double().sum() for column in columns]).float()
         return PairResult(out.losses, sums)
+
+    def metrics(self, sums: Sequence[float], pairs: int) -> dict[str, float]:
+        means = {name: value / pairs for name, value in zip(SUMS, sums)}
+        margins = means["rewards/chosen"] - means["rewards/rejected"]
+        first = {name: means[name] for name in SUMS[:3]}
+        return first | {"rewards/margins": margins} | {name: means[name] for name in SUMS[3:]}
+
+    def note(self, line: dict[str, Any]) -> str:
+        return f"loss {line['loss']:.4f}  margin {line['rewards/margins']:.3f}"
+
+    def summary(self, line: dict[str, Any]) -> str:
+        return f"loss {line['loss']:.4f}, rewards/margins {line['rewards/margins']:.3f}"
+
+    def unshared_tokens(self, lengths: np.ndarray, pairs: np.ndarray) -> int:
+        """Every answer behind its own copy of the prompt, through policy and reference."""
+        return 2 * int(sum(2 * lengths[0] + lengths[1 + c] + lengths[1 + r] for c, r in pairs))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.errors import UserError
-from fasttrain.train.losses import SUMS
+from fasttrain.train.objective import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +27,12 @@ class StepWork:
     seconds: float
 
 
-def step_metrics(sums: Tensor, grad_norm: Tensor | float, pairs: int) -> dict[str, float]:
+def step_metrics(loss: Objective, sums: Tensor, grad_norm: Tensor | float, pairs: int) -> dict[str, float]:
     """Means over the step's pairs from the device's sums; the one transfer of a logged step."""
     row = torch.cat(
         [sums.float(), torch.as_tensor(grad_norm, device=sums.device).float().reshape(1)]
     ).tolist()
-    means = {name: value / pairs for name, value in zip(SUMS, row)}
-    margins = means["rewards/chosen"] - means["rewards/rejected"]
-    result: dict[str, float] = {}
-    for name in SUMS[:3]:
-        result[name] = means[name]
-    result["rewards/margins"] = margins
-    for name in SUMS[3:]:
-        result[name] = means[name]
-    result["grad_norm"] = row[-1]
-    return result
+    return loss.metrics(row[:-1], pairs) | {"grad_norm": row[-1]}
 
 
 def check_finite(step: int, sums: Tensor, grad_norm: Tensor) -> None:
@@ -54,14 +45,15 @@ def check_finite(step: int, sums: Tensor, grad_norm: Tensor) -> None:
     )
 
 
-def speed_metrics(work: StepWork, peak_flops: float, peak_bytes: int) -> dict[str, float]:
+def speed_metrics(work: StepWork, unit: str, peak_flops: float, peak_bytes: int) -> dict[str, float]:
+    """Figures of a step's work; `unit` names what it counts, pairs or examples."""
     rate = work.flops / work.seconds
     return {
-        "pairs": work.pairs,
+        unit: work.pairs,
         "tokens": work.tokens,
         "tokens_unshared": work.tokens_unshared,
         "step_s": work.seconds,
-        "pairs_per_s": work.pairs / work.seconds,
+        f"{unit}_per_s": work.pairs / work.seconds,
         "tokens_per_s": work.tokens / work.seconds,
         "tflops": rate / 1e12,
         "mfu": rate / peak_flops,

@@ -23,7 +23,7 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
-def check_output(config: DPOConfig, *, resume: bool, overwrite: bool) -> None:
+def check_output(config: DPOConfig, command: str, *, resume: bool, overwrite: bool) -> None:
     """UserError if the folder is in use and the user has not said what to do, or holds a run of another recipe."""
     folder = Path(config.train.output)
     may_exist = resume or overwrite
@@ -32,6 +32,7 @@ def check_output(config: DPOConfig, *, resume: bool, overwrite: bool) -> None:
             f"train.output: {folder} is in use; --resume goes on with it, --overwrite starts anew"
         )
     if resume:
+        _check_same_command(folder, command)
         _check_same_recipe(folder, config)
 
 
@@ -52,6 +53,14 @@ def open_run_folder(config: DPOConfig, *, overwrite: bool) -> Path:
     remove_leftovers(folder)
     write_atomic(folder / "config.yaml", config.to_yaml())
     return folder
+
+
+def _check_same_command(folder: Path, command: str) -> None:
+    path = folder / "environment.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8")).get("method", command)
+        if before != command:
+            raise UserError(f"--resume: {folder} is a run of fasttrain {before}, not of fasttrain {command}")
 
 
 def _check_same_recipe(folder: Path, config: DPOConfig) -> None:

@@ -12,7 +12,7 @@ from fasttrain.data.batch import PackBatch
 from fasttrain.data.packs import Step
 from fasttrain.data.prepared import PreparedData
 from fasttrain.train.engine import TorchEngine
-from fasttrain.train.losses import SUMS, PairLoss, PairResult
+from fasttrain.train.objective import Objective, PairResult
 
 
 @dataclass
@@ -30,7 +30,7 @@ class _Deferred:
 
     batch: PackBatch
     value_N: Tensor
-    log_p2_N: Tensor | None
+    side_N: Tensor | None
     random: list[Tensor]
 
 
@@ -42,31 +42,31 @@ class StepRunner:
     loss by each of them.
     """
 
-    def __init__(self, engine: TorchEngine, loss: PairLoss, data: PreparedData) -> None:
+    def __init__(self, engine: TorchEngine, loss: Objective, data: PreparedData) -> None:
         self.engine, self.loss, self.data = engine, loss, data
 
     def run(self, step: Step, batches: Iterator[PackBatch], keep: bool = False) -> StepResult:
         """Add the step's gradient to the engine; `keep` also returns every pack's log-probs."""
         device = self.engine.policy.device
-        result = StepResult(torch.zeros(len(SUMS), device=device))
+        result = StepResult(torch.zeros(len(self.loss.names), device=device))
         deferred: list[_Deferred] = []
         for _ in step.packs:
             batch = next(batches)
             batch = batch.to(device)
-            whole = not self.loss.couples_pairs and not any(p.group in step.split for p in batch.pack.pieces)
+            split = not self.loss.single and any(p.group in step.split for p in batch.pack.pieces)
+            whole = not (self.loss.couples_pairs or split)
             images = 0 if batch.pixel_ICHW is None else len(batch.pixel_ICHW)
             result.layouts.append((batch.layout, images, not whole))
             if not whole:
                 deferred.append(self._values(batch))
                 continue
-            out = self.engine.forward(batch, log_p2=self.loss.needs_log_p2)
-            assert batch.reference_N is not None
+            out = self.engine.forward(batch, **self.loss.wants)
             pairs = self.loss(
                 out.logprob,
                 batch.reference_N,
                 batch.lengths_S,
                 batch.pairs_P2,
-                out.log_p2,
+                self.loss.side(out),
                 step.mean_chosen_length,
             )
             self.engine.backward(pairs.total / step.pairs)
@@ -82,13 +82,13 @@ class StepRunner:
     @torch.no_grad()
     def _values(self, batch: PackBatch) -> _Deferred:
         random = _random_state()
-        out = self.engine.forward(batch, log_p2=self.loss.needs_log_p2)
-        return _Deferred(batch, out.logprob, out.log_p2, random)
+        out = self.engine.forward(batch, **self.loss.wants)
+        return _Deferred(batch, out.logprob, self.loss.side(out), random)
 
     def _finish(self, step: Step, deferred: list[_Deferred]) -> Tensor:
         """Loss over all deferred pairs, then one backward per pack from the derivative by each log-prob."""
         leaf_N = torch.cat([entry.value_N for entry in deferred]).requires_grad_()
-        packs = [(entry.batch, entry.log_p2_N) for entry in deferred]
+        packs = [(entry.batch, entry.side_N) for entry in deferred]
         pairs = pairs_across(leaf_N, packs, self.data, self.loss, step.mean_chosen_length)
         (slope_N,) = torch.autograd.grad(pairs.total / step.pairs, leaf_N)
         after = _random_state()
@@ -101,7 +101,7 @@ class StepRunner:
 
 
 def pairs_across(
-    logp_N: Tensor, packs: list[tuple[PackBatch, Tensor | None]], data: PreparedData, loss: PairLoss,
+    logp_N: Tensor, packs: list[tuple[PackBatch, Tensor | None]], data: PreparedData, loss: Objective,
     mean_chosen_length: float,
 ) -> PairResult:  # fmt: skip
     """The loss of all pairs of the groups in `packs`; logp_N are the packs' log-probs in turn."""
@@ -112,16 +112,16 @@ def pairs_across(
     groups = dict.fromkeys(group for group, _ in index)
     pairs = [(index[g, c], index[g, r]) for g in groups for c, r in data.pairs(g).tolist()]
     lengths_S = torch.cat([batch.lengths_S for batch, _ in packs])
-    reference_N = torch.cat([batch.reference_N for batch, _ in packs if batch.reference_N is not None])
-    log_p2 = [value for _, value in packs if value is not None]
+    references = [batch.reference_N for batch, _ in packs if batch.reference_N is not None]
+    sides = [side for _, side in packs if side is not None]
     pairs_P2 = torch.tensor(pairs, dtype=torch.int64, device=logp_N.device).reshape(-1, 2)
-    log_p2_N = torch.cat(log_p2) if log_p2 else None
-    return loss(logp_N, reference_N, lengths_S, pairs_P2, log_p2_N, mean_chosen_length)
+    reference_N, side_N = (torch.cat(parts) if parts else None for parts in (references, sides))
+    return loss(logp_N, reference_N, lengths_S, pairs_P2, side_N, mean_chosen_length)
 
 
 @torch.no_grad()
 def evaluate(
-    engine: TorchEngine, loss: PairLoss, data: PreparedData, step: Step, batches: Iterator[PackBatch],
+    engine: TorchEngine, loss: Objective, data: PreparedData, step: Step, batches: Iterator[PackBatch],
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:  # fmt: skip
     """Means over all pairs of an evaluation set, by metric name; nothing if it was `stopped` on the way."""
@@ -133,16 +133,15 @@ def evaluate(
         if stopped():
             break
         moved = batch.to(policy.device)
-        out = engine.forward(moved, log_p2=loss.needs_log_p2)
+        out = engine.forward(moved, **loss.wants)
         values.append(out.logprob)
-        packs.append((replace(moved, pixel_ICHW=None), out.log_p2))  # an evaluation set's images do not fit
+        # an evaluation set's images do not fit
+        packs.append((replace(moved, pixel_ICHW=None), loss.side(out)))
     policy.train(training)
     if len(packs) < len(step.packs):
         return {}
     sums = pairs_across(torch.cat(values), packs, data, loss, step.mean_chosen_length).sums
-    means = dict(zip(SUMS, (sums / step.pairs).tolist()))
-    means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
-    return {f"eval_{name}": value for name, value in means.items()}
+    return {f"eval_{name}": value for name, value in loss.metrics(sums.tolist(), step.pairs).items()}
 
 
 def _random_state() -> list[Tensor]:
