@@ -163,6 +163,46 @@ def env(as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("folders", nargs=-1, required=True, metavar="[NAME=]DIR...")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Where the page goes.",
+)
+@click.option(
+    "--baseline", metavar="NAME", help="The model that others are tested against. Default: the first one."
+)
+@click.option(
+    "--resamples",
+    type=click.IntRange(100),
+    default=10_000,
+    show_default=True,
+    help="Of every interval and test.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+def compare(folders: tuple[str, ...], out: Path, baseline: str | None, resamples: int, seed: int) -> None:
+    """Compare models by what `fasttrain eval` wrote about them.
+
+    Each DIR is an eval output folder, or a folder with several of them, one per benchmark. Writes comparison.html (opens
+    without a network), .md, .png and .json into the output folder: scores with 95 % intervals and answer lengths, and
+    paired tests of every model against the first.
+
+    \b
+    Example:
+      fasttrain compare base=eval/base sft=eval/sft dpo=eval/dpo -o eval/comparison
+    """
+    from fasttrain.evaluate.comparing import compare as run
+    from fasttrain.evaluate.comparing import markdown, read_evaluations, write_comparison
+
+    comparison = run(read_evaluations(folders), baseline=baseline, resamples=resamples, seed=seed)
+    files = write_comparison(comparison, out)
+    click.echo(markdown(comparison).rpartition("\n\n")[0])
+    click.echo(f"page: {files[0]}")
+
+
+@cli.command()
 @click.option(
     "-o", "--out", "folder", type=click.Path(path_type=Path), default="runs/demo", show_default=True
 )

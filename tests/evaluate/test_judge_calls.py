@@ -111,7 +111,15 @@ def test_a_refused_key_ends_the_run_in_one_line_without_the_key(
     ):
         run(data, tmp_path, options(judge_double))
     assert judge_double.headers[0]["Authorization"] == "Bearer sk-very-secret"
-    assert "sk-very-secret" not in (tmp_path / "out" / "judge.journal.jsonl").read_text()
+    # a wrong key says nothing about a question: with the right one, all are asked
+    assert (tmp_path / "out" / "judge.journal.jsonl").read_text() == ""
+
+
+def test_a_refusal_of_the_judge_is_a_blocked_answer(data: Path, tmp_path: Path, judge_double: Any) -> None:
+    message = {"role": "assistant", "content": None, "refusal": "I cannot rate this."}
+    reply = {"model": "judge-a", "choices": [{"message": message, "finish_reason": "stop"}]}
+    judge_double.fault = lambda body, attempt: (200, reply) if number_of(body) == 3 else None
+    assert run(data, tmp_path, options(judge_double))["excluded"] == {"blocked_answer": 1}
 
 
 def test_a_spent_account_stops_early_and_the_rest_is_marked_quota(

@@ -16,9 +16,9 @@ from fasttrain.evaluate.judging import outcome
 from fasttrain.evaluate.judging.calls import JudgeCalls, Judgment
 from fasttrain.evaluate.judging.inputs import answered, find_file, insert, model_name, text_of
 from fasttrain.evaluate.judging.options import JudgeOptions
-from fasttrain.evaluate.judging.outcome import Result
 from fasttrain.evaluate.judging.parsing import preferred_of
 from fasttrain.evaluate.judging.request import JudgeRequest
+from fasttrain.evaluate.results import Result, write_results
 from fasttrain_data.errors import UserError
 from fasttrain_data.ids import rng_of
 from fasttrain_data.jsonl import Row, read_rows, write_text
@@ -82,7 +82,7 @@ class AlpacaEval:
         judged = [(item, None if item.same else next(replies)) for item in self.items]
         results = [_result(number, *pair) for number, pair in enumerate(judged)]
         self._write_official(out, judged, results)
-        outcome.write_results(out, results)
+        write_results(out, results)
         scored = [result.score for result in results if result.score is not None]
         win_rate = outcome.mean_score(results, 100)
         return outcome.shared_scores("alpaca-eval", self.model, win_rate, results) | {

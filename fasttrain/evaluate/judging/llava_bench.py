@@ -11,9 +11,9 @@ from fasttrain.evaluate.judging import outcome
 from fasttrain.evaluate.judging.calls import JudgeCalls, Judgment
 from fasttrain.evaluate.judging.inputs import answered, by_id, find_file, model_name, read_object, text_of
 from fasttrain.evaluate.judging.options import JudgeOptions
-from fasttrain.evaluate.judging.outcome import Result
 from fasttrain.evaluate.judging.parsing import score_pair_leniently, score_pair_of
 from fasttrain.evaluate.judging.request import JudgeRequest
+from fasttrain.evaluate.results import Result, write_results
 from fasttrain_data.errors import BadRow, UserError
 from fasttrain_data.jsonl import Row, dump_row, read_rows, write_text
 
@@ -68,7 +68,7 @@ class LlavaBench:
         ]
         name = f"{outcome.file_name(self.model)}.jsonl"
         write_text(out / "reviews" / name, "".join(dump_row(row) + "\n" for row in rows))
-        outcome.write_results(out, results)
+        write_results(out, results)
         return self._scores(results, [score_pair_leniently(judgment.text or "") for judgment in judgments])
 
     def _request(self, item: Item) -> JudgeRequest:

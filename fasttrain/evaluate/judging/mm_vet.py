@@ -16,9 +16,9 @@ from fasttrain.evaluate.judging import outcome
 from fasttrain.evaluate.judging.calls import JudgeCalls, Judgment
 from fasttrain.evaluate.judging.inputs import answered, find_file, insert, read_object
 from fasttrain.evaluate.judging.options import JudgeOptions
-from fasttrain.evaluate.judging.outcome import Result
 from fasttrain.evaluate.judging.parsing import correctness_of
 from fasttrain.evaluate.judging.request import JudgeRequest
+from fasttrain.evaluate.results import Result, write_results
 from fasttrain_data.errors import UserError
 from fasttrain_data.jsonl import write_text
 
@@ -73,7 +73,7 @@ class MMVet:
                     item.mark = correctness_of(judgment.text)
         results = [_result(item) for item in self.items]
         self._write_official(out, results)
-        outcome.write_results(out, results)
+        write_results(out, results)
         return self._scores(results)
 
     def _request(self, item: Item, number: int) -> JudgeRequest:

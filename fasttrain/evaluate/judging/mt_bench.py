@@ -12,9 +12,9 @@ from fasttrain.evaluate.judging import outcome
 from fasttrain.evaluate.judging.calls import JudgeCalls, Judgment
 from fasttrain.evaluate.judging.inputs import answered, by_id, fill, find_file, model_name, text_of, texts_of
 from fasttrain.evaluate.judging.options import JudgeOptions
-from fasttrain.evaluate.judging.outcome import Result
 from fasttrain.evaluate.judging.parsing import rating_of
 from fasttrain.evaluate.judging.request import JudgeRequest
+from fasttrain.evaluate.results import Result, write_results
 from fasttrain_data.errors import BadRow, UserError
 from fasttrain_data.jsonl import dump_row, read_rows, write_text
 
@@ -88,7 +88,7 @@ class MTBench:
         write_text(
             out / "model_judgment" / f"{name}_single.jsonl", "".join(dump_row(row) + "\n" for row in rows)
         )
-        outcome.write_results(out, results)
+        write_results(out, results)
         return self._scores(results)
 
     def _request(self, turn: Turn) -> JudgeRequest:

@@ -18,9 +18,9 @@ from fasttrain.evaluate.judging.mt_bench import (
     read_turns,
 )
 from fasttrain.evaluate.judging.options import JudgeOptions
-from fasttrain.evaluate.judging.outcome import Result
 from fasttrain.evaluate.judging.parsing import winner_of
 from fasttrain.evaluate.judging.request import JudgeRequest
+from fasttrain.evaluate.results import Result, write_results
 from fasttrain_data.errors import UserError
 from fasttrain_data.jsonl import dump_row, write_text
 
@@ -64,7 +64,7 @@ class MTBenchPairs:
             rows.append(self._official(turn, requests[games], judgments[games]))
         name = outcome.file_name(self.options.model)
         write_text(out / "model_judgment" / f"{name}_pair.jsonl", "".join(dump_row(r) + "\n" for r in rows))
-        outcome.write_results(out, results)
+        write_results(out, results)
         return self._scores(results)
 
     def _request(self, turn: Turn, first: Answers, second: Answers) -> JudgeRequest:

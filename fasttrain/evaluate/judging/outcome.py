@@ -1,44 +1,16 @@
-"""From judged answers to files: results.jsonl, and the part of scores.json that all judged benchmarks share."""
+"""Means over judged answers, and the part of scores.json that all judged benchmarks share."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fasttrain.evaluate.judging.calls import JudgeCalls
-from fasttrain_data.jsonl import dump_row
-from fasttrain_data.jsonl import write_text as write_whole
+from fasttrain.evaluate.results import Result
 
-RESULTS = "results.jsonl"
 PARSE_FAILED = "parse_failed"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One judged answer. score: None when it is excluded; status then says why, "ok" otherwise.
-
-    question_id: what a bootstrap draws; several results may share it. extra: further columns of results.jsonl.
-    """
-
-    id: str
-    question_id: str | int
-    category: str | None
-    score: float | None
-    answer_chars: int
-    status: str = "ok"
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    def row(self) -> dict[str, Any]:
-        names = ("id", "question_id", "category", "score", "answer_chars", "status")
-        return {name: getattr(self, name) for name in names} | self.extra
-
-
-def write_results(out: Path, results: Sequence[Result]) -> None:
-    write_whole(out / RESULTS, "".join(dump_row(result.row()) + "\n" for result in results))
 
 
 def mean(values: Sequence[float]) -> float | None:

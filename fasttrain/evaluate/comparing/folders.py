@@ -1,0 +1,163 @@
+"""Eval output folders -> evaluations: whose they are, of which benchmark, and each question's parts."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fasttrain.errors import UserError
+from fasttrain.evaluate.comparing.benchmarks import BENCHMARKS, Benchmark
+from fasttrain.evaluate.comparing.resampling import Floats
+from fasttrain.evaluate.results import RESULTS, Result, read_results
+from fasttrain_data.errors import BadRow
+from fasttrain_data.errors import UserError as DataError
+
+Key = tuple[str, str]  # stratum, question
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One model on one benchmark. parts: per stratum and question (sorted), the sums of its results' parts."""
+
+    model: str
+    name: str
+    folder: Path
+    results: tuple[Result, ...]
+    judge: str | None
+    parts: dict[Key, tuple[float, ...]]
+
+    @property
+    def benchmark(self) -> Benchmark:
+        return BENCHMARKS[self.name]
+
+    @property
+    def scored(self) -> list[Result]:
+        return [result for result in self.results if result.score is not None]
+
+    @property
+    def mean_chars(self) -> float:
+        """Mean length of the scored answers."""
+        lengths = [result.answer_chars for result in self.scored]
+        return sum(lengths) / len(lengths) if lengths else math.nan
+
+    @property
+    def excluded(self) -> dict[str, int]:
+        return dict(Counter(result.status for result in self.results if result.score is None))
+
+
+def strata_of(evaluation: Evaluation, keys: Sequence[Key] | None = None) -> list[Floats]:
+    """(Q_i, S * K) per stratum: each question's parts, standing in its stratum's columns."""
+    keys = sorted(evaluation.parts) if keys is None else keys
+    names = sorted({stratum for stratum, _ in keys})
+    width = len(next(iter(evaluation.parts.values()), ()))
+    strata = []
+    for index, name in enumerate(names):
+        rows = [evaluation.parts[key] for key in keys if key[0] == name]
+        table = np.zeros((len(rows), len(names) * width))
+        table[:, index * width : (index + 1) * width] = rows
+        strata.append(table)
+    return strata
+
+
+def read_evaluations(arguments: Sequence[str]) -> list[Evaluation]:
+    """One evaluation per folder that holds a scores.json: each argument, or the folders right below it.
+
+    An argument may be NAME=FOLDER. UserError for folders without results and for two evaluations of one name.
+    """
+    found: dict[tuple[str, str], Evaluation] = {}
+    for argument in arguments:
+        for evaluation in _read_argument(argument):
+            key = (evaluation.model, evaluation.name)
+            if key in found:
+                raise UserError(
+                    f"{evaluation.folder} and {found[key].folder} both say {evaluation.model!r} on {evaluation.name}: "
+                    "name them, NAME=FOLDER"
+                )
+            found[key] = evaluation
+    return list(found.values())
+
+
+def _read_argument(argument: str) -> Iterator[Evaluation]:
+    name, sign, rest = argument.partition("=")
+    folder = Path(rest if sign and not Path(argument).exists() else argument)
+    given = name if sign and folder == Path(rest) else None
+    if given == "":
+        raise UserError(f"{argument}: wanted NAME=FOLDER, got no name")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: wanted a folder that `fasttrain eval` wrote, got nothing there")
+    if (folder / "scores.json").is_file():
+        yield read_evaluation(folder, given)
+        return
+    below = sorted(path.parent for path in folder.glob("*/scores.json"))
+    if not below:
+        raise UserError(f"{folder}: wanted scores.json in it or in the folders in it, got none")
+    for path in below:
+        yield read_evaluation(path, given or folder.resolve().name)
+
+
+def read_evaluation(folder: Path, model: str | None = None) -> Evaluation:
+    """The evaluation in one folder; UserError names the file that is missing or broken."""
+    try:
+        return _read(folder, model)
+    except DataError as error:
+        raise UserError(str(error)) from None
+
+
+def _read(folder: Path, model: str | None) -> Evaluation:
+    from fasttrain.evaluate.judging.inputs import read_object
+
+    path = folder / "scores.json"
+    scores = read_object(path)
+    name = scores.get("benchmark")
+    if name == "mt-bench" and scores.get("mode") == "pairwise":
+        name = "mt-bench-pairs"
+    if name not in BENCHMARKS:
+        raise UserError(f"{path}: benchmark: wanted one of {', '.join(BENCHMARKS)}, got {name!r}")
+    if not (folder / RESULTS).is_file():
+        raise UserError(
+            f"{folder}: wanted {RESULTS} beside scores.json, got none: run `fasttrain eval` again"
+        )
+    results = tuple(read_results(folder / RESULTS))
+    evaluation = Evaluation(
+        model=model or str(scores.get("model") or folder.resolve().name),
+        name=name,
+        folder=folder,
+        results=results,
+        judge=_judge_of(scores),
+        parts=_sum_parts(BENCHMARKS[name], results, folder / RESULTS),
+    )
+    if not evaluation.parts:
+        raise UserError(
+            f"{folder / RESULTS}: wanted scored answers, got {len(results)} rows and none with a score"
+        )
+    return evaluation
+
+
+def _sum_parts(benchmark: Benchmark, results: Sequence[Result], path: Path) -> dict[Key, tuple[float, ...]]:
+    """Parts by question; a question none of whose answers was scored is left out."""
+    sums: dict[Key, tuple[float, ...]] = {}
+    for number, result in enumerate(results, start=1):
+        if result.score is None:
+            continue
+        try:
+            key, parts = (benchmark.stratum(result), str(result.question_id)), benchmark.parts(result)
+        except (KeyError, TypeError, ValueError) as error:
+            wanted = "the columns of this benchmark"
+            raise BadRow(path, f"line {number}", str(error).strip("'"), wanted, result.row()) from None
+        before = sums.get(key)
+        sums[key] = parts if before is None else tuple(a + b for a, b in zip(before, parts, strict=True))
+    return dict(sorted(sums.items()))
+
+
+def _judge_of(scores: dict[str, Any]) -> str | None:
+    judge = scores.get("judge")
+    if not isinstance(judge, dict):
+        return None
+    versions = judge.get("versions") or {judge.get("model"): 1}
+    return ", ".join(sorted(map(str, versions)))

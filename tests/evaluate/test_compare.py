@@ -1,0 +1,324 @@
+"""Comparison of models: intervals and tests against independent truths, files against what they must hold."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fasttrain import cli
+from fasttrain.errors import UserError
+from fasttrain.evaluate.comparing import compare, markdown, read_evaluations, write_comparison
+from fasttrain.evaluate.comparing.resampling import bootstrap_interval, holm, mcnemar_exact, paired_test
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture
+def write_eval(tmp_path: Path, write_rows: Callable[..., Path]) -> Callable[..., Path]:
+    def write(name: str, bench: str, rows: Rows, **scores: Any) -> Path:
+        folder = tmp_path / name
+        write_rows(folder / "results.jsonl", rows)
+        (folder / "scores.json").write_text(
+            json.dumps({"benchmark": bench, "model": name.split("/")[0], **scores})
+        )
+        return folder
+
+    return write
+
+
+def row(question: Any, score: float | None, chars: int = 10, **extra: Any) -> dict[str, Any]:
+    status = "ok" if score is not None else "parse_failed"
+    return {
+        "id": str(question), "question_id": question, "category": None, "score": score, "answer_chars": chars,
+        "status": status, **extra,
+    }  # fmt: skip
+
+
+def pope_row(split: str, question: int, label: str, prediction: str) -> dict[str, Any]:
+    right = float(label == prediction)
+    return row(question, right, split=split, label=label, prediction=prediction)
+
+
+def mean(sums: np.ndarray) -> np.ndarray:
+    return sums[..., 0] / sums[..., 1]
+
+
+def parts(values: list[float]) -> np.ndarray:
+    return np.array([[value, 1.0] for value in values])
+
+
+def test_the_bootstrap_equals_one_that_draws_questions_one_by_one() -> None:
+    rng = np.random.default_rng(3)
+    above, below = rng.integers(1, 9, 37).astype(float), rng.integers(5, 11, 37).astype(float)
+    interval = bootstrap_interval(
+        [np.stack([above, below], axis=1)], lambda sums: sums[..., 0] / sums[..., 1], resamples=40_000, seed=0
+    )
+    drawn = rng.integers(0, 37, (40_000, 37))
+    plain = np.quantile(above[drawn].sum(1) / below[drawn].sum(1), [0.025, 0.975])
+    assert interval == pytest.approx(plain, abs=0.003)
+
+
+def test_the_interval_of_a_mean_covers_it_about_95_times_in_100() -> None:
+    rng, inside = np.random.default_rng(5), 0
+    for _ in range(400):
+        low, high = bootstrap_interval([parts(list(rng.normal(size=60)))], mean, resamples=400, seed=1)
+        inside += low <= 0 <= high
+    assert 0.91 <= inside / 400 <= 0.98
+
+
+def test_questions_are_drawn_within_their_stratum() -> None:
+    """Two strata without spread inside: any resample has the same sums."""
+    strata = [parts([1.0] * 5), parts([3.0] * 15)]
+    assert bootstrap_interval(strata, mean, resamples=200, seed=0) == pytest.approx((2.5, 2.5))
+
+
+def test_the_swap_test_equals_the_count_over_all_swaps() -> None:
+    ours, theirs = [7.0, 5.0, 9.0, 4.0, 8.0, 6.0, 7.0], [6.0, 5.0, 6.0, 5.0, 5.0, 6.0, 3.0]
+    gains = np.array(ours) - np.array(theirs)
+    exact = np.mean(
+        [
+            abs(np.dot(signs, gains)) >= abs(gains.sum()) - 1e-9
+            for signs in itertools.product((1, -1), repeat=7)
+        ]
+    )
+    test = paired_test([parts(ours)], [parts(theirs)], mean, resamples=50_000, seed=0)
+    assert test.difference == pytest.approx(gains.mean())
+    assert test.p_value == pytest.approx(exact, abs=0.01)
+
+
+def test_equal_models_differ_by_zero_with_p_one() -> None:
+    same = [parts([1.0, 4.0, 2.0])]
+    test = paired_test(same, same, mean, resamples=500, seed=0)
+    assert (test.difference, test.interval, test.p_value) == (0.0, (0.0, 0.0), 1.0)
+
+
+def test_without_a_difference_the_swap_test_rejects_about_5_in_100() -> None:
+    rng, rejected = np.random.default_rng(11), 0
+    for _ in range(300):
+        ours, theirs = rng.normal(size=(2, 30))
+        rejected += (
+            paired_test([parts(list(ours))], [parts(list(theirs))], mean, resamples=300, seed=0).p_value
+            <= 0.05
+        )
+    assert 0.02 <= rejected / 300 <= 0.09
+
+
+@pytest.mark.parametrize(
+    ("only_ours", "only_theirs", "p_value"),
+    [(0, 0, 1.0), (5, 0, 0.0625), (1, 9, 22 / 1024), (6, 6, 1.0), (10, 3, 2 * (1 + 13 + 78 + 286) / 8192)],
+)
+def test_mcnemar_is_twice_the_smaller_binomial_tail(only_ours: int, only_theirs: int, p_value: float) -> None:
+    ours = np.array([True] * only_ours + [False] * only_theirs + [True, False] * 4)
+    theirs = np.array([False] * only_ours + [True] * only_theirs + [True, False] * 4)
+    assert mcnemar_exact(ours, theirs) == pytest.approx(p_value)
+
+
+def test_mcnemar_stays_a_number_for_thousands_of_questions() -> None:
+    ours = np.array([True] * 1600 + [False] * 1400)
+    expected = math.erfc((100 - 0.5) / math.sqrt(3000 / 4) / math.sqrt(2))  # normal with continuity
+    assert mcnemar_exact(ours, ~ours) == pytest.approx(expected, rel=0.02)
+
+
+def test_holm_multiplies_by_what_is_left_and_never_falls() -> None:
+    assert holm([0.01, 0.04, 0.03, math.nan])[:3] == pytest.approx([0.04, 0.09, 0.09])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert math.isnan(holm([0.01, math.nan])[1])
+
+
+def test_pope_is_the_mean_of_the_splits_f1(write_eval: Callable[..., Path]) -> None:
+    def rows(hits: int, false_alarms: int, misses: int, right_noes: int, split: str) -> Rows:
+        kinds = [("yes", "yes")] * hits + [("no", "yes")] * false_alarms + [("yes", "no")] * misses
+        kinds += [("no", "no")] * right_noes
+        return [pope_row(split, number, *kind) for number, kind in enumerate(kinds)]
+
+    # LLaVA-1.5-13B on the older random split, PAPER.md section 8: F1 .8718
+    folder = write_eval(
+        "m/pope", "pope", rows(1183, 31, 317, 1379, "random") + rows(90, 10, 30, 70, "popular")
+    )
+    comparison = compare(read_evaluations([str(folder)]), resamples=2000)
+    first, second = 2 * 1183 / (2 * 1183 + 31 + 317), 2 * 90 / (2 * 90 + 10 + 30)
+    assert round(first, 4) == 0.8718
+    assert comparison.scores[0].score == pytest.approx((first + second) / 2)
+    low, high = comparison.scores[0].interval
+    assert low < comparison.scores[0].score < high and 0.02 < high - low < 0.08
+    assert comparison.scores[0].questions == 2910 + 200
+
+
+def test_pope_tests_pair_questions_by_split(write_eval: Callable[..., Path], tmp_path: Path) -> None:
+    truth = ["yes", "no"] * 50
+    for name, wrong in (("base", range(40)), ("dpo", range(20))):
+        rows = [
+            pope_row(split, n, label, label if n not in wrong else ("no" if label == "yes" else "yes"))
+            for split in ("random", "popular")
+            for n, label in enumerate(truth)
+        ]
+        write_eval(f"{name}/pope", "pope", list(reversed(rows)) if name == "dpo" else rows)
+    folders = [
+        str(write_eval.__closure__ and write_eval.__closure__[0].cell_contents / n) for n in ("base", "dpo")
+    ]
+    comparison = compare(read_evaluations(folders), resamples=2000)
+    (test,) = comparison.tests
+    assert test.test.n == 200 and test.test.difference == pytest.approx(0.8 - 0.6)
+    assert test.test.mcnemar == pytest.approx(2 / 2**40)
+    assert test.test.p_value < 0.002 and test.test.interval[0] > 0.1
+
+
+def test_turns_of_a_question_stay_together_and_excluded_ones_do_not_count(
+    write_eval: Callable[..., Path],
+) -> None:
+    rows = [row(n // 2, float(n // 2 % 10), chars=100) for n in range(160)]
+    rows[5] = row(2, None, chars=9999)
+    folder = write_eval("m", "mt-bench", rows)
+    (score,) = compare(read_evaluations([str(folder)]), resamples=4000).scores
+    assert (score.n, score.questions, score.excluded) == (159, 80, {"parse_failed": 1})
+    assert score.mean_answer_chars == 100
+    # question 2 has one turn left
+    assert score.score == pytest.approx((2 * sum(n % 10 for n in range(80)) - 2) / 159)
+    # both turns of a question have one value: the spread is that of 80 draws, not of 160
+    spread = np.std([n % 10 for n in range(80)]) / math.sqrt(80)
+    assert score.interval[1] - score.interval[0] == pytest.approx(2 * 1.96 * spread, rel=0.05)
+
+
+def test_llava_bench_is_the_ratio_of_sums_and_its_categories_too(write_eval: Callable[..., Path]) -> None:
+    marks = [(8, 6), (10, 7), (9, 9), (10, 5)]
+    rows = [
+        {**row(n, b, reference_score=a), "category": "conv" if n < 2 else "detail"}
+        for n, (a, b) in enumerate(marks)
+    ]
+    (score,) = compare(read_evaluations([str(write_eval("m", "llava-bench", rows))]), resamples=500).scores
+    assert score.score == pytest.approx(100 * 27 / 37)
+    assert score.categories == pytest.approx({"conv": 100 * 13 / 18, "detail": 100 * 14 / 19})
+
+
+def test_folders_of_several_benchmarks_are_named_by_their_folder_or_as_told(
+    write_eval: Callable[..., Path], tmp_path: Path
+) -> None:
+    for name in ("base", "dpo"):
+        write_eval(f"{name}/mmbench", "mmbench", [row(n, float(n % 2)) for n in range(8)], model="same")
+        write_eval(f"{name}/mm-vet", "mm-vet", [row(f"v1_{n}", 0.5) for n in range(4)], model="same")
+    comparison = compare(read_evaluations([str(tmp_path / "base"), f"DPO={tmp_path / 'dpo'}"]), resamples=200)
+    assert comparison.models == ("base", "DPO") and comparison.baseline == "base"
+    assert [(r.benchmark, r.model) for r in comparison.scores] == [
+        ("mm-vet", "base"), ("mm-vet", "DPO"), ("mmbench", "base"), ("mmbench", "DPO")
+    ]  # fmt: skip
+    assert [test.test.p_value for test in comparison.tests] == [1.0, 1.0]
+
+
+def test_questions_of_only_one_model_are_left_out_of_the_test_and_told(
+    write_eval: Callable[..., Path],
+) -> None:
+    base = write_eval("base", "mmbench", [row(n, 1.0) for n in range(10)])
+    dpo = write_eval("dpo", "mmbench", [row(n, 1.0 if n > 3 else None) for n in range(12)])
+    comparison = compare(read_evaluations([str(base), str(dpo)]), resamples=200)
+    assert comparison.tests[0].test.n == 6
+    assert "MMBench, % right: 6 questions were scored for only one of dpo and base" in comparison.warnings[0]
+
+
+def test_different_judges_are_warned_of(write_eval: Callable[..., Path]) -> None:
+    rows = [row(n, 5.0) for n in range(5)]
+    one = write_eval("a", "mt-bench", rows, judge={"model": "g", "versions": {"g-001": 1}})
+    two = write_eval("b", "mt-bench", rows, judge={"model": "g", "versions": {"g-002": 1}})
+    comparison = compare(read_evaluations([str(one), str(two)]), resamples=200)
+    assert "the judges differ (a: g-001; b: g-002)" in comparison.warnings[0]
+
+
+def test_the_page_stands_alone_and_shows_names_inert(write_eval: Callable[..., Path], tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>|`x`$a$"
+    rows = [row(n, float(n % 3 > 0), chars=1234) for n in range(30)]
+    base = write_eval("base", "mmbench", rows)
+    other = write_eval("other", "mmbench", [row(n, 1.0, chars=2000) for n in range(30)], model=evil)
+    comparison = compare(read_evaluations([str(base), str(other)]), resamples=500)
+    html, md, png, numbers = write_comparison(comparison, tmp_path / "out")
+    page = html.read_text()
+    assert "<script" not in page and "&lt;script&gt;alert(1)" in page
+    assert not re.search(r"""(src|href)=["'](?!data:image/png;base64,)""", page)
+    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "1,234" in page and "2,000" in page and "66.7" in page and "100.0" in page
+    assert "\\<script\\>alert(1)\\</script\\>\\|\\`x\\`" in md.read_text()
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in md.read_text().splitlines() if "MMBench, % right |" in line} == {
+        8, 11
+    }  # fmt: skip
+    told = json.loads(numbers.read_text())
+    assert told["scores"][0]["score"] == pytest.approx(200 / 3) and told["tests"][0]["test"]["n"] == 30
+
+
+def test_the_same_seed_gives_the_same_numbers(write_eval: Callable[..., Path]) -> None:
+    rng = np.random.default_rng(0)
+    folders = [
+        str(write_eval(name, "mt-bench", [row(n, float(rng.integers(1, 11))) for n in range(40)]))
+        for name in "ab"
+    ]
+    first, second = (compare(read_evaluations(folders), resamples=500, seed=4) for _ in range(2))
+    assert first == second != compare(read_evaluations(folders), resamples=500, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (
+            lambda f: (f / "scores.json").unlink(),
+            "wanted scores.json in it or in the folders in it, got none",
+        ),
+        (lambda f: (f / "scores.json").write_text("{"), "scores.json line 1: wanted a JSON object"),
+        (lambda f: (f / "scores.json").write_text("{}"), "scores.json: benchmark: wanted one of mt-bench"),
+        (lambda f: (f / "results.jsonl").unlink(), "wanted results.jsonl beside scores.json"),
+        (lambda f: (f / "results.jsonl").write_text(""), "wanted scored answers, got 0 rows"),
+        (
+            lambda f: (f / "results.jsonl").write_text('{"score": "x"}\n'),
+            "results.jsonl line 1: score: wanted a number",
+        ),
+        (
+            lambda f: (f / "results.jsonl").write_text('{"score": 1, "answer_chars": 1, "question_id": 1}\n'),
+            "results.jsonl line 1: split: wanted the columns of this benchmark",
+        ),
+    ],
+)
+def test_a_broken_folder_is_named_in_one_line(
+    break_it: Callable[[Path], Any], message: str, write_eval: Callable[..., Path]
+) -> None:
+    folder = write_eval("m", "pope", [pope_row("random", 1, "yes", "yes")])
+    break_it(folder)
+    with pytest.raises(UserError) as error:
+        read_evaluations([str(folder)])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_two_evaluations_of_one_name_are_refused(write_eval: Callable[..., Path]) -> None:
+    one = write_eval("one", "mmbench", [row(1, 1.0)], model="llava")
+    two = write_eval("two", "mmbench", [row(1, 1.0)], model="llava")
+    with pytest.raises(UserError, match=r"both say 'llava' on mmbench: name them, NAME=FOLDER"):
+        read_evaluations([str(one), str(two)])
+
+
+def test_the_command_prints_the_tables_and_writes_the_page(
+    write_eval: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = write_eval("base", "mmbench", [row(n, float(n % 2)) for n in range(20)])
+    dpo = write_eval("dpo", "mmbench", [row(n, 1.0) for n in range(20)])
+    out = tmp_path / "page"
+    words = ["fasttrain", "compare", str(base), f"DPO={dpo}", "-o", str(out), "--resamples", "500"]
+    monkeypatch.setattr(sys, "argv", words)
+    cli.main()
+    printed = capsys.readouterr().out
+    assert "| MMBench, % right | DPO | +50.0 |" in printed and f"page: {out / 'comparison.html'}" in printed
+    assert (
+        markdown(compare(read_evaluations([str(base), f"DPO={dpo}"]), resamples=500))
+        == (out / "comparison.md").read_text()
+    )
+    monkeypatch.setattr(sys, "argv", [*words, "--baseline", "DP0"])
+    with pytest.raises(SystemExit) as leave:
+        cli.main()
+    assert leave.value.code == 2
+    assert "--baseline: wanted one of base, DPO, got 'DP0'; did you mean 'DPO'?" in capsys.readouterr().err
