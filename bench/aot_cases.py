@@ -6,7 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fasttrain_kernels import KINDS, head_passes_triton, label_logprob_triton, preference_loss_triton
+from fasttrain_kernels import (
+    KINDS,
+    head_passes_triton,
+    label_logprob_triton,
+    preference_loss_triton,
+    shared_prefix_merge_triton,
+)
 
 # LLaVA-1.5-13B, bf16: 16 answers of 130 tokens in a pack; a tile of the head is 1024 rows of 8192 columns.
 ROWS, HIDDEN, VOCABULARY, PAIRS = 2080, 5120, 32064, 128
@@ -29,7 +35,12 @@ _DIVISIBLE = {
     "first",
     "d",
 }
-_INTEGERS = _DIVISIBLE | {"pairs"}
+_STRIDES = {"size", "out_row", "out_head", "part_row", "part_head"}
+_INTEGERS = (
+    _DIVISIBLE
+    | _STRIDES
+    | {"pairs", "start", "heads", "lse_row", "lse_head", "part_lse_row", "part_lse_head"}
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,9 @@ class Case:
     @property
     def attributes(self) -> dict[tuple[int], list[list[Any]]]:
         names = self.kernel.arg_names
-        aligned = [n for n in names if n not in self.constants and (n.endswith("_ptr") or n in _DIVISIBLE)]
+        aligned = [
+            n for n in names if n not in self.constants and (n.endswith("_ptr") or n in _DIVISIBLE | _STRIDES)
+        ]
         return {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
 
 
@@ -106,4 +119,7 @@ def cases() -> list[Case]:
              wide_loads=False),
         Case("preference, every kind that does not sort", preference.preference_kernel,
              loss(tuple(k for k in every if k not in sorting), True), 4, PAIRS * 32, PAIRS * 24, wide_loads=False),
+        Case("attention merge", shared_prefix_merge_triton.merge_kernel,
+             {"INDEXED": True, "BLOCK_H": 16, "BLOCK_K": 128}, 4, ROWS * HIDDEN * 4 + ROWS * 40 * 8,
+             ROWS * HIDDEN * 2 + ROWS * 40 * 4, pointers={"out_ptr": "bf16", "part_ptr": "bf16", "index_ptr": "i64"}),
     ]  # fmt: skip

@@ -157,6 +157,9 @@ def env(as_json: bool) -> None:
         if name == "versions":
             for package, version in value.items():
                 click.echo(f"{package:24} {version or 'not installed'}")
+        elif isinstance(value, dict):
+            for part, said in value.items():
+                click.echo(f"{name.replace('_', ' ') + ' ' + part:24} {said}")
         elif name != "command":
             shown = ", ".join(value) or "none" if isinstance(value, list) else value
             click.echo(f"{name.replace('_', ' '):24} {shown}")

@@ -20,7 +20,13 @@ def collect_facts() -> dict[str, Any]:
     """What one needs to know to repeat a run or to answer a bug report. No secrets, no environment variables."""
     import torch
 
-    from fasttrain_kernels import backend_for
+    from fasttrain_kernels import (
+        ATTENTION_BACKENDS,
+        AttentionCase,
+        backend_for,
+        choose_attention,
+        why_not_attention,
+    )
 
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
@@ -29,7 +35,12 @@ def collect_facts() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     cuda = torch.cuda.is_available()
-    head = backend_for(torch.empty(0, device="cuda" if cuda else "cpu"))
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    head = backend_for(torch.empty(0, device=device))
+    # what recipes get that leave the type to us, at the head size of most models
+    case = AttentionCase(device, torch.bfloat16 if cuda else torch.float32, 128)
+    attention, attention_reason = choose_attention(case)
+    cannot = {name: why_not_attention(name, case) for name in ATTENTION_BACKENDS}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -44,8 +55,9 @@ def collect_facts() -> dict[str, Any]:
         "head_reason": "a CUDA device and triton are there"
         if head == "triton"
         else "no CUDA device, or no triton",
-        "attention_backend": "sdpa",
-        "attention_reason": "the only shared-prefix attention backend of this version",
+        "attention_backend": attention,
+        "attention_reason": attention_reason,
+        "attention_cannot": {name: reason for name, reason in cannot.items() if reason},
         "versions": versions,
     }
 

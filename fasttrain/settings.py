@@ -55,7 +55,11 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "Weight type; auto is bfloat16 on CUDA and float32 on CPU."
     )
-    attention: Literal["auto", "flash", "flex", "sdpa"] = setting("auto", "Attention backend.")
+    attention: Literal["auto", "flash", "flex", "sdpa"] = setting(
+        "auto",
+        "Backend of attention over shared prompts; auto is flash (flash-attn), else flex (FlexAttention), on CUDA, and "
+        "sdpa (torch's own kernels) on CPU. Completions that run unshared use torch's own kernels.",
+    )
     quantize: Literal["nf4", "int8"] | None = setting(
         None, "Quantise the frozen base model with bitsandbytes; int8 is not available yet."
     )
@@ -65,7 +69,6 @@ class ModelConfig:
     def __post_init__(self) -> None:
         # bitsandbytes picks outlier columns from all rows of a pass, so a log-prob would depend on what is packed with it
         refuse(self.quantize == "int8", "model.quantize", "int8")
-        refuse(self.attention in ("flash", "flex"), "model.attention", f"the {self.attention!r} backend")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in on_gpu:
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
 def _load_builders() -> ModuleType:
     # tests/ is no package and not on the path (import mode importlib), so the module is loaded by its file.
     path = Path(__file__).with_name("tiny_models.py")

@@ -139,7 +139,9 @@ def test_usage_errors_point_at_the_help_of_their_command(fasttrain: Any) -> None
 
 def test_env_names_versions_and_backends(fasttrain: Any) -> None:
     facts = json.loads(fasttrain("env", "--json").out)
-    assert facts["versions"]["torch"] and facts["head_backend"] and facts["attention_reason"]
+    assert facts["versions"]["torch"] and facts["head_backend"]
+    assert facts["attention_backend"] in ("flash", "flex", "sdpa") and facts["attention_reason"]
+    assert set(facts["attention_cannot"]) <= {"flash", "flex"} and all(facts["attention_cannot"].values())
     assert "transformers" in fasttrain("env").out
 
 
@@ -152,7 +154,8 @@ def test_env_names_versions_and_backends(fasttrain: Any) -> None:
     [
         ("train.learnin_rate=1", "recipe.yaml: unknown key train.learnin_rate; did you mean 'learning_rate'?"),
         ("train.pairs_per_step=many", "recipe.yaml: train.pairs_per_step: wanted an integer, got 'many'"),
-        ("model.attention=flash", "recipe.yaml: model.attention: the 'flash' backend is not available"),
+        ("model.attention=flash", "model.attention: wanted a backend that can run here, got flash: flash-attn wants a CUDA"),
+        ("model.attention=flex", "model.attention: wanted a backend that can run here, got flex: FlexAttention has no back"),
         ("data.train=none.jsonl", "none.jsonl: data.train/data.eval: wanted a pair file or folder"),
         ("data.image_root=none", "data.image_root: wanted an existing folder, got 'none'"),
         ("data.eval=recipe.yaml", "recipe.yaml: wanted .jsonl, .json, .parquet or a datasets folder, got .yaml"),

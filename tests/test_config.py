@@ -243,9 +243,7 @@ def test_a_quantised_model_cannot_be_tuned_in_full(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        "model.attention=flash",
         "model.quantize=int8",
-        "model.attention=flex",
         "train.compile=true",
         "distributed.zero_stage=2",
         "distributed.zero_stage=3",

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from fasttrain.errors import UserError
 from fasttrain.model.positions import scales_by_longest
-from fasttrain_kernels import SharedPrefixLayout, shared_prefix_attention
+from fasttrain_kernels import (
+    AttentionCase,
+    SharedPrefixLayout,
+    choose_attention,
+    shared_prefix_attention,
+    why_not_attention,
+)
 
 SHARED = "fasttrain_shared_prefix"
 
@@ -23,7 +31,8 @@ class CannotShare(RuntimeError):
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, shared_prefix_layout: SharedPrefixLayout | None = None,
-    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
+    shared_prefix_backend: str | None = None, sliding_window: int | None = None, softcap: float | None = None,
+    s_aux: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Hugging Face's attention signature: q (1, H, T, K), k and v (1, Hkv, T, K) -> (1, T, H, K)."""
     if shared_prefix_layout is None:
@@ -35,14 +44,43 @@ def _attention(
         raise CannotShare(
             f"{type(module).__name__} asks for attention with {', '.join(unknown) or 'a mask or dropout'}"
         )
+    if value.shape[-1] != query.shape[-1]:
+        raise CannotShare(f"{type(module).__name__} has values of another size than its keys")
     out = shared_prefix_attention(
-        query, key, value, shared_prefix_layout, scale=scaling,
+        query, key, value, shared_prefix_layout, scale=scaling, backend=shared_prefix_backend,
         window=sliding_window, softcap=softcap, sinks=s_aux,
     )  # fmt: skip
     return out.transpose(1, 2), None
 
 
 AttentionInterface.register(SHARED, _attention)
+
+
+def check_attention(wanted: str, config: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """UserError if the backend that a recipe asks for cannot run a model of this configuration there."""
+    for size in [] if wanted == "auto" else _head_sizes(config):
+        reason = why_not_attention(wanted, AttentionCase(device, dtype, size))
+        if reason:
+            raise UserError(f"model.attention: wanted a backend that can run here, got {wanted}: {reason}")
+
+
+def attention_facts(policy: Any) -> dict[str, str]:
+    """The backend that this policy's passes use, and why: for environment.json."""
+    if not policy.shared:
+        reason = "completions run as ordinary sequences"
+        return {"attention_backend": policy.ordinary_attention, "attention_reason": reason}
+    if policy.attention != "auto":
+        return {"attention_backend": policy.attention, "attention_reason": "model.attention"}
+    size = max(_head_sizes(policy.model.config))
+    backend, reason = choose_attention(AttentionCase(policy.device, policy.model.dtype, size))
+    return {"attention_backend": backend, "attention_reason": reason}
+
+
+def _head_sizes(config: Any) -> list[int]:
+    """Head sizes of a model's attention layers; more than one where some layers are global."""
+    text = config.get_text_config()
+    usual = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return sorted({usual, getattr(text, "global_head_dim", None) or usual})
 
 
 def why_unshared(model: Any, longest: int) -> str | None:

@@ -26,13 +26,17 @@ class Counts:
 
 
 class Policy(nn.Module):
-    """Wraps a causal LM or LLaVA. Forward takes a PackBatch on the model's device and returns the head's output for its N rows."""
+    """Wraps a causal LM or LLaVA. Forward takes a PackBatch on the model's device and returns the head's output for its N rows.
 
-    def __init__(self, model: Any) -> None:
+    attention: the backend of attention over shared prompts, "auto" for the best that can run.
+    """
+
+    def __init__(self, model: Any, attention: str = "auto") -> None:
         super().__init__()
         self.model = model
+        self.attention = attention
         self.shared = False
-        self._ordinary = model.config.get_text_config()._attn_implementation
+        self.ordinary_attention = model.config.get_text_config()._attn_implementation
         self.head: LogprobHead
         object.__setattr__(self, "head", install_head(model))  # registered once, inside the model
         self.counts = Counts()
@@ -53,7 +57,7 @@ class Policy(nn.Module):
         if shared == self.shared:
             return
         self.shared = shared
-        name = SHARED if shared else self._ordinary
+        name = SHARED if shared else self.ordinary_attention
         self.model.set_attn_implementation(
             {"text_config": name} if hasattr(self.model.config, "text_config") else name
         )
@@ -74,6 +78,7 @@ class Policy(nn.Module):
             batch.pixel_ICHW,
             position_ids=layout.position_ids(self.device)[None],
             shared_prefix_layout=layout,
+            shared_prefix_backend=None if self.attention == "auto" else self.attention,
         )
         return hidden_TD.index_select(0, layout.predictor_rows(self.device))
 

@@ -18,7 +18,7 @@ from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
 from fasttrain.files import HashMemo, cache_root
 from fasttrain.memory import MemoryEstimate, choose_pack, estimate
-from fasttrain.model.attention import silence_dropout, why_unshared
+from fasttrain.model.attention import check_attention, silence_dropout, why_unshared
 from fasttrain.model.flops import ModelShape, measure_shape
 from fasttrain.model.load import (
     find_folder,
@@ -93,6 +93,7 @@ def build_job(config: DPOConfig, loss: Objective | None = None) -> Job:
     device = pick_device()
     folder = find_folder(config.model)
     model_config = load_model_config(folder, config.model)
+    check_attention(config.model.attention, model_config, device, pick_dtype(config.model.dtype, device))
     has_images = model_config.model_type == "llava"
     processor = load_processor(folder, config.model, has_images)
     chat = ChatTokenizer(processor, stop_token_ids(processor, folder))
@@ -102,7 +103,7 @@ def build_job(config: DPOConfig, loss: Objective | None = None) -> Job:
     _check_vocabulary(chat, model)
     _check_image_token(chat, model)
     silence_dropout(model)
-    policy = Policy(model)
+    policy = Policy(model, config.model.attention)
     policy.check()
     adapted = attach_lora(model, config.lora, config.model.train_projector) if config.lora else None
     choose_trainable(model, adapted, config.model.train_projector)

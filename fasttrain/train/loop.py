@@ -20,6 +20,7 @@ from fasttrain.config import DPOConfig, LossConfig
 from fasttrain.data.batch import PackBatch, load_packs, whole
 from fasttrain.data.packs import Order, Pack, Step, plan_step
 from fasttrain.environment import collect_facts
+from fasttrain.model.attention import attention_facts
 from fasttrain.model.flops import pass_flops
 from fasttrain.progress import Progress, say
 from fasttrain.reference.fill import FillReport, fill, missing_completions
@@ -250,6 +251,7 @@ class Trainer:
             "tokens_per_pack": job.tokens_per_pack,
             "gradient_checkpointing": job.checkpointing,
             "share_prefix": job.policy.shared,
+            **attention_facts(job.policy),
             "workers": job.workers,
             "steps": total,
             "reference_model": job.identity,

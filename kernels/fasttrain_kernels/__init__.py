@@ -8,23 +8,29 @@ from .preference_kinds import COUPLE_PAIRS, F_DIVERGENCES, KINDS, REFERENCE_FREE
 from .preference_loss import PreferenceLoss, preference_loss, preference_loss_ref
 from .sequence_logprob import pair_sums, preference_logps, sequence_sums, wpo_weights
 from .shared_prefix import SharedPrefixLayout
-from .shared_prefix_attention import (
+from .shared_prefix_attention import shared_prefix_attention, shared_prefix_attention_ref
+from .shared_prefix_backends import (
+    ATTENTION_BACKENDS,
+    AttentionCase,
     attention_backend_for,
-    shared_prefix_attention,
-    shared_prefix_attention_ref,
+    choose_attention,
+    why_not_attention,
 )
 
 __all__ = [
+    "ATTENTION_BACKENDS",
     "COUPLE_PAIRS",
     "F_DIVERGENCES",
     "KINDS",
     "REFERENCE_FREE",
+    "AttentionCase",
     "FusedLinearPreferenceLoss",
     "LinearLogprob",
     "PreferenceLoss",
     "SharedPrefixLayout",
     "attention_backend_for",
     "backend_for",
+    "choose_attention",
     "label_logprob",
     "label_logprob_ref",
     "linear_logprob",
@@ -36,5 +42,6 @@ __all__ = [
     "sequence_sums",
     "shared_prefix_attention",
     "shared_prefix_attention_ref",
+    "why_not_attention",
     "wpo_weights",
 ]

@@ -7,11 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .shared_prefix import SharedPrefixLayout
+from .shared_prefix_backends import (
+    AttentionCase,
+    attention_case,
+    choose_attention,
+    flash_kernel,
+    why_not_attention,
+)
 from .shared_prefix_cpu import CpuFlash, Tiles
 from .shared_prefix_parts import Kernel, PartsAttention, Scores
 from .shared_prefix_plan import attention_plan
-
-BACKENDS = ("sdpa",)
+from .shared_prefix_varlen import flash_plan
 
 
 def shared_prefix_attention_ref(
@@ -31,11 +37,6 @@ def shared_prefix_attention_ref(
     return torch.cat([scores, column], -1).softmax(-1)[..., :-1] @ v
 
 
-def attention_backend_for(tensor: Tensor) -> str:
-    """Name of the backend that `backend=None` picks for queries like this one."""
-    return "sdpa"
-
-
 def shared_prefix_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout, scale: float | None = None,
     backend: str | None = None, *, window: int | None = None, softcap: float | None = None,
@@ -47,16 +48,41 @@ def shared_prefix_attention(
     p sees positions p - window + 1 to p; positions of completions go on from the prompt's end. `softcap` bends scores to
     softcap * tanh(score / softcap). `sinks` (H,) are scores that take part in a head's softmax without a value. The layout
     may make spans of a prompt bidirectional. The result lies in memory as (1, T, H, K), so that transposing it for the
-    output projection costs nothing. ValueError names the argument, what was wanted and what came.
+    output projection costs nothing.
+
+    Backends: "flash" (flash-attn 2, 3 or 4), "flex" (FlexAttention), "sdpa" (the CPU flash kernels part by part; dense
+    masked attention elsewhere); None picks the first that can run. ValueError names the argument, what was wanted and what
+    came, also where the backend asked for cannot run.
     """
     _check(q, k, v, layout)
     _check_options(q, window, softcap, sinks)
-    name = backend or attention_backend_for(q)
-    if name not in BACKENDS:
-        _refuse("backend", f"one of {', '.join(BACKENDS)}", repr(name))
     window = layout.binding_window(window)
     scores = Scores(q.shape[-1] ** -0.5 if scale is None else float(scale), softcap)
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    case = attention_case(q, layout, wants_grad)
+    if backend is None:
+        backend = choose_attention(case)[0]
+    else:
+        reason = why_not_attention(backend, case)
+        if reason:
+            _refuse("backend", "one that can run", f"{backend!r}: {reason}")
+    if backend == "flash":
+        return _flash(q, k, v, layout, scores, window, sinks, case)
+    if backend == "flex":
+        from .shared_prefix_flex import flex
+
+        return flex(q, k, v, layout, scores, window, sinks)
     return _sdpa(q, k, v, layout, scores, window, sinks)
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout, scores: Scores, window: int | None,
+    sinks: Tensor | None, case: AttentionCase,
+) -> Tensor:  # fmt: skip
+    kernel = flash_kernel(case)
+    assert not isinstance(kernel, str)
+    out: Tensor = PartsAttention.apply(q, k, v, sinks, flash_plan(layout, window, q.device), kernel, scores)
+    return out
 
 
 def _sdpa(

@@ -7,7 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from .shared_prefix_parts import Scores, statistics_dtype
+from .shared_prefix_merge import statistics_dtype
+from .shared_prefix_parts import Scores
 from .shared_prefix_plan import Visible
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .shared_prefix_plan import Plan
+from .shared_prefix_merge import merge_, statistics_dtype
+from .shared_prefix_plan import All, Part, Plan
 
 
 class Scores(NamedTuple):
@@ -68,7 +69,7 @@ class PartsAttention(torch.autograd.Function):
             o, l_part = kernel.forward(
                 part.queries.take(q), part.keys.take(k), part.keys.take(v), part.how, scores
             )
-            merge_(part.queries.take(out), part.queries.take(lse), o, l_part)
+            merge_(out, lse, part.queries, o, l_part)
         if sinks is not None:
             _merge_sinks_(out, lse, sinks)
         out = out.to(q.dtype)
@@ -81,31 +82,21 @@ class PartsAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *sinks = ctx.saved_tensors
         plan, kernel, scores = ctx.plan, ctx.kernel, ctx.scores
-        # sums of many parts are kept in the statistics' precision and rounded once
-        dtype = statistics_dtype(q) if plan.more else q.dtype
-        dq, dk, dv = (torch.empty_like(x, dtype=dtype) for x in (q, k, v))
-        for number, part in enumerate([*plan.first, *plan.more]):
-            rows = (part.queries.take(x) for x in (grad, q))
-            keys = (part.keys.take(x) for x in (k, v))
-            whole = (part.queries.take(x) for x in (out, lse))
-            gq, gk, gv = kernel.backward(*rows, *keys, *whole, part.how, scores)  # type: ignore[call-arg]
-            for place, sums, piece in ((part.queries, dq, gq), (part.keys, dk, gk), (part.keys, dv, gv)):
-                if number < len(plan.first):
-                    place.put(sums, piece)
-                else:
-                    place.add(sums, piece)
+        dq, dk, dv = _first_gradients(grad, q, k, v, out, lse, plan, kernel, scores)
+        for part in plan.more:
+            pieces = _gradients(grad, q, k, v, out, lse, part, kernel, scores)
+            for place, sums, piece in zip((part.queries, part.keys, part.keys), (dq, dk, dv), pieces):
+                place.add(sums, piece)
         dsinks = _sinks_gradient(grad, out, lse, sinks[0]) if sinks else None
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None, None, None
-
-
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """Of log-sum-exps and sums: fp32, or fp64 where the inputs are."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _first(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, kernel: Kernel, scores: Scores
 ) -> tuple[Tensor, Tensor]:
+    if isinstance(plan.first[0].queries, All):
+        (part,) = plan.first
+        return kernel.forward(q, part.keys.take(k), part.keys.take(v), part.how, scores)
     heads, tokens, size = q.shape[1:]
     out = q.new_empty(1, tokens, heads, size, dtype=statistics_dtype(q) if plan.more else q.dtype).transpose(
         1, 2
@@ -120,14 +111,28 @@ def _first(
     return out, lse
 
 
-def merge_(out: Tensor, lse: Tensor, o: Tensor, l_part: Tensor) -> None:
-    """Merge a part (o, l_part) into (out, lse) in place, in the statistics' precision."""
-    share = torch.sigmoid(l_part - lse)[..., None]
-    if out.dtype == share.dtype == o.dtype:
-        out.lerp_(o, share)
-    else:
-        out.copy_(torch.lerp(out.to(share.dtype), o.to(share.dtype), share))
-    torch.logaddexp(lse, l_part, out=lse)
+def _gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part, kernel: Kernel, scores: Scores
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, keys = part.queries.take, part.keys.take
+    return kernel.backward(rows(grad), rows(q), keys(k), keys(v), rows(out), rows(lse), part.how, scores)
+
+
+def _first_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, kernel: Kernel, scores: Scores
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if isinstance(plan.first[0].queries, All):
+        (part,) = plan.first
+        dq, dk, dv = _gradients(grad, q, k, v, out, lse, part, kernel, scores)
+        return dq, part.keys.collect(dk, k), part.keys.collect(dv, v)
+    # sums of many parts are kept in the statistics' precision and rounded once
+    dtype = statistics_dtype(q) if plan.more else q.dtype
+    sums = tuple(torch.empty_like(x, dtype=dtype) for x in (q, k, v))
+    for part in plan.first:
+        pieces = _gradients(grad, q, k, v, out, lse, part, kernel, scores)
+        for place, whole, piece in zip((part.queries, part.keys, part.keys), sums, pieces):
+            place.put(whole, piece)
+    return sums  # type: ignore[return-value]
 
 
 def _merge_sinks_(out: Tensor, lse: Tensor, sinks: Tensor) -> None:

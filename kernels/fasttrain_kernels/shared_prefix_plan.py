@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .shared_prefix import SharedPrefixLayout
@@ -46,6 +47,38 @@ class Segments(NamedTuple):
 
     def add(self, whole: Tensor, part: Tensor) -> None:
         self.take(whole).add_(part)
+
+
+class All(NamedTuple):
+    """Every row, in order. A plan whose first part has it has no other first part."""
+
+    def take(self, x: Tensor) -> Tensor:
+        return x
+
+    def collect(self, part: Tensor, whole: Tensor) -> Tensor:
+        return part
+
+
+class Gather(NamedTuple):
+    """The rows of an int64 index, copied."""
+
+    rows: Tensor
+
+    def take(self, x: Tensor) -> Tensor:
+        # in the order of memory, (1, T, heads, K)
+        return x.transpose(1, 2).index_select(1, self.rows).transpose(1, 2)
+
+    def put(self, whole: Tensor, part: Tensor) -> None:
+        whole.transpose(1, 2).index_copy_(1, self.rows, part.transpose(1, 2))
+
+    def add(self, whole: Tensor, part: Tensor) -> None:
+        whole.transpose(1, 2).index_add_(1, self.rows, part.transpose(1, 2))
+
+    def collect(self, part: Tensor, whole: Tensor) -> Tensor:
+        """Rows summed, in fp32, to where they were taken from; a row may have been taken several times."""
+        sums = torch.zeros_like(whole, dtype=torch.promote_types(whole.dtype, torch.float32))
+        self.add(sums, part.to(sums.dtype))
+        return sums.to(whole.dtype)
 
 
 class Part(NamedTuple):

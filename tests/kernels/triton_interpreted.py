@@ -24,6 +24,8 @@ from fasttrain_kernels import (
     linear_logprob_ref,
     preference_loss,
 )
+from fasttrain_kernels.shared_prefix_merge import merge_, merge_ref_
+from fasttrain_kernels.shared_prefix_plan import Gather, Slice
 
 pytest.importorskip("triton")
 
@@ -251,6 +253,30 @@ def test_kinds_that_sort_refuse_triton_by_name() -> None:
     x = torch.ones(3)
     with pytest.raises(ValueError, match="backend: wanted 'torch' or None for"):
         preference_loss(x, x, x, x, kind="aot", backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "size"), [(9, 64), (1, 24), (40, 128)])
+@pytest.mark.parametrize("rows", [Slice(11, 30), Gather(torch.tensor([3, 1, 22, 23]))])
+def test_merging_attention_parts(rows: Slice | Gather, heads: int, size: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(3)
+    draw = lambda n: torch.randn(1, n, heads, size, generator=g).to(dtype).transpose(1, 2)  # noqa: E731
+    count = len(rows.take(torch.zeros(1, 1, 40))[0, 0])
+    out, o = draw(40), draw(count)
+    # far apart both ways, and equal
+    lse = torch.randn(1, 40, heads, generator=g).mul(30).transpose(1, 2)
+    l_part = torch.randn(1, count, heads, generator=g).mul(30).transpose(1, 2)
+    l_part[..., 0] = rows.take(lse)[..., 0]
+    whole, whole_lse = rows.take(out).double(), rows.take(lse).double()
+    merge_ref_(whole, whole_lse, o.double(), l_part.double())
+    untouched = out.clone(), lse.clone()
+    merge_(out, lse, rows, o, l_part)
+    bar = 2e-2 if dtype == torch.bfloat16 else 1e-6
+    assert (rows.take(out).double() - whole).abs().max() <= bar * whole.abs().max()
+    assert (rows.take(lse).double() - whole_lse).abs().max() <= 1e-5
+    rows.put(out, rows.take(untouched[0]))
+    rows.put(lse, rows.take(untouched[1]))
+    assert torch.equal(out, untouched[0]) and torch.equal(lse, untouched[1])
 
 
 def test_nothing_reads_memory_it_did_not_write() -> None:
