@@ -1,4 +1,7 @@
-"""Floating-point operations of a pass, counted from the shapes of the model's own matrices and the lengths of the pack."""
+"""Floating-point operations of a pass, counted from the shapes of the model's own matrices and the lengths of the pack.
+
+Equal to what torch's FlopCounterMode sees, when it counts a causal kernel's visible pairs and the head's in-place products.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,12 @@ class ModelShape:
     head_weights: int
     head_trained: bool
     vision_per_image: int  # flops of tower and projector, forward
-    projector_per_image: int  # the projector's share, forward
-    projector_trained: bool
+    projector_backward_per_image: int  # 0 when the projector is frozen
+    fed_by_embeddings: int  # elements of matrices whose input has no gradient if the embeddings have none
+    embeddings_trained: bool
+    not_recomputed: (
+        int  # elements of matrices whose result no backward needs: checkpointing stops before them
+    )
 
 
 def measure_shape(model: Any) -> ModelShape:
@@ -45,7 +52,8 @@ def measure_shape(model: Any) -> ModelShape:
         else:
             frozen += size
     head = model.get_output_embeddings().weight
-    vision, projector, projector_trained = _vision_flops(model)
+    vision, projector_backward = _vision_flops(model)
+    fed, last = _edges(language_model(model))
     return ModelShape(
         frozen_weights=frozen,
         trained_weights=trained,
@@ -54,15 +62,50 @@ def measure_shape(model: Any) -> ModelShape:
         head_weights=head.numel(),
         head_trained=head.requires_grad,
         vision_per_image=vision,
-        projector_per_image=projector,
-        projector_trained=projector_trained,
+        projector_backward_per_image=projector_backward,
+        fed_by_embeddings=fed,
+        embeddings_trained=model.get_input_embeddings().weight.requires_grad,
+        not_recomputed=last,
     )
 
 
-def _vision_flops(model: Any) -> tuple[int, int, bool]:
+def _edges(decoder: nn.Module) -> tuple[int, int]:
+    """Elements of the first layer's projections of the embeddings, and of every layer's last product.
+
+    The first: all linears of the first attention but its last. The last: a layer's last linear, or what its adapter adds last.
+    """
+    layers = next((module for module in decoder.children() if isinstance(module, nn.ModuleList)), None)
+    if not layers:
+        return 0, 0
+    attention = next((m for m in layers[0].children() if "attention" in type(m).__name__.lower()), None)
+    entries = list(attention.children()) if attention is not None else []
+    linears = [entry for entry in entries if sum(_sizes(entry).values())]
+    fed = sum(
+        size
+        for entry in linears[:-1]
+        for name, size in _sizes(entry).items()
+        if "lora_B" not in name and "lora_embedding" not in name
+    )
+    return fed, sum(_last_product(layer) for layer in layers)
+
+
+def _sizes(module: nn.Module) -> dict[str, int]:
+    """Elements of every matrix in a module, by name."""
+    return {
+        name: m.in_features * m.out_features for name, m in module.named_modules() if isinstance(m, nn.Linear)
+    }
+
+
+def _last_product(layer: nn.Module) -> int:
+    sizes = list(_sizes(layer).values())
+    return sizes[-1] if sizes else 0  # an adapter's lora_B comes after its base layer and its lora_A
+
+
+def _vision_flops(model: Any) -> tuple[int, int]:
+    """Forward of tower and projector for one image, and the backward of the projector alone."""
     tower = getattr(model.base_model, "vision_tower", None)
     if tower is None:
-        return 0, 0, False
+        return 0, 0
     vision = model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     weights = sum(m.in_features * m.out_features for m in tower.modules() if isinstance(m, nn.Linear))
@@ -73,8 +116,10 @@ def _vision_flops(model: Any) -> tuple[int, int, bool]:
     for name, module in model.named_modules():
         if PROJECTOR in name and isinstance(module, nn.Linear) and "original_module" not in name:
             seen[id(module)] = module
-    projector = 2 * patches * sum(m.in_features * m.out_features for m in seen.values())
-    return flops + projector, projector, any(m.weight.requires_grad for m in seen.values())
+    sizes = [m.in_features * m.out_features for m in seen.values()]
+    trained = any(m.weight.requires_grad for m in seen.values())
+    backward = 2 * patches * (2 * sum(sizes) - sizes[0]) if trained else 0  # the tower needs no gradient
+    return flops + 2 * patches * sum(sizes), backward
 
 
 def visible_pairs(layout: list[tuple[int, list[int]]]) -> int:
@@ -103,8 +148,10 @@ def pass_flops(
     flops = linear + attention + head + images * shape.vision_per_image
     if backward:
         flops += 2 * tokens * (shape.frozen_weights + 2 * (shape.trained_weights + shape.adapter_weights))
+        if not shape.embeddings_trained and not (images and shape.projector_backward_per_image):
+            flops -= 2 * tokens * shape.fed_by_embeddings
         flops += attention * 5 // 2
         flops += 3 * head if shape.head_trained else head  # recompute, dH and dW; or the unit gradient
-        flops += linear + attention if checkpointing else 0
-        flops += 2 * images * shape.projector_per_image if shape.projector_trained else 0
+        flops += linear + attention - 2 * tokens * shape.not_recomputed if checkpointing else 0
+        flops += images * shape.projector_backward_per_image
     return flops

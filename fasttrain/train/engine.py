@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fasttrain.config import TrainConfig
 from fasttrain.data.batch import PackBatch
+from fasttrain.model.checkpointing import checkpoint_decoder
 from fasttrain.model.policy import Policy
 from fasttrain.train.optimizer import MasterOptimizer
 
@@ -18,7 +19,7 @@ class TorchEngine:
     def __init__(self, policy: Policy, config: TrainConfig, checkpointing: bool) -> None:
         self.policy = policy
         if checkpointing:
-            policy.model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_decoder(policy.model)
         self.optimizer = MasterOptimizer(policy, config)
 
     def forward(self, batch: PackBatch, **wants: bool) -> Any:
