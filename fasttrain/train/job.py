@@ -20,6 +20,8 @@ from fasttrain.files import HashMemo, cache_root
 from fasttrain.memory import MemoryEstimate, choose_pack, estimate
 from fasttrain.model.attention import check_attention, silence_dropout, why_unshared
 from fasttrain.model.flops import ModelShape, measure_shape
+from fasttrain.model.fused_layers import fuse_layers
+from fasttrain.model.fused_lora import fuse_lora
 from fasttrain.model.load import (
     find_folder,
     load_model,
@@ -29,7 +31,7 @@ from fasttrain.model.load import (
     pick_dtype,
     stop_token_ids,
 )  # fmt: skip
-from fasttrain.model.lora import attach_lora, choose_trainable
+from fasttrain.model.lora import attach_lora, choose_trainable, language_model
 from fasttrain.model.policy import Policy
 from fasttrain.model.positions import why_too_long
 from fasttrain.progress import say, ticker
@@ -107,6 +109,9 @@ def build_job(config: DPOConfig, loss: Objective | None = None) -> Job:
     policy.check()
     adapted = attach_lora(model, config.lora, config.model.train_projector) if config.lora else None
     choose_trainable(model, adapted, config.model.train_projector)
+    if adapted is not None and config.distributed.zero_stage != 3:
+        fuse_lora(model)
+        fuse_layers(language_model(model))
     policy.set_shared(_may_share(config, model, [train, *([evaluation] if evaluation else [])]))
     shape = measure_shape(model)
     memory = estimate(model, shape, device, config.train.optimizer == "adamw_8bit")

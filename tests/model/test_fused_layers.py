@@ -1,0 +1,99 @@
+"""Norm and SwiGLU in few passes are transformers' own functions, values and gradients."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
+
+SIZES = {"hidden_size": 22, "intermediate_size": 37, "num_attention_heads": 1, "num_key_value_heads": 1}
+
+
+class Layer(nn.Module):
+    def __init__(self, norm: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.mlp = norm, mlp
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+def layers(family: str, activation: str = "silu") -> tuple[Layer, Layer]:
+    """A layer of the family, and a copy with the fused functions."""
+    from fasttrain.model.fused_layers import fuse_layers
+
+    torch.manual_seed(0)
+    kinds: dict[str, Any] = {
+        "llama": (LlamaRMSNorm, LlamaMLP, LlamaConfig),
+        "qwen3": (Qwen3RMSNorm, Qwen3MLP, Qwen3Config),
+    }
+    norm, mlp, config = kinds[family]
+    theirs = Layer(norm(22, eps=1e-3), mlp(config(**SIZES, hidden_act=activation)))
+    nn.init.normal_(theirs.norm.weight)
+    theirs.requires_grad_(False)
+    ours = copy.deepcopy(theirs)
+    fuse_layers(ours)
+    return theirs, ours
+
+
+def result(layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.clone().requires_grad_()
+    out = layer(x)
+    (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+    assert x.grad is not None
+    return out.detach(), x.grad
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e4])
+def test_values_and_gradients_are_transformers(family: str, scale: float) -> None:
+    theirs, ours = layers(family)
+    x = scale * torch.randn(1, 11, 22)
+    x[0, 3] = 0  # only eps stands between such a row and infinity
+    (out, grad), (our_out, our_grad) = result(theirs, x), result(ours, x)
+    torch.testing.assert_close(our_out, out, rtol=2e-6, atol=2e-6 * scale)
+    torch.testing.assert_close(
+        our_grad, grad, rtol=1e-5, atol=1e-5 * float(grad[0, [0, 1, 2, 4]].abs().max())
+    )
+
+
+def test_less_is_kept_for_the_backward_pass() -> None:
+    theirs, ours = layers("llama")
+    kept = []
+    for layer in (theirs, ours):
+        seen: dict[int, int] = {}
+
+        def remember(tensor: torch.Tensor, seen: dict[int, int] = seen) -> torch.Tensor:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+            out = layer(torch.randn(1, 101, 22, requires_grad=True))
+        kept.append(sum(seen.values()))
+        out.sum().backward()
+    assert kept[1] < 0.8 * kept[0]
+
+
+@pytest.mark.parametrize("change", ["trained norm", "bf16", "gelu"])
+def test_what_the_functions_do_not_cover_runs_as_before(change: str) -> None:
+    theirs, ours = layers("llama", "gelu" if change == "gelu" else "silu")
+    x = torch.randn(1, 5, 22)
+    for layer in (theirs, ours):
+        if change == "trained norm":
+            layer.norm.weight.requires_grad_(True)
+        if change == "bf16":
+            layer.to(torch.bfloat16)
+    x = x.bfloat16() if change == "bf16" else x
+    (out, grad), (our_out, our_grad) = result(theirs, x), result(ours, x)
+    if change == "bf16":  # transformers rounds the gradient of every step, ours once fewer
+        torch.testing.assert_close(our_out, out, rtol=0, atol=0)
+    else:
+        torch.testing.assert_close(our_grad, grad)
+    if change == "trained norm":
+        torch.testing.assert_close(ours.norm.weight.grad, theirs.norm.weight.grad)
