@@ -13,6 +13,7 @@ import click
 from fasttrain import __version__
 from fasttrain.answering.command import answer_command
 from fasttrain.errors import UserError
+from fasttrain.evaluate.command import eval_command
 
 RECIPE_OPTIONS = (
     click.option("-c", "--config", "recipe", required=True, metavar="RECIPE.yaml", help="The recipe."),
@@ -222,6 +223,7 @@ def demo(folder: Path) -> None:
 
 
 cli.add_command(answer_command)
+cli.add_command(eval_command)
 
 
 def _prepare_torch() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fasttrain.answering.options import AnswerOptions, answering_options
+from fasttrain.answering.options import AnswerOptions, answering_options, call_limit_options
 
 EXIT_TYPED_FAILURES = 3
 
@@ -24,6 +24,7 @@ EXIT_TYPED_FAILURES = 3
     help="Folder that image paths start from. Default: that of the question file.",
 )
 @answering_options
+@call_limit_options
 def answer_command(
     questions: Path,
     output: Path,

@@ -33,16 +33,25 @@ _WORK = (
     click.option("--batch-size", type=click.IntRange(1), help="Most questions at once. Default: 64, or what memory holds."),
     click.option("--tokens-per-batch", type=click.IntRange(1), help="Most tokens at once, those to come included. Default: what memory holds."),
     click.option("--server", metavar="URL", help="Ask an OpenAI-compatible server instead; -m is the model's name there, the key in $OPENAI_API_KEY."),
+    click.option("--timeout", "timeout_s", type=click.FloatRange(0, min_open=True), default=300.0, show_default=True, help="Seconds for a reply of the server."),
+)  # fmt: skip
+_LIMITS = (
     click.option("--in-flight", type=click.IntRange(1), default=16, show_default=True, help="Requests to the server at the same time."),
     click.option("--rpm", type=click.FloatRange(0, min_open=True), help="Requests to the server per minute."),
-    click.option("--timeout", "timeout_s", type=click.FloatRange(0, min_open=True), default=300.0, show_default=True, help="Seconds for a reply of the server."),
     click.option("--attempts", type=click.IntRange(1), default=5, show_default=True, help="Requests for one answer, at most."),
 )  # fmt: skip
 
 
 def answering_options(command: Command) -> Command:
-    """Adds the options that `AnswerOptions.of` reads."""
+    """Adds the options that `AnswerOptions` holds, but for the limits of calls to a server."""
     for option in reversed((*_MODEL, *_DECODING, *_WORK)):
+        command = option(command)
+    return command
+
+
+def call_limit_options(command: Command) -> Command:
+    """Adds the limits of calls; `eval` has them from its judge."""
+    for option in reversed(_LIMITS):
         command = option(command)
     return command
 

@@ -50,30 +50,27 @@ def answer_questions(
     """All answers in the questions' order, and what failed: question ids by the name of the failure.
 
     Each answer is in the journal file, under a hash of everything it depends on, before the next
-    batch begins.
+    batch begins; what is asked twice (POPE's splits share half of their questions) is answered once.
     """
     from fasttrain_data.calls.journal import Journal
 
-    keys = list(_keys(questions, answerer, decoding))
-    key_of = {str(question.id): key for question, key in zip(questions, keys, strict=True)}
+    keys = _keys(questions, answerer, decoding)
+    key_of = {id(question): key for question, key in zip(questions, keys, strict=True)}
     failures: dict[str, list[str]] = {}
     with mistakes_of_data_tools(), Journal(journal) as kept:
-        missing = [question for question, key in zip(questions, keys, strict=True) if kept.get(key) is None]
-        if len(missing) < len(questions):
-            say(
-                f"{len(questions) - len(missing):,} of {len(questions):,} questions are answered in {journal}"
-            )
+        different = dict(zip(keys, questions, strict=True))
+        missing = [question for key, question in different.items() if kept.get(key) is None]
+        if held := sum(kept.get(key) is not None for key in keys):
+            say(f"{held:,} of {len(questions):,} questions are answered in {journal}")
         speed = _Speed()
-        with Progress(
-            "answers", len(questions), "questions", initial=len(questions) - len(missing)
-        ) as progress:
+        with Progress("answers", len(missing), "questions") as progress:
 
             def done(question: Question, replies: list[Reply] | Failed) -> None:
                 if isinstance(replies, Failed):
                     failures.setdefault(str(replies).partition(":")[0], []).append(str(question.id))
                     say(f"{question.where}: {replies}")
                 else:
-                    kept.append(key_of[str(question.id)], _entry(question, replies))
+                    kept.append(key_of[id(question)], _entry(question, replies))
                     speed.tokens += sum(reply.tokens for reply in replies)
                 progress.tick(1, f"{speed.rate:,.0f} tokens/s")
 
