@@ -20,7 +20,7 @@ from fasttrain.answering.decoding import Decoding, Reply
 from fasttrain.answering.kv_cache import RoomyCache
 from fasttrain.answering.picking import TokenPicker
 from fasttrain.answering.questions import ImageSource, Question, next_turn
-from fasttrain.data.images import hash_bytes
+from fasttrain.data.images import hash_bytes, join_inputs
 from fasttrain.data.pairs import Message
 from fasttrain.data.sources import BadRow
 from fasttrain.data.tokens import ChatTokenizer
@@ -97,20 +97,21 @@ class Generator:
         if not different:
             return None
         ids_PT, mask_PT = self._padded([ask.ids[: ask.prefix] for ask in different.values()])
-        pixels = torch.cat([self._pixels(ask) for ask in different.values()])
-        self.images_encoded += len(pixels)
+        inputs = join_inputs([self._pixels(ask) for ask in different.values()])
+        self.images_encoded += sum(len(ask.contents) for ask in different.values())
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         cache = RoomyCache()
         self.model.base_model(
             input_ids=ids_PT,
             attention_mask=mask_PT,
             position_ids=_positions(mask_PT),
-            pixel_values=pixels.to(self.model.device, self.model.dtype),
             past_key_values=cache,
             use_cache=True,
+            **{name: value.to(self.model.device) for name, value in inputs.items()},
         )
         return _Prefix(cache, mask_PT, {key: row for row, key in enumerate(different)})
 
-    def _pixels(self, ask: _Ask) -> Tensor:
+    def _pixels(self, ask: _Ask) -> dict[str, Tensor]:
         assert self.chat.pixels is not None
         try:
             return self.chat.pixels(ask.contents)

@@ -51,7 +51,7 @@ class LocalModel:
         self.device = loading.pick_device()
         self.folder = loading.find_folder(config)
         self.model_config = loading.load_model_config(self.folder, config)
-        self.takes_images = self.model_config.model_type == "llava"
+        self.takes_images = loading.takes_images(self.model_config)
         self.processor = loading.load_processor(self.folder, config, self.takes_images)
         self.stops = loading.stop_token_ids(self.processor, self.folder)
         self.memo = HashMemo(cache_root() / "hashes.sqlite")
@@ -135,12 +135,13 @@ def answer_in_batches(
 
 def make_generator(model: Any, processor: Any, stops: Sequence[int]) -> Generator | GenericGenerator:
     """The generator that shares image prompts where the model's layers and inputs allow it, else `generate`'s."""
-    if not shares_prompts(model):
+    chat = ChatTokenizer(processor, list(stops)) if shares_prompts(model) else None
+    if chat is None or chat.sizes_matter:
         return GenericGenerator(model, processor, stops)
     positions = (
         model.config.get_text_config().max_position_embeddings if why_too_long(model, _ANY_LENGTH) else None
     )
-    return Generator(model, ChatTokenizer(processor, list(stops)), stops, positions)
+    return Generator(model, chat, stops, positions)
 
 
 def shares_prompts(model: Any) -> bool:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fasttrain.data.images import PixelMaker, hash_bytes
+from fasttrain.data.images import PixelMaker, hash_bytes, join_inputs
 from fasttrain.data.packs import Pack
 from fasttrain.data.prepared import Group, PreparedData
 from fasttrain.errors import UserError
 from fasttrain.reference.cache import ReferenceCache
 from fasttrain.reference.key import CompletionKeys
+
+if TYPE_CHECKING:
+    from fasttrain.model.families import FamilyInputs, ImageInputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,8 @@ class PackBatch:
 
     `layout` lists (prompt length, completion lengths) of each run: a group with its completions, or one sequence.
     Pairs index the pack's sequences; those of split groups are left to the step (`sequence_ids`).
+    `inputs` are the model's arguments besides token ids: one entry for a shared pack, one for each run of another.
+    `both_ways` lists, per run, the spans of its prompt that are not seen causally.
     """
 
     pack: Pack
@@ -36,28 +41,44 @@ class PackBatch:
     target_N: Tensor
     lengths_S: Tensor
     sequence_ids: list[tuple[int, int]]
-    pixel_ICHW: Tensor | None
+    inputs: list[ImageInputs]
     images_per_run: list[int]
+    both_ways: list[list[tuple[int, int]]]
     pairs_P2: Tensor
     reference_N: Tensor | None
     keys: list[bytes]
     broken: list[tuple[int, str]]
 
+    @property
+    def images(self) -> int:
+        """How many images the pass encodes."""
+        return sum(self.images_per_run)
+
     def to(self, device: torch.device) -> PackBatch:
-        moved = {
-            entry.name: getattr(self, entry.name).to(device, non_blocking=True)
-            for entry in dataclasses.fields(self)
-            if isinstance(getattr(self, entry.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> PackBatch:
-        pinned = {
-            entry.name: getattr(self, entry.name).pin_memory()
+        return self._mapped(lambda tensor: tensor.pin_memory())
+
+    def without_inputs(self) -> PackBatch:
+        """The same batch without its images, which are most of its bytes; it cannot be run any more."""
+        return dataclasses.replace(self, inputs=[])
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> PackBatch:
+        done: dict[int, Tensor] = {}  # the runs of one prompt have the same image tensors
+
+        def once(tensor: Tensor) -> Tensor:
+            if id(tensor) not in done:
+                done[id(tensor)] = change(tensor)
+            return done[id(tensor)]
+
+        changed: dict[str, Any] = {
+            entry.name: once(getattr(self, entry.name))
             for entry in dataclasses.fields(self)
             if isinstance(getattr(self, entry.name), Tensor)
         }
-        return dataclasses.replace(self, **pinned)
+        inputs = [{name: once(value) for name, value in entry.items()} for entry in self.inputs]
+        return dataclasses.replace(self, inputs=inputs, **changed)
 
 
 class PackMaker(Dataset[Any]):
@@ -69,8 +90,9 @@ class PackMaker(Dataset[Any]):
         pixels: PixelMaker | None,
         keys: CompletionKeys,
         cache: ReferenceCache | None,
+        family: FamilyInputs | None = None,
     ) -> None:
-        self.data, self.pixels, self.keys, self.cache = data, pixels, keys, cache
+        self.data, self.pixels, self.keys, self.cache, self.family = data, pixels, keys, cache, family
 
     def __getitem__(self, pack: Pack) -> PackBatch | UserError:  # type: ignore[override]
         """The batch, or the user's mistake as a value: raised in a worker it would arrive as a traceback."""
@@ -80,21 +102,21 @@ class PackMaker(Dataset[Any]):
             return UserError(str(error))
 
     def _make(self, pack: Pack) -> PackBatch:
-        batch = _Builder(pack.shared)
+        batch = _Builder(pack.shared, self.family)
         for piece in pack.pieces:
             group = self.data.group(piece.group)
             try:
-                hashes, pixels = self._images(group)
+                hashes, images = self._images(group)
             except (OSError, ValueError) as error:
                 batch.broken.append((piece.group, str(error)))
                 continue
             keys = self.keys.of_group(
                 group.prompt_ids, hashes, [group.completion_ids[c] for c in piece.completions]
             )
-            batch.add(group, piece.completions, pixels, keys)
+            batch.add(group, piece.completions, images, len(hashes), keys)
         return batch.finish(pack, self._reference(batch))
 
-    def _images(self, group: Group) -> tuple[list[str], Tensor | None]:
+    def _images(self, group: Group) -> tuple[list[str], ImageInputs | None]:
         refs = self.data.images(group.number)
         if not refs or self.pixels is None:
             return [], None
@@ -121,13 +143,14 @@ class PackMaker(Dataset[Any]):
 class _Builder:
     """Collects runs of a pack."""
 
-    def __init__(self, shared: bool) -> None:
-        self.shared = shared
+    def __init__(self, shared: bool, family: FamilyInputs | None) -> None:
+        self.shared, self.family = shared, family
         self.layout: list[tuple[int, list[int]]] = []
         self.ids: list[np.ndarray] = []
         self.targets: list[np.ndarray] = []
+        self.prompts: list[np.ndarray] = []
         self.sequence_ids: list[tuple[int, int]] = []
-        self.pixels: list[Tensor] = []
+        self.images: list[ImageInputs | None] = []
         self.images_per_run: list[int] = []
         self.pairs: list[tuple[int, int]] = []
         self.keys: list[bytes] = []
@@ -135,17 +158,17 @@ class _Builder:
         self.broken: list[tuple[int, str]] = []
 
     def add(
-        self, group: Group, completions: tuple[int, ...], pixels: Tensor | None, keys: list[bytes]
-    ) -> None:
+        self, group: Group, completions: tuple[int, ...], images: ImageInputs | None, count: int, keys: list[bytes]
+    ) -> None:  # fmt: skip
         first = {completion: len(self.keys) + index for index, completion in enumerate(completions)}
         texts = [group.completion_ids[completion] for completion in completions]
         runs = [texts] if self.shared else [[text] for text in texts]
         for run in runs:
             self.layout.append((len(group.prompt_ids), [len(text) for text in run]))
             self.ids += [group.prompt_ids, *run]
-            self.images_per_run.append(0 if pixels is None else len(pixels))
-            if pixels is not None:
-                self.pixels.append(pixels)
+            self.images_per_run.append(count)
+            self.images.append(images)
+            self.prompts.append(group.prompt_ids)
         self.targets += texts
         self.sequence_ids += [(group.number, completion) for completion in completions]
         self.keys += keys
@@ -164,13 +187,35 @@ class _Builder:
             target_N=torch.from_numpy(np.concatenate(self.targets or empty).astype(np.int64)),
             lengths_S=torch.tensor([len(text) for text in self.targets], dtype=torch.int64),
             sequence_ids=self.sequence_ids,
-            pixel_ICHW=torch.cat(self.pixels) if self.pixels else None,
+            inputs=self._inputs(),
             images_per_run=self.images_per_run,
+            both_ways=[self.family.spans(prompt) if self.family else [] for prompt in self.prompts],
             pairs_P2=torch.tensor(self.pairs, dtype=torch.int64).reshape(-1, 2),
             reference_N=reference,
             keys=self.keys,
             broken=self.broken,
         )
+
+    def _inputs(self) -> list[ImageInputs]:
+        """The arguments of the one shared pass, or of every run's pass."""
+        if not self.layout:
+            return []
+        if not self.shared:
+            return [self._inputs_of_run(number) for number in range(len(self.layout))]
+        inputs = join_inputs([images for images in self.images if images])
+        if self.family is not None:
+            lengths = [completions for _, completions in self.layout]
+            positions = self.family.positions(list(zip(self.prompts, lengths, self.images, strict=True)))
+            if positions is not None:
+                inputs["position_ids"] = positions[:, None]
+        return [inputs]
+
+    def _inputs_of_run(self, number: int) -> ImageInputs:
+        images = self.images[number]
+        if self.family is None:
+            return dict(images or {})
+        ids = np.concatenate([self.prompts[number], self.targets[number]])
+        return {**(images or {}), **self.family.sequence(ids, images)}
 
 
 def _start_worker(_: int) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
+    from torch import Tensor
+
+    ImageInputs = dict[str, Tensor]
 
 MAX_PIXELS = 100_000_000  # more than any camera makes; a decompression bomb needs far more
 MAX_RATIO = 200  # of the sides: resizing a thin strip to the model's shortest edge makes it a bomb
@@ -115,20 +117,61 @@ def _check_size(width: int, height: int) -> None:
         raise ValueError(f"{width} x {height} pixels, one side more than {MAX_RATIO} times the other")
 
 
-class PixelMaker:
-    """Encoded images -> pixel values, exactly as the model's image processor makes them."""
+def image_size(ref: ImageRef) -> tuple[int, int]:
+    """(width, height) of an image as `open_image` would give it, from its header; ValueError or OSError if it has none."""
+    from PIL import Image
 
-    def __init__(self, image_processor: Any) -> None:
-        self.image_processor = image_processor
+    if ref.content is not None:
+        file: Any = io.BytesIO(ref.content)
+    else:
+        file = ref._file().open("rb")
+    with file, _opened(file) as image:
+        turned = image.getexif().get(Image.ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (image.height, image.width) if turned else image.size
+
+
+# What processors return for the text, not for the images.
+_OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+
+
+class PixelMaker:
+    """Encoded images of one prompt -> what the model's processor makes of them, by the names of the model's arguments."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
 
     def settings(self) -> dict[str, Any]:
-        """What decides the pixel values, for the reference key."""
-        settings: dict[str, Any] = self.image_processor.to_dict()
+        """What decides the image inputs, for the reference key."""
+        settings: dict[str, Any] = self.processor.image_processor.to_dict()
         for incidental in ("_processor_class", "processor_class", "auto_map"):
             settings.pop(incidental, None)
-        return settings
+        options = getattr(self.processor, "images_kwargs", None)
+        return {**settings, "images_kwargs": options} if options else settings
 
-    def __call__(self, contents: list[bytes]) -> torch.Tensor:
-        """Pixel values (I, C, H, W) fp32; ValueError if an image is broken."""
+    def __call__(self, contents: list[bytes]) -> ImageInputs:
+        """`pixel_values` and its companions (sizes, grids, masks); ValueError if an image is broken."""
         images = [open_image(content) for content in contents]
-        return self.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        text = " ".join([self.processor.image_token] * len(images))
+        inputs = self.processor(images=[images], text=[text], add_special_tokens=False, return_tensors="pt")
+        return {name: value for name, value in inputs.items() if name not in _OF_TEXT}
+
+
+def join_inputs(inputs: list[ImageInputs]) -> ImageInputs:
+    """Image inputs of several prompts as those of one pass: along the first axis, the others filled up with zeros.
+
+    That is how processors batch images of different sizes and numbers of tiles, and what the models expect.
+    """
+    import torch
+    from torch.nn import functional
+
+    joined: ImageInputs = {}
+    for name in dict.fromkeys(name for entry in inputs for name in entry):
+        tensors = [entry[name] for entry in inputs if name in entry]
+        shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+        padded = []
+        for tensor in tensors:
+            missing = [wanted - got for wanted, got in zip(shape, tensor.shape[1:])]
+            edges = [edge for amount in reversed(missing) for edge in (0, amount)]
+            padded.append(functional.pad(tensor, edges) if any(missing) else tensor)
+        joined[name] = torch.cat(padded)
+    return joined

@@ -13,7 +13,7 @@ import numpy as np
 
 from fasttrain.config import DataConfig
 from fasttrain.data.groups import GroupIndex, PairFiles, Skipped, group_rows
-from fasttrain.data.images import ImageRef
+from fasttrain.data.images import ImageRef, image_size
 from fasttrain.data.pairs import Pair, check_images, read_pair
 from fasttrain.data.sources import BadRow
 from fasttrain.data.tokens import ChatTokenizer, EncodedPrompt
@@ -260,7 +260,7 @@ def _tokenize_group(
         try:
             if candidate is None:
                 check_images(pair)
-                prompt = chat.prompt(pair.messages, pair.where)
+                prompt = chat.prompt(pair.messages, pair.where, _sizes(pair, chat))
                 fresh, first, images = _Candidate(prompt.ids), row, len(pair.images)
                 _check_prompt_fits(pair, fresh.prompt, data)
             else:
@@ -275,6 +275,15 @@ def _tokenize_group(
         candidate = fresh
         candidate.add(chosen, rejected)
     return (candidate, first, images) if candidate is not None else None
+
+
+def _sizes(pair: Pair, chat: ChatTokenizer) -> list[tuple[int, int]] | None:
+    if not chat.sizes_matter:
+        return None
+    try:
+        return [image_size(ref) for ref in pair.images]
+    except (ValueError, OSError) as error:
+        raise BadRow(pair.where, "images", "an image", str(error)) from None
 
 
 class _Dropped(Exception):

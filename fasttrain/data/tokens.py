@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -11,17 +12,21 @@ import numpy as np
 
 from fasttrain.data.images import PixelMaker
 from fasttrain.data.pairs import IMAGE, Message
+from fasttrain.data.placeholders import Placeholders
 from fasttrain.data.sources import BadRow
 from fasttrain.errors import UserError
 
-_PROBE_SIZES = ((64, 48), (37, 123))
 _PROBE = "probe of the template"
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
+    """text: as rendered, images as placeholders. runs: how many tokens stand in place of each image token of its ids."""
+
     text: str
     ids: np.ndarray
+    expanded: str = ""
+    runs: tuple[int, ...] = ()
 
 
 class ChatTokenizer:
@@ -34,7 +39,7 @@ class ChatTokenizer:
     def __init__(self, processor: Any, end_token_ids: list[int]) -> None:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.pixels = PixelMaker(processor.image_processor) if hasattr(processor, "image_processor") else None
+        self.pixels = PixelMaker(processor) if hasattr(processor, "image_processor") else None
         self.image_token: str | None = getattr(processor, "image_token", None) if self.pixels else None
         self.end_tokens = [self.tokenizer.convert_ids_to_tokens(i) for i in end_token_ids]
         self.appended_end = 0  # completions whose template wrote no end-of-turn token
@@ -45,10 +50,13 @@ class ChatTokenizer:
             raise UserError("model.name: wanted a tokenizer with an end-of-sequence token, got none")
         self._parts_as_list = self._takes_lists()
         self._suffix = self._written_after_answers()
-        self.image_token_id: int | None = None
-        self.tokens_per_image = 0
-        if self.pixels:
-            self.image_token_id, self.tokens_per_image = self._expand_image()
+        self.placeholders = Placeholders(processor) if self.image_token else None
+        self.image_token_id = self.placeholders.feature_token_id if self.placeholders else None
+
+    @property
+    def sizes_matter(self) -> bool:
+        """Whether the number of an image's tokens depends on its size, so that `prompt` needs the sizes."""
+        return self.placeholders is not None and self.placeholders.fixed is None
 
     def fingerprint(self) -> str:
         """Hash of everything besides prompt, completion and image bytes that decides a vision model's input."""
@@ -56,13 +64,21 @@ class ChatTokenizer:
         text = json.dumps(settings, sort_keys=True, default=str)
         return blake2b(text.encode(), digest_size=16).hexdigest()
 
-    def prompt(self, messages: tuple[Message, ...], where: str) -> EncodedPrompt:
-        """Token ids up to where the assistant's turn begins; image placeholders expanded as the processor does."""
+    def prompt(
+        self, messages: tuple[Message, ...], where: str, sizes: Sequence[tuple[int, int]] | None = None
+    ) -> EncodedPrompt:
+        """Token ids up to where the assistant's turn begins; image placeholders expanded as the processor does.
+
+        sizes: (width, height) of the images, in order; needed if `sizes_matter`.
+        """
         if any(part == IMAGE for _, parts in messages for part in parts) and not self.pixels:
             raise BadRow(where, "images", "a text-only row for a text-only model", "an image")
         text = self._render([self._message(message) for message in messages], generation=True, where=where)
         self._check_placeholders(text, messages, where)
-        return EncodedPrompt(text, self._ids(text))
+        if self.placeholders is None:
+            return EncodedPrompt(text, self._ids(text), text)
+        expanded, runs = self.placeholders.expand(text, sizes)
+        return EncodedPrompt(text, self._ids(expanded, runs), expanded, tuple(runs))
 
     def completion(
         self,
@@ -73,8 +89,9 @@ class ChatTokenizer:
         field: str = "answer",
     ) -> np.ndarray:
         """Token ids of an answer, up to and including its end-of-turn token; `field` names it in errors."""
-        if self.image_token and self.image_token in answer:
-            raise BadRow(where, field, "no image placeholder", f"{self.image_token} in the text")
+        for token in self.placeholders.reserved if self.placeholders else ():
+            if token in answer:
+                raise BadRow(where, field, "no image placeholder", f"{token} in the text")
         for token in self.end_tokens:
             if answer.rstrip().endswith(
                 token
@@ -94,7 +111,7 @@ class ChatTokenizer:
                 f"{full[max(0, len(prompt.text) - 40) :][:80]!r} after {prompt.text[-40:]!r}",
             )  # fmt: skip
         text = self._end_turn(full[len(prompt.text) :], where, field)
-        ids = self._ids(prompt.text + text)
+        ids = self._ids(prompt.expanded + text, prompt.runs)
         if len(ids) > len(prompt.ids) and np.array_equal(ids[: len(prompt.ids)], prompt.ids):
             return ids[len(prompt.ids) :]
         self.split_boundary += 1
@@ -162,37 +179,21 @@ class ChatTokenizer:
     def _check_placeholders(self, text: str, messages: tuple[Message, ...], where: str) -> None:
         if self.image_token is None:
             return
+        assert self.placeholders is not None
         images = sum(part == IMAGE for _, parts in messages for part in parts)
-        found = text.count(self.image_token)
-        if found != images:
-            raise BadRow(
-                where, "images", f"{images} placeholder(s) in the rendered prompt",
-                f"{found}: the text itself holds {self.image_token}, or the template renders no images",
-            )  # fmt: skip
+        for token in self.placeholders.reserved:
+            wanted, found = images if token == self.image_token else 0, text.count(token)
+            if found != wanted:
+                raise BadRow(
+                    where, "images", f"{wanted} placeholder(s) in the rendered prompt",
+                    f"{found}: the text itself holds {token}, or the template renders no images",
+                )  # fmt: skip
 
-    def _expand_image(self) -> tuple[int, int]:
-        """The token that the processor puts in place of an image and how often, whatever the image's size."""
-        from PIL import Image
-
-        expansions = []
-        for size in _PROBE_SIZES:
-            inputs = self.processor(
-                images=[Image.new("RGB", size)],
-                text=self.image_token,
-                add_special_tokens=False,
-                return_tensors="np",
-            )
-            expansions.append(inputs["input_ids"][0].tolist())
-        image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
-        if expansions[0] != expansions[1] or set(expansions[0]) != {image_id}:
-            raise UserError(
-                "model.name: wanted a processor that puts a fixed number of equal tokens in place of an image "
-                f"(LLaVA-1.5), got {len(expansions[0])} and {len(expansions[1])} tokens for two image sizes"
-            )
-        return image_id, len(expansions[0])
-
-    def _ids(self, text: str) -> np.ndarray:
+    def _ids(self, text: str, runs: Sequence[int] = ()) -> np.ndarray:
+        """Token ids, every image token repeated as often as `runs` says."""
         ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
-        if self.image_token_id is None:
+        if not runs:
             return ids
-        return np.repeat(ids, np.where(ids == self.image_token_id, self.tokens_per_image, 1))
+        times = np.ones(len(ids), np.int64)
+        times[ids == self.image_token_id] = runs
+        return np.repeat(ids, times)

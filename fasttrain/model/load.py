@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from fasttrain.config import ModelConfig
 from fasttrain.errors import UserError
+from fasttrain.model.no_videos import without_videos
 
 WEIGHTS = ("*.safetensors",)
 
@@ -71,7 +72,7 @@ def _snapshot(config: ModelConfig) -> Path:
 
 
 def load_model_config(folder: Path, config: ModelConfig) -> Any:
-    """The model's configuration; UserError unless it is LLaVA-1.5 or a text-only causal language model."""
+    """The model's configuration; UserError unless it is a causal language model, with images or without."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -81,27 +82,36 @@ def load_model_config(folder: Path, config: ModelConfig) -> Any:
         raise UserError(
             f"model.name: cannot read {folder / 'config.json'}: {str(error).splitlines()[0]}"
         ) from None
-    if found.model_type == "llava":
-        return found
-    has_vision = hasattr(found, "vision_config")
+    encodes = any(getattr(part, "is_encoder_decoder", False) for part in (found, found.get_text_config()))
     known = found.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.trust_remote_code
-    if has_vision or not known or getattr(found, "is_encoder_decoder", False):
+    if encodes or not (known or takes_images(found)):
         raise UserError(
-            f"model.name: wanted LLaVA-1.5 or a text-only causal language model, got model type {found.model_type!r}"
+            "model.name: wanted a causal language model or a vision-language model around one, got model type "
+            f"{found.model_type!r}"
         )
     return found
 
 
+def takes_images(model_config: Any) -> bool:
+    """Whether the model is a vision-language model that transformers itself knows."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+
+    return model_config.model_type in KNOWN and hasattr(model_config, "vision_config")
+
+
 def load_processor(folder: Path, config: ModelConfig, has_images: bool) -> Any:
     """The processor of a vision model (PIL image processing), or the tokenizer of a text model."""
-    from transformers import AutoProcessor, AutoTokenizer
+    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-    loader = AutoProcessor if has_images else AutoTokenizer
-    options = {"backend": "pil"} if has_images else {}
+    loader: Any = AutoTokenizer
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     try:
         with _quiet():
-            processor = loader.from_pretrained(folder, trust_remote_code=config.trust_remote_code, **options)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+            if has_images:
+                kind = AutoConfig.from_pretrained(folder, **options).model_type
+                loader, options["backend"] = without_videos(kind) or AutoProcessor, "pil"
+            processor = loader.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
         kind = "processor" if has_images else "tokenizer"
         raise UserError(
             f"model.name: cannot load a {kind} from {folder}: {str(error).strip().splitlines()[0]}"
@@ -111,10 +121,9 @@ def load_processor(folder: Path, config: ModelConfig, has_images: bool) -> Any:
 
 def load_model(folder: Path, config: ModelConfig, model_config: Any, device: torch.device) -> Any:
     """The model on its device, in evaluation mode, every weight found in its files; UserError if one is missing."""
-    from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    has_images = model_config.model_type == "llava"
-    loader: Any = LlavaForConditionalGeneration if has_images else AutoModelForCausalLM
+    loader: Any = AutoModelForImageTextToText if takes_images(model_config) else AutoModelForCausalLM
     dtype = pick_dtype(config.dtype, device)
     attention = "sdpa" if _takes_sdpa(loader, model_config) else "eager"
     try:
@@ -155,15 +164,15 @@ def load_model(folder: Path, config: ModelConfig, model_config: Any, device: tor
 
 
 def _takes_sdpa(loader: Any, model_config: Any) -> bool:
-    """Whether the class that will be loaded, and each part of LLaVA, has scaled_dot_product_attention; some have not."""
+    """Whether the class that will be loaded, and each part of it, has scaled_dot_product_attention; some have not."""
     from transformers import AutoModel
 
-    mapping = getattr(loader, "_model_mapping", None)
-    if mapping is None:
-        parts = (model_config.text_config, model_config.vision_config)
-        classes = [loader, *(AutoModel._model_mapping.get(type(part), None) for part in parts)]
-    else:
-        classes = [mapping.get(type(model_config), None)]
+    names = getattr(model_config, "sub_configs", {}) if takes_images(model_config) else {}
+    parts = [getattr(model_config, name, None) for name in names]
+    classes = [
+        loader._model_mapping.get(type(model_config), None),
+        *(AutoModel._model_mapping.get(type(part), None) for part in parts),
+    ]
     return all(getattr(found, "_supports_sdpa", True) for found in classes)
 
 

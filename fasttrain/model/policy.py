@@ -26,7 +26,8 @@ class Counts:
 
 
 class Policy(nn.Module):
-    """Wraps a causal LM or LLaVA. Forward takes a PackBatch on the model's device and returns the head's output for its N rows.
+    """Wraps a causal LM, with images or without. Forward takes a PackBatch on the model's device and returns the
+    head's output for its N rows.
 
     attention: the backend of attention over shared prompts, "auto" for the best that can run.
     """
@@ -72,42 +73,48 @@ class Policy(nn.Module):
         return self.head(hidden_ND, batch.target_N, **wants)
 
     def _hidden_shared(self, batch: PackBatch) -> Tensor:
-        layout = SharedPrefixLayout.from_groups(batch.layout)
+        layout = SharedPrefixLayout.from_groups(batch.layout, batch.both_ways)
+        inputs = dict(batch.inputs[0])
+        if "position_ids" not in inputs:
+            inputs["position_ids"] = layout.position_ids(self.device)[None]
+        self.counts.images += batch.images
+        backend = None if self.attention == "auto" else self.attention
         hidden_TD = self._decode(
             batch.input_ids_T,
-            batch.pixel_ICHW,
-            position_ids=layout.position_ids(self.device)[None],
+            inputs,
+            batch.images,
             shared_prefix_layout=layout,
-            shared_prefix_backend=None if self.attention == "auto" else self.attention,
+            shared_prefix_backend=backend,
         )
         return hidden_TD.index_select(0, layout.predictor_rows(self.device))
 
     def _hidden_separate(self, batch: PackBatch) -> Tensor:
         """The same rows from one ordinary causal pass per completion: no packing, no attention of ours."""
-        rows, start, image = [], 0, 0
-        for (prompt, completions), images in zip(batch.layout, batch.images_per_run, strict=True):
+        rows, start = [], 0
+        for (prompt, completions), images, inputs in zip(
+            batch.layout, batch.images_per_run, batch.inputs, strict=True
+        ):
             length = prompt + completions[0]
-            pixels = (
-                batch.pixel_ICHW[image : image + images] if images and batch.pixel_ICHW is not None else None
-            )
-            hidden_TD = self._decode(batch.input_ids_T[start : start + length], pixels)
+            self.counts.images += images
+            hidden_TD = self._decode(batch.input_ids_T[start : start + length], inputs, images)
             rows.append(hidden_TD[prompt - 1 : length - 1])
-            start, image = start + length, image + images
+            start += length
         return torch.cat(rows)
 
-    def _decode(self, ids_T: Tensor, pixel_ICHW: Tensor | None, **extra: Any) -> Tensor:
-        if pixel_ICHW is not None:
-            extra["pixel_values"] = pixel_ICHW.to(self.model.dtype)
-            self.counts.images += len(pixel_ICHW)
+    def _decode(self, ids_T: Tensor, inputs: dict[str, Tensor], images: int, **extra: Any) -> Tensor:
+        dtype = self.model.dtype
+        for name, value in inputs.items():
+            extra[name] = value.to(dtype) if value.is_floating_point() else value
         self.counts.decoder_tokens += len(ids_T)
         try:
             out = self.model.base_model(input_ids=ids_T[None], use_cache=False, return_dict=True, **extra)
         except ValueError as error:
-            if pixel_ICHW is None or "image tokens do not match" not in str(error):
+            if not images or "image tokens" not in str(error).lower():
                 raise
-            written = int((ids_T == self.model.config.image_token_id).sum()) // len(pixel_ICHW)
+            written = int((ids_T == self.model.config.image_token_id).sum()) // images
             raise UserError(
                 f"model.name: the processor writes {written} tokens for an image, the model makes another number of features: "
-                "vision_feature_select_strategy, patch_size or num_additional_image_tokens do not fit config.json"
+                "the processor's settings (vision_feature_select_strategy, patch_size, num_additional_image_tokens, image sizes) "
+                "do not fit config.json"
             ) from None
         return out.last_hidden_state[0]

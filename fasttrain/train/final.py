@@ -9,6 +9,7 @@ import torch
 
 from fasttrain import __version__
 from fasttrain.files import atomic_folder
+from fasttrain.model.no_videos import save_processor
 from fasttrain.train.job import Job
 from fasttrain.train.metrics import read_metrics
 from fasttrain.train.optimizer import MasterOptimizer
@@ -26,7 +27,7 @@ def write_final(job: Job, optimizer: MasterOptimizer, folder: Path) -> Path:
             job.adapted.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
         else:
             job.policy.model.save_pretrained(temporary)
-        job.processor.save_pretrained(temporary)
+        save_processor(job.processor, job.model_folder, temporary)
         (temporary / "README.md").write_text(model_card(job, folder), encoding="utf-8")
     return target
 

@@ -19,6 +19,7 @@ from fasttrain.errors import UserError
 from fasttrain.files import HashMemo, cache_root
 from fasttrain.memory import MemoryEstimate, choose_pack, estimate
 from fasttrain.model.attention import check_attention, silence_dropout, why_unshared
+from fasttrain.model.families import FamilyInputs
 from fasttrain.model.flops import ModelShape, measure_shape
 from fasttrain.model.fused_layers import fuse_layers
 from fasttrain.model.fused_lora import fuse_lora
@@ -30,6 +31,7 @@ from fasttrain.model.load import (
     pick_device,
     pick_dtype,
     stop_token_ids,
+    takes_images,
 )  # fmt: skip
 from fasttrain.model.lora import attach_lora, choose_trainable, language_model
 from fasttrain.model.policy import Policy
@@ -54,6 +56,7 @@ class Job:
     train: PreparedData
     eval: PreparedData | None
     policy: Policy
+    family: FamilyInputs
     adapted: Any | None
     shape: ModelShape
     memory: MemoryEstimate
@@ -81,7 +84,8 @@ class Job:
         self.memo.close()
 
     def maker(self, data: PreparedData, with_reference: bool) -> PackMaker:
-        return PackMaker(data, self.chat.pixels, self.keys, self.cache if with_reference else None)
+        cache = self.cache if with_reference else None
+        return PackMaker(data, self.chat.pixels, self.keys, cache, self.family)
 
 
 def build_job(config: DPOConfig, loss: Objective | None = None) -> Job:
@@ -96,8 +100,7 @@ def build_job(config: DPOConfig, loss: Objective | None = None) -> Job:
     folder = find_folder(config.model)
     model_config = load_model_config(folder, config.model)
     check_attention(config.model.attention, model_config, device, pick_dtype(config.model.dtype, device))
-    has_images = model_config.model_type == "llava"
-    processor = load_processor(folder, config.model, has_images)
+    processor = load_processor(folder, config.model, takes_images(model_config))
     chat = ChatTokenizer(processor, stop_token_ids(processor, folder))
     memo = HashMemo(cache_root() / "hashes.sqlite")
     train, evaluation = _prepare_data(config, objective, chat, memo)
@@ -131,6 +134,7 @@ def build_job(config: DPOConfig, loss: Objective | None = None) -> Job:
         train=train,
         eval=evaluation,
         policy=policy,
+        family=FamilyInputs(model, processor),
         adapted=adapted,
         shape=shape,
         memory=memory,
@@ -174,9 +178,12 @@ def _check_vocabulary(chat: ChatTokenizer, model: Any) -> None:
 
 def _check_image_token(chat: ChatTokenizer, model: Any) -> None:
     """The token that the processor writes must be the one that the model replaces by image features."""
-    if chat.pixels is not None and chat.image_token_id != model.config.image_token_id:
+    wanted = getattr(model.config, "image_token_id", None)
+    if wanted is None:
+        wanted = getattr(model.config, "image_token_index", None)
+    if chat.pixels is not None and chat.image_token_id != wanted:
         raise UserError(
-            f"model.name: wanted a processor that writes the model's image token {model.config.image_token_id}, "
+            f"model.name: wanted a processor that writes the model's image token {wanted}, "
             f"got token {chat.image_token_id}"
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -55,8 +55,7 @@ class StepRunner:
             batch = batch.to(device)
             split = not self.loss.single and any(p.group in step.split for p in batch.pack.pieces)
             whole = not (self.loss.couples_pairs or split)
-            images = 0 if batch.pixel_ICHW is None else len(batch.pixel_ICHW)
-            result.layouts.append((batch.layout, images, not whole))
+            result.layouts.append((batch.layout, batch.images, not whole))
             if not whole:
                 deferred.append(self._values(batch))
                 continue
@@ -136,7 +135,7 @@ def evaluate(
         out = engine.forward(moved, **loss.wants)
         values.append(out.logprob)
         # an evaluation set's images do not fit
-        packs.append((replace(moved, pixel_ICHW=None), loss.side(out)))
+        packs.append((moved.without_inputs(), loss.side(out)))
     policy.train(training)
     if len(packs) < len(step.packs):
         return {}

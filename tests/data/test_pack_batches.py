@@ -131,28 +131,35 @@ def test_an_image_is_decoded_once_per_group_and_stands_before_each_of_its_runs(
     for piece in pack.pieces:
         contents = [ref.read() for ref in data.images(piece.group)]
         for _ in [0] if shared else piece.completions:
-            truth += [chat.pixels([content]) for content in contents]
+            truth += [chat.pixels([content])["pixel_values"] for content in contents]
     opened: list[bytes] = []
     monkeypatch.setattr(
         "fasttrain.data.images.open_image", lambda content: opened.append(content) or open_image(content)
     )
     batch = maker[pack]
     assert len(opened) == sum(data.image_count(number) for number in range(len(data)))
-    assert batch.pixel_ICHW.equal(torch.cat(truth)) and len(batch.images_per_run) == len(batch.layout)
-    assert sum(batch.images_per_run) == len(batch.pixel_ICHW)
+    pixels = [inputs["pixel_values"] for inputs in batch.inputs if inputs]
+    assert torch.cat(pixels).equal(torch.cat(truth)) and len(batch.images_per_run) == len(batch.layout)
+    assert len(batch.inputs) == (1 if shared else len(batch.layout))
+    assert sum(batch.images_per_run) == batch.images == len(truth)
     # every image token of the pack belongs to one of its images, in order
-    assert (batch.input_ids_T == chat.image_token_id).sum() == 16 * len(batch.pixel_ICHW)
+    assert (batch.input_ids_T == chat.image_token_id).sum() == 16 * batch.images
 
 
 def test_a_pack_of_text_alone_has_no_pixels(data: PreparedData, maker: PackMaker) -> None:
     number = next(number for number in range(len(data)) if not data.image_count(number))
     batch = maker[Pack((Piece(number, (0, 1)),))]
-    assert batch.pixel_ICHW is None and batch.images_per_run == [0]
+    assert batch.inputs == [{}] and batch.images_per_run == [0]
 
 
 def same(left: Any, right: Any) -> bool:
     if isinstance(left, torch.Tensor):
         return left.dtype == right.dtype and left.equal(right)
+    if isinstance(left, list) and left and isinstance(left[0], dict):
+        return all(
+            a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+            for a, b in zip(left, right, strict=True)
+        )
     return bool(left == right)
 
 

@@ -315,8 +315,28 @@ def test_models_that_cannot_chat_are_named(tiny_models: ModuleType, text_chat: A
         ChatTokenizer(tokenizer, [tokenizer.eos_token_id])
 
 
-def test_a_processor_whose_image_tokens_vary_is_refused(vision_chat: Any) -> None:
+@pytest.mark.parametrize("sizes", [[(64, 48), (37, 123)], [(20, 90), (28, 28)]])
+def test_an_image_has_as_many_tokens_as_the_processor_gives_its_size(
+    sizes: list[tuple[int, int]], vision_chat: Any
+) -> None:
+    from PIL import Image
+
     processor = vision_chat().processor
     processor.image_processor.do_center_crop = False  # the number of tokens now follows the image's size
-    with pytest.raises(UserError, match="wanted a processor that puts a fixed number of equal tokens"):
-        ChatTokenizer(processor, [processor.tokenizer.eos_token_id])
+    chat = ChatTokenizer(processor, [processor.tokenizer.eos_token_id])
+    assert chat.sizes_matter and not vision_chat().sizes_matter
+    prompt = chat.prompt(CONVERSATION, "x", sizes)
+    # one by one: this processor cannot stack images of different sizes
+    counts = [
+        len(
+            processor(text="<image>", images=Image.new("RGB", size), add_special_tokens=False)["input_ids"][0]
+        )
+        for size in sizes
+    ]
+    assert prompt.runs == tuple(counts) and (prompt.ids == chat.image_token_id).sum() == sum(counts)
+    assert len(chat.completion(CONVERSATION, prompt, "a bar", "x")) == len(scored_ids(chat, "a bar"))
+
+
+def scored_ids(chat: ChatTokenizer, answer: str) -> list[int]:
+    prompt = chat.prompt(QUESTION, "x")
+    return list(chat.completion(QUESTION, prompt, answer, "x"))

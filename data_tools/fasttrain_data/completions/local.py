@@ -47,7 +47,7 @@ def load_sampler(
         config = ModelConfig(name=settings.model, revision=revision, dtype=dtype)
         folder = loading.find_folder(config)
         model_config = loading.load_model_config(folder, config)
-        processor = loading.load_processor(folder, config, model_config.model_type == "llava")
+        processor = loading.load_processor(folder, config, loading.takes_images(model_config))
     except TrainerError as error:
         raise UserError(str(error).replace("model.name:", "--model:")) from None
     if adapter is not None and not (adapter / "adapter_config.json").is_file():

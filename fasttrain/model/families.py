@@ -1,0 +1,90 @@
+"""What model families want besides token ids and images: positions on several axes, token types, spans seen both ways.
+
+One seam for all of them, from what a model and its processor say of themselves. It runs in the worker processes that make
+packs, so it touches configurations and CPU tensors only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Families whose prompts are not seen causally: the tokens of an image see each other, or all of the prompt does.
+_BOTH_WAYS = {"gemma3": "images", "paligemma": "prompt"}
+
+ImageInputs = dict[str, Tensor]
+
+
+class FamilyInputs:
+    """The other arguments of a family's forward, for packs of shared prompts and for ordinary sequences."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        base = model.base_model
+        self._accepts = set(inspect.signature(base.forward).parameters)
+        self._processor = processor
+        self._types_name = self._name_of_types()
+        self._rope_index = getattr(base, "get_rope_index", None)
+        self._both_ways = _BOTH_WAYS.get(model.config.model_type)
+        self._image_token_id = getattr(model.config, "image_token_id", None)
+
+    def positions(
+        self, groups: Sequence[tuple[np.ndarray, Sequence[int], ImageInputs | None]]
+    ) -> Tensor | None:
+        """Positions (axes, T) of a pack of (prompt ids, completion lengths, image inputs), None where one axis does.
+
+        A completion continues on every axis after the prompt's last position.
+        """
+        if self._rope_index is None or not any(images for _, _, images in groups):
+            return None
+        found = [self._prompt_positions(ids, images) for ids, _, images in groups]
+        axes = max(len(positions) for positions in found)
+        parts = []
+        for (_, lengths, _), positions in zip(groups, found, strict=True):
+            positions = positions.expand(axes, -1)
+            after = int(positions.max()) + 1
+            parts.append(positions)
+            parts += [torch.arange(after, after + length).expand(axes, -1) for length in lengths]
+        return torch.cat(parts, dim=1)
+
+    def _prompt_positions(self, ids: np.ndarray, images: ImageInputs | None) -> Tensor:
+        if not images:
+            return torch.arange(len(ids))[None]
+        assert self._rope_index is not None
+        wanted = inspect.signature(self._rope_index).parameters
+        inputs = {**images, **self.token_types(ids)}
+        inputs = {name: value for name, value in inputs.items() if name in wanted}
+        ids_1T = torch.from_numpy(ids.astype(np.int64))[None]
+        positions: Tensor = self._rope_index(input_ids=ids_1T, **inputs)[0]
+        return positions[:, 0]
+
+    def spans(self, ids: np.ndarray) -> list[tuple[int, int]]:
+        """Parts (start, stop) of a prompt whose tokens also see the part's later tokens."""
+        if self._both_ways is None:
+            return []
+        if self._both_ways == "prompt":
+            return [(0, len(ids))]
+        inside = np.concatenate([[0], ids == self._image_token_id, [0]]).astype(np.int8)
+        edges = np.flatnonzero(np.diff(inside))
+        return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+
+    def sequence(self, ids: np.ndarray, images: ImageInputs | None) -> ImageInputs:
+        """What the processor would return besides ids, mask and images for one ordinary sequence."""
+        return self.token_types(ids)
+
+    def token_types(self, ids: np.ndarray) -> ImageInputs:
+        """Which tokens are an image's, (1, T), by the name that the model knows; nothing for most families."""
+        if self._types_name is None:
+            return {}
+        types = self._processor.create_mm_token_type_ids([ids.tolist()])
+        return {self._types_name: torch.tensor(types)}
+
+    def _name_of_types(self) -> str | None:
+        if not getattr(self._processor, "return_mm_token_type_ids", False):
+            return None
+        names = ("mm_token_type_ids", "token_type_ids")
+        return next((name for name in names if name in self._accepts), None)
