@@ -102,7 +102,16 @@ class DataConfig:
     train: str | list[str] = setting(
         "", "Pair file(s), or answers to learn for sft: .jsonl, .json, .parquet or a datasets folder."
     )
-    eval: str | list[str] | None = setting(None, "Pair file(s) that are evaluated, never trained on.")
+    eval: str | list[str] | None = setting(
+        None,
+        "Pair file(s) that are evaluated, never trained on; also folders of POPE or MMBench, which are asked and scored.",
+    )
+    eval_questions: int | None = setting(
+        None, "First N questions only of each benchmark in eval (of POPE: of each split)."
+    )
+    eval_prompt_suffix: str | None = setting(
+        None, "Line under each benchmark question; null is what `fasttrain eval` puts there, '' nothing."
+    )
     image_root: str | None = setting(
         None, "Folder that image paths start from; the pair file's folder by default."
     )
@@ -126,6 +135,10 @@ class DataConfig:
             "at least 1",
             self.limit_pairs,
         )
+        require(
+            self.eval_questions is None or self.eval_questions >= 1,
+            "data.eval_questions", "at least 1", self.eval_questions,
+        )  # fmt: skip
         require(
             self.workers == "auto" or int(self.workers) >= 0,
             "data.workers",

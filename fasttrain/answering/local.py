@@ -84,16 +84,8 @@ class LocalModel:
 
     def answer(self, questions: Sequence[Question], decoding: Decoding, done: Done) -> None:
         """Answer all questions, telling `done` of each as its batch ends."""
-        answer_in_batches(
-            self.generator, questions, self.images_of(questions), decoding, self.budget(decoding), done
-        )
-
-    def budget(self, decoding: Decoding) -> Budget:
-        if self.tokens is None:
-            config = self.generator.model.config.get_text_config()
-            free = _free_memory(self.device) * 0.7
-            tokens = int(free // cache_bytes_per_token(config, self.generator.model.dtype))
-        return Budget(self.rows or _MOST_ROWS, self.tokens or max(1, tokens))
+        budget = batch_budget(self.generator.model, self.rows, self.tokens)
+        answer_in_batches(self.generator, questions, self.images_of(questions), decoding, budget, done)
 
     def close(self) -> None:
         self.memo.close()
@@ -131,6 +123,14 @@ def answer_in_batches(
                 f"{question.where}: one question of {lengths[batch[0]]} tokens with {decoding.max_new_tokens} new ones does "
                 "not fit into memory; lower --max-new-tokens, or quantize the model"
             ) from None
+
+
+def batch_budget(model: Any, rows: int | None = None, tokens: int | None = None) -> Budget:
+    """The bounds of a batch as given, or what the keys and values of its tokens may take of the free memory."""
+    if tokens is None:
+        free = _free_memory(model.device) * 0.7
+        tokens = max(1, int(free // cache_bytes_per_token(model.config.get_text_config(), model.dtype)))
+    return Budget(rows or _MOST_ROWS, tokens)
 
 
 def make_generator(model: Any, processor: Any, stops: Sequence[int]) -> Generator | GenericGenerator:

@@ -77,6 +77,15 @@ def find_benchmark(name: str) -> Benchmark:
     return found
 
 
+def benchmark_of(folder: Path) -> str | None:
+    """Which of the benchmarks that are scored here a folder holds the questions of; None for any other path."""
+    if not folder.is_dir():
+        return None
+    if any(any(folder.glob(f"{below}*_pope_*.json")) for below in ("", "coco/", "output/coco/")):
+        return "pope"
+    return "mmbench" if any(folder.glob("*.tsv")) else None
+
+
 def find_data_file(data: Path, names: Sequence[str], what: str, origin: str) -> Path:
     """The first of `names` (patterns) in the data folder; UserError says what to download and where to put it."""
     from fasttrain.evaluate.judging.inputs import find_file

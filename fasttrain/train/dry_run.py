@@ -53,6 +53,8 @@ def _report(job: Job) -> Iterator[str]:
     config, account = job.config, job.train.account
     yield f"model       {config.model.name}: {_count(job)}, {job.policy.model.dtype}, on {job.device}"
     yield f"data        {account.rows:,} rows: {account.pairs:,} {job.loss.unit} in {account.groups:,} groups, {account.images:,} images"
+    for watch in job.watches:
+        yield f"watch       {watch.benchmark.name}: {len(watch.keys):,} questions, {len(set(watch.keys)):,} of them different"
     yield f"left out    {len(account.skipped):,} rows; {account.truncated:,} completions truncated"
     for entry in account.skipped[:5]:
         yield f"            {entry.where}: {entry.reason}"

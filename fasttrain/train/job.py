@@ -41,6 +41,7 @@ from fasttrain.reference.cache import ReferenceCache, cache_folder
 from fasttrain.reference.key import CompletionKeys, identity_hash, model_identity
 from fasttrain.train.losses import PairLoss
 from fasttrain.train.objective import Objective
+from fasttrain.train.watch import Watch, open_watches, split_eval
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Job:
     chat: ChatTokenizer
     train: PreparedData
     eval: PreparedData | None
+    watches: list[Watch]
     policy: Policy
     family: FamilyInputs
     adapted: Any | None
@@ -103,7 +105,9 @@ def build_job(config: DPOConfig, loss: Objective | None = None) -> Job:
     processor = load_processor(folder, config.model, takes_images(model_config))
     chat = ChatTokenizer(processor, stop_token_ids(processor, folder))
     memo = HashMemo(cache_root() / "hashes.sqlite")
-    train, evaluation = _prepare_data(config, objective, chat, memo)
+    pair_files, folders = split_eval(config.data.eval)
+    watches = open_watches(folders, config.data, memo)
+    train, evaluation = _prepare_data(config, pair_files, objective, chat, memo)
     model = load_model(folder, config.model, model_config, device)
     _check_vocabulary(chat, model)
     _check_image_token(chat, model)
@@ -133,6 +137,7 @@ def build_job(config: DPOConfig, loss: Objective | None = None) -> Job:
         chat=chat,
         train=train,
         eval=evaluation,
+        watches=watches,
         policy=policy,
         family=FamilyInputs(model, processor),
         adapted=adapted,
@@ -149,14 +154,14 @@ def build_job(config: DPOConfig, loss: Objective | None = None) -> Job:
 
 
 def _prepare_data(
-    config: DPOConfig, loss: Objective, chat: ChatTokenizer, memo: HashMemo
+    config: DPOConfig, pair_files: list[str], loss: Objective, chat: ChatTokenizer, memo: HashMemo
 ) -> tuple[PreparedData, PreparedData | None]:
     data, seed = config.data, config.train.seed
     prepared = functools.partial(
         prepare, data=data, chat=chat, memo=memo, seed=seed, progress=ticker, read=loss.read
     )
     train = prepared(data.train, limit_pairs=data.limit_pairs)
-    evaluation = prepared(data.eval) if data.eval else None
+    evaluation = prepared(pair_files) if pair_files else None
     if chat.appended_end:
         say(
             f"note: the chat template ends no answer; {chat.end_tokens[0]} is added to all {chat.appended_end} answers"

@@ -22,6 +22,7 @@ from fasttrain.data.packs import Order, Pack, Step, plan_step
 from fasttrain.environment import collect_facts
 from fasttrain.model.attention import attention_facts
 from fasttrain.model.flops import pass_flops
+from fasttrain.model.load import stop_token_ids
 from fasttrain.progress import Progress, say
 from fasttrain.reference.fill import FillReport, fill, missing_completions
 from fasttrain.train.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
@@ -46,6 +47,7 @@ from fasttrain.train.run_folder import check_output, open_run_folder, write_envi
 from fasttrain.train.sft_loss import AnswerLoss
 from fasttrain.train.step import StepResult, StepRunner, evaluate
 from fasttrain.train.trackers import Trackers
+from fasttrain.train.watch import Watcher
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,9 @@ class Trainer:
         self.config = job.config
         self.loss = job.loss
         self._stop = self._told_split = False
+        self._watcher = Watcher(
+            job.policy, job.processor, stop_token_ids(job.processor, job.model_folder), job.watches
+        )
 
     def run(self) -> RunResult:
         job, config = self.job, self.config.train
@@ -123,6 +128,7 @@ class Trainer:
         write_environment(self.folder, collect_facts() | self._facts(total, peak_flops, peak_source))
         job.policy.train()
         engine = TorchEngine(job.policy, config, job.checkpointing)
+        self._watcher.open(self.folder)
         torch.manual_seed(config.seed)
         done = self._restore(engine)
         metrics = MetricsFile(self.folder / "metrics.jsonl", keep_through=done)
@@ -168,7 +174,7 @@ class Trainer:
                 last = number == total or self._stop
                 due = bool(config.eval_every and number % config.eval_every == 0)
                 # after SIGTERM there may be seconds left: they belong to the checkpoint
-                evaluates = job.eval is not None and (number == total or (due and not self._stop))
+                evaluates = bool(job.eval or job.watches) and (number == total or (due and not self._stop))
                 note = ""
                 if number % config.log_every == 0 or last or evaluates:
                     line: dict[str, Any] = {"step": number, "epoch": round(step.epoch, 6)}
@@ -208,14 +214,19 @@ class Trainer:
         return whole(load_packs(maker, packs(), job.workers, job.device.type == "cuda"), job.train)
 
     def _evaluate(self, engine: TorchEngine, final: bool) -> dict[str, float]:
-        """Metrics of the evaluation pairs; none when SIGTERM comes before the last step is done."""
+        """Metrics of the evaluation pairs and benchmarks; none when SIGTERM comes before the last step is done."""
         job, data = self.job, self.job.eval
-        assert data is not None
+
+        def stopped() -> bool:
+            return self._stop and not final
+
+        if data is None:
+            return self._watcher.metrics(stopped)
         groups = np.array([number for number in range(len(data)) if data.pair_count(number)])
         step = plan_step(data, 0, 0.0, groups, job.tokens_per_pack, job.policy.shared)
         maker = job.maker(data, self.loss.needs_reference)
         batches = whole(load_packs(maker, step.packs, job.workers, job.device.type == "cuda"), data)
-        return evaluate(engine, self.loss, data, step, batches, lambda: self._stop and not final)
+        return evaluate(engine, self.loss, data, step, batches, stopped) | self._watcher.metrics(stopped)
 
     def _restore(self, engine: TorchEngine) -> int:
         path = latest_checkpoint(self.folder / "checkpoints") if self.resume else None

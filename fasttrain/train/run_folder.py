@@ -15,7 +15,7 @@ from fasttrain.files import remove_leftovers, write_atomic, write_json
 
 OURS = (
     "config.yaml", "environment.json", "metrics.jsonl", "metrics.tmp", "skipped.jsonl", "report.html",
-    "checkpoints", "final", "tensorboard",
+    "checkpoints", "final", "tensorboard", "watch_start.json",
 )  # fmt: skip
 MAY_CHANGE = {
     "train.max_steps", "train.epochs", "train.log_every", "train.eval_every", "train.checkpoint_every",

@@ -80,7 +80,7 @@ class StepRunner:
 
     @torch.no_grad()
     def _values(self, batch: PackBatch) -> _Deferred:
-        random = _random_state()
+        random = random_state()
         out = self.engine.forward(batch, **self.loss.wants)
         return _Deferred(batch, out.logprob, self.loss.side(out), random)
 
@@ -90,12 +90,12 @@ class StepRunner:
         packs = [(entry.batch, entry.side_N) for entry in deferred]
         pairs = pairs_across(leaf_N, packs, self.data, self.loss, step.mean_chosen_length)
         (slope_N,) = torch.autograd.grad(pairs.total / step.pairs, leaf_N)
-        after = _random_state()
+        after = random_state()
         for entry, slope in zip(deferred, slope_N.split([len(e.value_N) for e in deferred])):
-            _set_random_state(entry.random)  # the same dropout as in the first pass
+            set_random_state(entry.random)  # the same dropout as in the first pass
             out = self.engine.forward(entry.batch)
             self.engine.backward((out.logprob * slope).sum())
-        _set_random_state(after)
+        set_random_state(after)
         return pairs.sums
 
 
@@ -143,12 +143,14 @@ def evaluate(
     return {f"eval_{name}": value for name, value in loss.metrics(sums.tolist(), step.pairs).items()}
 
 
-def _random_state() -> list[Tensor]:
+def random_state() -> list[Tensor]:
+    """What decides every later random draw of this process, on CPU and GPU."""
     state = [torch.get_rng_state()]
     return [*state, torch.cuda.get_rng_state()] if torch.cuda.is_available() else state
 
 
-def _set_random_state(state: list[Tensor]) -> None:
+def set_random_state(state: list[Tensor]) -> None:
+    """Put back what `random_state` returned."""
     torch.set_rng_state(state[0])
     if len(state) > 1:
         torch.cuda.set_rng_state(state[1])
