@@ -73,7 +73,11 @@ distributed:
 track: [tensorboard]
 """
 MINE = {"model": {"name": "m"}, "data": {"train": "p.jsonl"}}
-ADDED = {"model.trust_remote_code"}  # beyond the published keys
+ADDED = {
+    "data.eval_prompt_suffix",
+    "data.eval_questions",
+    "model.trust_remote_code",
+}  # beyond the published keys
 
 
 def flat(tree: dict[str, Any]) -> dict[str, Any]:

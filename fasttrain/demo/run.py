@@ -15,7 +15,7 @@ from peft import PeftModel
 
 from fasttrain import RunResult, UserError, load_config, train_dpo
 from fasttrain.demo.answering import Score, answer_greedily, load_model, one_thread, score
-from fasttrain.demo.chart_files import write_questions
+from fasttrain.demo.chart_files import write_pope, write_questions
 from fasttrain.demo.charts import KINDS, Example, examples
 from fasttrain.demo.preference_data import PreferenceData, make_preference_data
 from fasttrain_data import UserError as DataError
@@ -90,6 +90,7 @@ def run_demo(
     echo(INTRODUCTION)
     with one_thread():
         held_out = write_questions(folder / "held_out", questions, seed, "held_out")
+        write_pope(folder / "pope", questions, seed, "held_out")
         asked = list(itertools.islice(examples(seed, "held_out"), questions))
         model, processor = load_model(MODEL)
         answers_before = answer_greedily(model, processor, asked)
@@ -133,7 +134,7 @@ def _clear(folder: Path) -> None:
             raise UserError(
                 f"{folder}: wanted a new folder or an earlier demo's, got one with other contents"
             )
-    for name in ("data", "held_out", "reference"):
+    for name in ("data", "held_out", "pope", "reference"):
         shutil.rmtree(folder / name, ignore_errors=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -199,9 +200,19 @@ def _account(
         "reference log-probs took one pass over the same prompts and answers and serve later runs too.",
         f"Run folder: {run.folder} (the adapter is in {run.adapter.name}/, the figures are in metrics.jsonl).",
         f"The grades in figures and plots: fasttrain-data stats {shlex.quote(str(grades))}",
+        "The habit of saying yes, in POPE's form, before and after (without -a it is before):",
+        f"  {_pope_command(run)}",
         f"Time: {result.seconds:.0f} s.",
     ]
     return lines
+
+
+def _pope_command(run: RunResult) -> str:
+    """The command that scores the tuned model on the demo's yes-or-no questions."""
+    places = {"--data": run.folder.parent / "pope", "-o": run.folder.parent / "eval"}
+    words = ["fasttrain", "eval", "pope", "-m", str(MODEL), "-a", str(run.folder), "--prompt-suffix", ""]
+    words += [str(word) for pair in places.items() for word in pair]
+    return shlex.join(words)
 
 
 def _telling(asked: list[Example], answers: list[str]) -> list[int]:

@@ -1,6 +1,9 @@
 """The demo end to end, shortened: sampled pairs, DPO through the public API, answers before and after."""
 
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,29 @@ def test_the_adapter_in_the_run_folder_loads_onto_the_shipped_model(
     tuned = PeftModel.from_pretrained(base, folder / "run" / "final")
     moved = [value.abs().max() for name, value in tuned.state_dict().items() if "lora_B" in name]
     assert moved and all(value > 0 for value in moved)
+
+
+@pytest.mark.slow
+def test_the_habit_of_saying_yes_is_gone_in_popes_form_through_the_real_command(
+    demo: tuple[DemoResult, Path, str], tmp_path: Path
+) -> None:
+    _, folder, text = demo
+    (command,) = [
+        line.strip() for line in text.splitlines() if line.strip().startswith("fasttrain eval pope")
+    ]
+    words = shlex.split(command)
+    scores = {}
+    for name in ("before", "after"):
+        line = [word for word in words if name == "after" or word not in ("-a", str(folder / "run"))]
+        line[line.index("-o") + 1] = str(tmp_path / name)
+        subprocess.run([sys.executable, "-m", *line], check=True, capture_output=True)
+        scores[name] = json.loads((tmp_path / name / "scores.json").read_text())["held_out"]
+    before, after = scores["before"], scores["after"]
+    assert before["n"] == after["n"] == QUESTIONS
+    assert before["yes_ratio"] > 0.85 and before["accuracy"] < 0.65
+    assert 0.3 < after["yes_ratio"] < 0.7 and after["accuracy"] > before["accuracy"] + 0.2
+    assert after["f1"] > before["f1"] + 0.1
+    assert after["mean_answer_chars"] < before["mean_answer_chars"]
 
 
 @pytest.mark.slow
