@@ -14,6 +14,7 @@ from fasttrain import __version__
 from fasttrain.answering.command import answer_command
 from fasttrain.errors import UserError
 from fasttrain.evaluate.command import eval_command
+from fasttrain.study.command import study_command
 
 RECIPE_OPTIONS = (
     click.option("-c", "--config", "recipe", required=True, metavar="RECIPE.yaml", help="The recipe."),
@@ -224,6 +225,7 @@ def demo(folder: Path) -> None:
 
 cli.add_command(answer_command)
 cli.add_command(eval_command)
+cli.add_command(study_command)
 
 
 def _prepare_torch() -> None:

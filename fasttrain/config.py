@@ -55,6 +55,16 @@ class _Loader(yaml.SafeLoader):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DPOConfig:
     """Read a recipe and apply `key.sub=value` overrides (values are YAML); UserError names the first mistake."""
     path = Path(path)
+    raw = read_yaml_mapping(path)
+    settings = [_read_override(override) for override in overrides]
+    try:
+        return _with_settings(raw, settings)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def read_yaml_mapping(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds, {} for an empty one; UserError if it cannot be read as one."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -69,11 +79,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DPOConfig:
         raw = {}
     if not isinstance(raw, dict):
         raise UserError(f"{path}: wanted a mapping of sections, got {type(raw).__name__}")
-    settings = [_read_override(override) for override in overrides]
-    try:
-        return _with_settings(raw, settings)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    return raw
 
 
 def config_from_dict(raw: dict[str, Any], overrides: Sequence[str] = ()) -> DPOConfig:

@@ -17,6 +17,7 @@ COMMANDS = {
     "complete": "complete",
     "annotate": "annotate",
     "pair": "pair",
+    "steer": "steer",
     "stats": "stats",
     "review": "review",
     "export": "exchange",

@@ -208,6 +208,7 @@ class Pair(Record):
     annotator_version: str | None = None
     annotated: str | None = Field(default=None, description="when the answers were annotated, UTC")
     split: str | None = None
+    flipped: bool | None = Field(default=None, description="labels swapped on purpose, to study noise")
     tool: str | None = None
 
 

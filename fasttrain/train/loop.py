@@ -259,6 +259,8 @@ class Trainer:
         facts: dict[str, Any] = {"reference_cache": str(job.cache.path)} if self.loss.needs_reference else {}
         return facts | {
             "method": self.loss.command,
+            self.loss.unit: job.train.account.pairs,
+            "groups": job.train.account.groups,
             "tokens_per_pack": job.tokens_per_pack,
             "gradient_checkpointing": job.checkpointing,
             "share_prefix": job.policy.shared,

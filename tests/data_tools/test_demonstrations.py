@@ -154,3 +154,52 @@ def test_the_command_tells_scores_and_lengths(tmp_path, command, write_rows):
     assert f"{tmp_path / 'o.jsonl'}: 6 answers of 4 prompts" in stdout
     row = json.loads((tmp_path / "o.jsonl").read_text().splitlines()[0])
     assert row["rule"] == {"for": "steerlm", "take": "all", "score": "hcc", "margin": 2.0, "seed": 0}
+
+
+def test_flipped_labels_are_nested_seeded_and_swap_all_that_is_said(tmp_path, write_rows, read_rows):
+    rows = [annotation(n, ("good", GOOD), ("bad", BAD)) for n in range(300)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+
+    def run(flip, **settings):
+        out = tmp_path / "p.jsonl"
+        counts = make_pairs(path, out, PairSettings(flip=flip, **settings))
+        return read_rows(out), counts
+
+    clean, quarter, half = (run(flip)[0] for flip in (0.0, 0.25, 0.5))
+    swapped = [{row["question_id"] for row in made if row.get("flipped")} for made in (clean, quarter, half)]
+    assert swapped[0] < swapped[1] < swapped[2]
+    assert 50 < len(swapped[1]) < 100 and 125 < len(swapped[2]) < 175
+    assert all(row.get("flipped") for row in run(1.0)[0])
+    assert run(0.5)[0] == half != run(0.5, seed=1)[0]
+    row = next(row for row in half if row.get("flipped"))
+    before = next(other for other in clean if other["question_id"] == row["question_id"])
+    for name in ("{}", "{}_id", "score_{}", "scores_{}", "{}_chars"):
+        assert row[name.format("chosen")] == before[name.format("rejected")]
+        assert row[name.format("rejected")] == before[name.format("chosen")]
+    assert (row["margin"], row["id"] != before["id"]) == (-before["margin"], True)
+    _, counts = run(0.5, held_out=0.3)
+    assert not any(row.get("flipped") for row in read_rows(held_out_path(tmp_path / "p.jsonl")))
+    assert counts.account.changed["pairs"]["labels swapped"] > 50
+
+
+def test_steer_asks_every_kind_of_question_and_renames_images(tmp_path, command, write_rows, read_rows):
+    rows = [
+        {"id": "a", "image": "x.png", "question": "Why?", "answer": "So."},
+        {"question_id": 1, "images": ["y.png"], "text": "Who?"},
+        {"prompt": "Where?"},
+    ]
+    path = write_rows(tmp_path / "in" / "q.jsonl", rows)
+    out = tmp_path / "q.jsonl"
+    code, stdout, _ = command("steer", path, "-o", out)
+    assert (code, "3 questions" in stdout) == (0, True)
+    made = read_rows(out)
+    assert [made[0]["question"], made[1]["text"], made[2]["prompt"]] == [
+        q + STEERED for q in ("Why?", "Who?", "Where?")
+    ]
+    assert (made[0]["image"], made[1]["images"], made[0]["answer"]) == ("in/x.png", ["in/y.png"], "So.")
+    for scores in ("4,4,4", "4,4,4,4,5", "high"):
+        code, _, stderr = command("steer", path, "-o", out, "--scores", scores)
+        assert (code, "--scores: wanted five whole numbers from 0 to 4" in stderr) == (2, True)
+    write_rows(path, [{"id": "a"}])
+    code, _, stderr = command("steer", path, "-o", out)
+    assert (code, "line 1: question: wanted text, question or prompt" in stderr) == (2, True)

@@ -135,7 +135,7 @@ def test_mistakes_on_the_command_line_are_one_line_with_exit_code_2(command, tmp
     assert "did you mean 'annotate'" in command("anotate")[2]
 
 
-@pytest.mark.parametrize("name", ["questions", "complete", "annotate", "pair", "export", "import"])
+@pytest.mark.parametrize("name", ["questions", "complete", "annotate", "pair", "steer", "export", "import"])
 def test_no_stage_writes_over_its_input_or_a_folder(name, command, tmp_path, write_rows):
     more = {
         "complete": ["-m", "x", "--server", "http://127.0.0.1:1"],

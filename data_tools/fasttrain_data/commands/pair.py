@@ -65,6 +65,11 @@ from fasttrain_data.errors import UserError
     show_default=True,
     help="Share of the prompts whose rows go to OUT.heldout.jsonl.",
 )
+@click.option(
+    "--flip",
+    type=click.FloatRange(0, 1),
+    help="Share of the pairs, drawn by seed, whose two labels are swapped: label noise, to study it. Held-out pairs stay.",
+)
 @image_root_option
 def pair_command(annotations: Path, output: Path, method: str, **options: Any) -> None:
     """Make preference pairs from ANNOTATIONS by a rule, or the data of an SFT arm; no call is made.
@@ -100,6 +105,7 @@ def _pair(annotations: Path, output: Path, options: dict[str, Any]) -> None:
 
     _refuse(options, ("take", "questions"), "--for sft, rejection or steerlm")
     options["rejected"] = options["rejected"] or "random"
+    options["flip"] = options["flip"] or 0.0
     counts = make_pairs(annotations, output, PairSettings(**options))
     for line in counts.account.lines():
         click.echo(line)
@@ -117,7 +123,7 @@ def _demonstrate(annotations: Path, output: Path, method: str, options: dict[str
     from fasttrain_data.pairs.build import held_out_path
     from fasttrain_data.pairs.demonstrations import DemonstrationSettings, make_demonstrations
 
-    _refuse(options, ("rejected",), "--for dpo")
+    _refuse(options, ("rejected", "flip"), "--for dpo")
     settings = DemonstrationSettings(method=method, **options)  # type: ignore[arg-type]
     counts = make_demonstrations(annotations, output, settings)
     for line in counts.account.lines():

@@ -37,9 +37,10 @@ class PromptSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PairSettings(PromptSettings):
-    """And which of a prompt's clearly worse answers is rejected."""
+    """And which of a prompt's clearly worse answers is rejected; flip: share of pairs whose two labels are swapped."""
 
     rejected: Rejected = "random"
+    flip: float = 0.0
 
 
 @dataclass
@@ -81,6 +82,9 @@ def make_pairs(annotations: Path, output: Path, settings: PairSettings) -> PairC
             sizes[size] = sizes.get(size, 0) + 1
             aside = is_held_out(group[0], settings)
             for pair in _pairs_of(where, group, answers, rule, settings, account):
+                if not aside and _is_flipped(pair, settings):
+                    pair = flipped(pair)
+                    account.change("pairs", "labels swapped")
                 _count(counts, pair, aside)
                 pair.images = [names.written(name) for name in pair.images]
                 pair.split = ("heldout" if aside else "train") if settings.held_out else None
@@ -201,6 +205,7 @@ def _pair(
             "margin": settings.margin,
             "rejected": settings.rejected,
             "seed": settings.seed,
+            **({"flip": settings.flip} if settings.flip else {}),
         },
         annotator=row.model,
         annotator_version=row.model_version,
@@ -230,6 +235,22 @@ def is_held_out(row: Annotation, settings: PromptSettings) -> bool:
         bool(settings.held_out)
         and rng_of("held out", settings.seed, row.prompt_key()).random() < settings.held_out
     )
+
+
+def _is_flipped(pair: Pair, settings: PairSettings) -> bool:
+    """Decided by the pair alone: the pairs of a smaller share are among those of a larger one."""
+    return bool(settings.flip) and rng_of("flip", settings.seed, pair.id).random() < settings.flip
+
+
+def flipped(pair: Pair) -> Pair:
+    """The pair with chosen and rejected swapped, and everything that is said of each."""
+    row = pair.row()
+    other = {"chosen": "rejected", "rejected": "chosen"}
+    for name in ("{}", "{}_id", "score_{}", "scores_{}", "{}_chars"):
+        keys = [name.format(side) for side in other]
+        row |= {key: row.get(name.format(other[side])) for key, side in zip(keys, other, strict=True)}
+    row["id"] = content_hash(pair.question_id, *(row[side][0]["content"][0]["text"] for side in other))
+    return Pair.model_validate(row | {"margin": -(pair.margin or 0.0), "flipped": True})
 
 
 def _count(counts: PairCounts, pair: Pair, aside: bool) -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from fasttrain_data.errors import BadRow
+from fasttrain_data.image_files import ImageNames
+from fasttrain_data.jsonl import check_output, read_rows, whole_rows
 from fasttrain_data.records import ATTRIBUTES
 
 # arXiv 2402.10884's own wording, appended to the human turn in training and when the model is asked.
@@ -20,3 +25,34 @@ def steering_text(scores: Sequence[int] = BEST) -> str:
         raise ValueError(f"scores: wanted {len(ATTRIBUTES)} whole numbers from 0 to 4, got {tuple(scores)}")
     values = ",".join(f"{name.capitalize()}:{score}" for name, score in zip(ATTRIBUTES, scores, strict=True))
     return _REQUEST + values
+
+
+def write_steered(
+    questions: Path, output: Path, text: str, image_root: Path | None = None
+) -> tuple[int, str | None]:
+    """The question file with `text` behind every question; how many there were, and what to tell about image names.
+
+    BadRow names a row that asks nothing.
+    """
+    check_output(output, questions)
+    names = ImageNames.between(questions, output, image_root)
+    count = 0
+    with whole_rows(output) as write:
+        for place, row in read_rows(questions):
+            key = next((key for key in ("text", "question", "prompt") if isinstance(row.get(key), str)), None)
+            if key is None:
+                raise BadRow(questions, place, "question", "text, question or prompt as text", None)
+            write(
+                {name: _renamed(name, value, names) for name, value in row.items()} | {key: row[key] + text}
+            )
+            count += 1
+    return count, names.note(output)
+
+
+def _renamed(key: str, value: Any, names: ImageNames) -> Any:
+    """Image names as the output says them."""
+    if key == "image" and isinstance(value, str):
+        return names.written(value)
+    if key == "images" and isinstance(value, list):
+        return [names.written(name) if isinstance(name, str) else name for name in value]
+    return value

@@ -1,0 +1,91 @@
+"""Run the tasks of a study one after another: what is done is not done again, what failed is named with its log."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+from fasttrain.errors import UserError
+from fasttrain.files import write_json
+from fasttrain.study.tasks import Task, environment, executable
+
+
+def execute(tasks: list[Task], logs: Path, echo: Callable[[str], object]) -> None:
+    """Run what is not done; UserError at the first task that fails, SystemExit(143) when one was told to stop."""
+    waiting = sum(not task.is_done() for task in tasks)
+    if waiting < len(tasks):
+        echo(f"{len(tasks) - waiting} of {len(tasks)} steps are done")
+    logs.mkdir(parents=True, exist_ok=True)
+    with _terminable():
+        for number, task in enumerate(tasks, start=1):
+            if task.is_done():  # asked again: what it uses may have been made anew meanwhile
+                continue
+            echo(f"[{number}/{len(tasks)}] {task.kind:8} {task.subject} ...")
+            seconds = _run(task, logs / f"{task.note.stem}.log")
+            echo(f"{'':10}done in {seconds:.1f} s")
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the block with exit code 143, so that the running command is told too."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(143)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(task: Task, log: Path) -> float:
+    """Seconds that the command took; its output is in `log`."""
+    start = time.monotonic()
+    for path in (task.output, task.note):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    spent = _spent(task)
+    with log.open("ab") as file:
+        file.write(f"\n$ {task.shown}\n".encode())
+        file.flush()
+        with subprocess.Popen(
+            executable(task.command, sys.executable), stdout=file, stderr=file, env=environment()
+        ) as child:
+            try:
+                code = child.wait()
+            except BaseException:
+                child.terminate()  # training saves a checkpoint at SIGTERM
+                child.wait()
+                raise
+    seconds = time.monotonic() - start
+    if code == 0 and task.output.exists():
+        write_json(task.note, {"command": task.shown, "seconds": spent + seconds})
+        return seconds
+    write_json(task.note, {"command": "", "seconds": spent + seconds})
+    if code == 0:  # training that was told to stop ends well, without its result
+        raise SystemExit(143)
+    raise UserError(f"{task.kind} {task.subject}: exit code {code}: {_last_line(log)} (all of it in {log})")
+
+
+def _spent(task: Task) -> float:
+    """Seconds of earlier attempts at the same result: a study that was stopped has not cost less."""
+    if not task.note.exists():
+        return 0.0
+    said = json.loads(task.note.read_text(encoding="utf-8"))
+    return float(said.get("seconds", 0.0)) if said.get("command") == "" else 0.0
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"

@@ -1,0 +1,149 @@
+"""What a study found, from the files of its runs: one row a run, differences to the base, time, cost, energy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fasttrain.study.run import Run
+from fasttrain.study.scores import Scored, read_scored, score_exactly
+from fasttrain.study.spec import Study
+from fasttrain.study.tasks import Task, base_name, evaluation_folder, run_folder, tasks_of
+from fasttrain.train.metrics import read_metrics
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model: an untrained one (`run` is None) or a run's."""
+
+    name: str
+    model: str
+    run: Run | None
+    used: int | None  # pairs or answers it was trained on
+    steps: int | None
+    last: dict[str, Any]
+    train_s: float
+    answer_s: float
+    scored: dict[str, Scored]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Rows in the study's order; `missing` are runs that have no scores yet, by name."""
+
+    study: Study
+    rows: list[Row]
+    missing: list[str]
+    annotation_usd: dict[str, float]
+    environment: dict[str, Any]
+
+    def base(self, row: Row) -> Row | None:
+        """The untrained model that a row started from."""
+        return next((other for other in self.rows if other.run is None and other.model == row.model), None)
+
+    def seconds(self) -> float:
+        return sum(row.train_s + row.answer_s for row in self.rows)
+
+
+def collect(study: Study) -> Results:
+    """Read what there is; a run whose answers are not all there is named in `missing`."""
+    tasks = tasks_of(study)
+    rows, missing = [], []
+    subjects: list[tuple[str, str, Run | None]] = [
+        (base_name(study, model), model, None) for model in dict.fromkeys(run.model for run in study.runs)
+    ]
+    subjects += [(run.name, run.model, run) for run in study.runs]
+    for name, model, run in subjects:
+        scored = _scores(study, name)
+        if scored is None:
+            missing.append(name)
+        else:
+            rows.append(_row(study, name, model, run, scored, tasks))
+    costs = {name: _annotation_cost(source.annotations) for name, source in study.answers.items()}
+    return Results(study, rows, missing, costs, _environment(study, rows))
+
+
+def _scores(study: Study, subject: str) -> dict[str, Scored] | None:
+    found = {}
+    for name, evaluation in study.evaluations.items():
+        folder = evaluation_folder(study, subject, name)
+        if evaluation.questions is not None:
+            if not (folder / "answers.jsonl").exists():
+                return None
+            found[name] = score_exactly(evaluation.questions, folder / "answers.jsonl")
+        else:
+            if not (folder / "results.jsonl").exists():
+                return None
+            found[name] = read_scored(folder / "results.jsonl")
+    return found
+
+
+def _row(
+    study: Study, name: str, model: str, run: Run | None, scored: dict[str, Scored], tasks: list[Task]
+) -> Row:
+    times = {
+        kind: sum(task.seconds for task in tasks if task.kind == kind and task.subject == name)
+        for kind in ("train", "evaluate")
+    }
+    last: dict[str, Any] = {}
+    used = None
+    if run is not None:
+        folder = run_folder(study, run)
+        lines = read_metrics(folder / "metrics.jsonl")
+        last = lines[-1] if lines else {}
+        facts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        used = facts.get("pairs", facts.get("examples"))
+    return Row(name, model, run, used, last.get("step"), last, times["train"], times["evaluate"], scored)
+
+
+def _annotation_cost(path: Path) -> float:
+    """What the judge's calls cost, as the annotations tell it, in US dollars."""
+    from fasttrain_data.jsonl import read_rows
+
+    return sum(float(row.get("cost_usd") or 0.0) for _, row in read_rows(path))
+
+
+def _environment(study: Study, rows: list[Row]) -> dict[str, Any]:
+    for row in rows:
+        if row.run is not None:
+            path = run_folder(study, row.run) / "environment.json"
+            facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return facts
+    return {}
+
+
+def energy_kwh(watts: float, seconds: float) -> float:
+    """An estimate: the machine's stated draw times the time; nothing is metered."""
+    return watts * seconds / 3.6e6
+
+
+def write_results(results: Results, path: Path) -> None:
+    """results.json: everything the table shows, as numbers."""
+    from fasttrain.files import write_json
+
+    rows = []
+    for row in results.rows:
+        entry: dict[str, Any] = {
+            "name": row.name,
+            "model": row.model,
+            "trained_on": row.used,
+            "steps": row.steps,
+        }
+        if row.run is not None:
+            axes = ("method", "answers", "pairs", "flip", "beta")
+            entry |= {axis: getattr(row.run, axis) for axis in axes}
+        entry |= {"train_s": row.train_s, "answer_s": row.answer_s, "scores": {}}
+        base = results.base(row)
+        for name, scored in row.scored.items():
+            low, high = scored.interval()
+            found = {"mean": scored.mean, "low": low, "high": high, "n": len(scored.questions)}
+            found["answer_chars"] = scored.mean_chars
+            if base is not None and row.run is not None:
+                found["above_base"], found["above_base_low"], found["above_base_high"] = scored.above(
+                    base.scored[name]
+                )
+            entry["scores"][name] = found
+        rows.append(entry)
+    write_json(path, {"rows": rows, "missing": results.missing, "annotation_usd": results.annotation_usd})

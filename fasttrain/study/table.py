@@ -1,0 +1,104 @@
+"""The study's table as plain text, and the words and numbers that page and terminal share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fasttrain.study.results import Results, Row, energy_kwh
+from fasttrain.study.scores import Scored
+
+METHOD_NAMES = {
+    "dpo": "DPO",
+    "sft": "standard SFT",
+    "rejection": "rejection sampling",
+    "steerlm": "SteerLM",
+}
+
+
+def table_lines(results: Results) -> Iterator[str]:
+    """Aligned columns: run, what it learned from, each score with its interval, length, time."""
+    head, *body = _cells(results)
+    widths = [max(len(row[column]) for row in [head, *body]) for column in range(len(head))]
+    for number, row in enumerate([head, *body]):
+        first = row[0].ljust(widths[0])
+        yield "  ".join([first, *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
+        if not number:
+            yield "  ".join("-" * width for width in widths)
+    yield from (f"{name}: no scores yet" for name in results.missing)
+
+
+def _cells(results: Results) -> Iterator[list[str]]:
+    names = list(results.study.evaluations)
+    yield [
+        "run", "trained on", *(f"{name} (95 %)" for name in names), *(f"{name} chars" for name in names), "vs base",
+        "train", "answer",
+    ]  # fmt: skip
+    for row in results.rows:
+        yield [
+            row.name,
+            trained_on(row),
+            *(score_text(row.scored[name]) for name in names),
+            *(f"{row.scored[name].mean_chars:,.0f}" for name in names),
+            ", ".join(above_text(results, row, name) for name in names),
+            f"{row.train_s:,.0f} s" if row.run else "",
+            f"{row.answer_s:,.0f} s",
+        ]
+
+
+def trained_on(row: Row) -> str:
+    if row.run is None:
+        return "nothing"
+    unit = "pairs" if row.run.method == "dpo" else "answers"
+    return f"{row.used:,} {unit}" if row.used is not None else unit
+
+
+def score_text(scored: Scored) -> str:
+    low, high = scored.interval()
+    return f"{number(scored.mean)} [{number(low)}, {number(high)}]"
+
+
+def number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def above_text(results: Results, row: Row, name: str) -> str:
+    """Difference to the untrained model; a + or - where its interval is clear of zero."""
+    base = results.base(row)
+    if row.run is None or base is None:
+        return ""
+    mean, low, high = row.scored[name].above(base.scored[name])
+    sign = "+" if low > 0 else "-" if high < 0 else "~"
+    return f"{sign} {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def findings(results: Results) -> Iterator[str]:
+    """Sentences that follow from the numbers, one per plain run and evaluation."""
+    for row in results.rows:
+        base = results.base(row)
+        if row.run is None or base is None or not row.run.is_plain:
+            continue
+        for name in results.study.evaluations:
+            mean, low, high = row.scored[name].above(base.scored[name])
+            relation = "above" if low > 0 else "below" if high < 0 else "not clearly different from"
+            yield (
+                f"{METHOD_NAMES[row.run.method]} ({row.name}) is {relation} {base.name} on {name}: "
+                f"{number(base.scored[name].mean)} to {number(row.scored[name].mean)}, difference {mean:+.3f} "
+                f"[{low:+.3f}, {high:+.3f}]; answers {row.scored[name].mean_chars:.0f} characters long, "
+                f"{base.scored[name].mean_chars:.0f} before."
+            )
+
+
+def cost_lines(results: Results) -> Iterator[str]:
+    """Time, money and energy: measured where measured, else with the formula of the estimate."""
+    study, seconds = results.study, results.seconds()
+    yield f"Training and answering took {seconds / 3600:.2f} machine hours ({seconds:,.0f} s, measured)."
+    for name, usd in results.annotation_usd.items():
+        yield f"Judging the answers {name} cost {usd:.2f} USD, by its annotations."
+    if study.usd_per_hour is not None:
+        usd = study.usd_per_hour * seconds / 3600
+        yield f"Machine: about {usd:.2f} USD (estimate: {study.usd_per_hour:g} USD an hour x the hours above)."
+    if study.watts is not None:
+        yield (
+            f"Energy: about {energy_kwh(study.watts, seconds):.3f} kWh (estimate: {study.watts:g} W x the hours above, "
+            "nothing was metered)."
+        )

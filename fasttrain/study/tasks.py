@@ -1,0 +1,213 @@
+"""A study as commands: data, training, answers and benchmarks, in an order in which each finds what it needs.
+
+Every task is one command line of this project. A task is done when its output is there and its note says that this very
+command made it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fasttrain.study.run import Run
+from fasttrain.study.spec import AnswerSource, Evaluation, Study
+
+BASE = "base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """kind: data, train or evaluate. subject: what it is of, for the table. output: what is there when it is done."""
+
+    kind: str
+    subject: str
+    command: tuple[str, ...]
+    output: Path
+    note: Path
+    after: Path | None = None  # note of the task whose result this one uses
+
+    @property
+    def shown(self) -> str:
+        return shlex.join(self.command)
+
+    def is_done(self) -> bool:
+        if not (self.output.exists() and self.note.exists()):
+            return False
+        if (
+            self.after
+            and self.after.exists()
+            and self.after.stat().st_mtime_ns > self.note.stat().st_mtime_ns
+        ):
+            return False  # what it used was made anew
+        said = json.loads(self.note.read_text(encoding="utf-8"))
+        return said.get("command") == self.shown
+
+    @property
+    def seconds(self) -> float:
+        """How long it took, over all the attempts it needed; 0 if it is not known."""
+        if not self.note.exists():
+            return 0.0
+        return float(json.loads(self.note.read_text(encoding="utf-8")).get("seconds", 0.0))
+
+
+def tasks_of(study: Study) -> list[Task]:
+    """All tasks, each once, in order."""
+    tasks: dict[Path, Task] = {}
+    for name, evaluation in study.evaluations.items():
+        if evaluation.questions and any(run.method == "steerlm" for run in study.runs):
+            _put(tasks, _steered(study, name, evaluation))
+    for model in dict.fromkeys(run.model for run in study.runs):
+        for task in _evaluations(study, base_name(study, model), model, None):
+            _put(tasks, task)
+    for run in study.runs:
+        _put(tasks, _data(study, run))
+        _put(tasks, _training(study, run))
+        for task in _evaluations(study, run.name, run.model, run):
+            _put(tasks, task)
+    return list(tasks.values())
+
+
+def base_name(study: Study, model: str) -> str:
+    """The untrained model's row."""
+    return BASE if model == next(iter(study.models)) else f"{BASE}-{model}"
+
+
+def run_folder(study: Study, run: Run) -> Path:
+    return study.output / "runs" / run.name
+
+
+def evaluation_folder(study: Study, subject: str, evaluation: str) -> Path:
+    return study.output / "scores" / subject / evaluation
+
+
+def asked_questions(study: Study, name: str, run: Run | None) -> Path:
+    """The questions as this run is asked them: SteerLM models with the request they were trained under."""
+    evaluation = study.evaluations[name]
+    assert evaluation.questions is not None
+    if run is not None and run.method == "steerlm":
+        return study.output / "data" / f"questions-{name}-steered.jsonl"
+    return evaluation.questions
+
+
+def _put(tasks: dict[Path, Task], task: Task) -> None:
+    tasks.setdefault(task.output, task)
+
+
+def _task(
+    study: Study, kind: str, subject: str, command: list[Any], output: Path, after: Path | None = None
+) -> Task:
+    words = tuple(str(word) for word in command)
+    note = _note(study, output)
+    return Task(kind=kind, subject=subject, command=words, output=output, note=note, after=after)
+
+
+def _note(study: Study, output: Path) -> Path:
+    parts = output.relative_to(study.output).parts
+    return study.output / "done" / f"{'-'.join(parts).removesuffix('.jsonl')}.json"
+
+
+def _data(study: Study, run: Run) -> Task:
+    source = study.answers[run.answers]
+    output = data_file(study, run)
+    command: list[Any] = ["fasttrain-data", "pair", source.annotations, "-o", output, "--for", run.method]
+    for name, value in study.pair.items():
+        if (name == "rejected" and run.method != "dpo") or (name == "take" and run.method == "dpo"):
+            continue
+        command += [f"--{name.replace('_', '-')}", value]
+    if run.method == "sft" and study.pair.get("take", "gold") == "gold" and source.questions:
+        command += ["--questions", source.questions]
+    if run.flip:
+        command += ["--flip", f"{run.flip:g}"]
+    return _task(study, "data", output.stem, [*command, "--image-root", image_root(source)], output)
+
+
+def data_file(study: Study, run: Run) -> Path:
+    flipped = f"-flip{100 * run.flip:g}" if run.flip else ""
+    return study.output / "data" / f"{run.answers}-{run.method}{flipped}.jsonl"
+
+
+def image_root(source: AnswerSource) -> Path:
+    return source.image_root or source.annotations.parent
+
+
+def overrides_of(study: Study, run: Run) -> list[str]:
+    """The recipe's settings of a run, as `-s` takes them: the study's, the method's, then the run's own."""
+    source = study.answers[run.answers]
+    settings: dict[str, Any] = {
+        **study.settings.get("all", {}),
+        **study.settings.get(run.method, {}),
+        "model.name": study.models[run.model],
+        "data.train": str(data_file(study, run)),
+        "data.image_root": str(image_root(source)),
+        "train.output": str(run_folder(study, run)),
+    }
+    if run.pairs is not None:
+        settings["data.limit_pairs"] = run.pairs
+    if run.beta is not None:
+        settings["loss.beta"] = run.beta
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+def _training(study: Study, run: Run) -> Task:
+    command: list[Any] = ["fasttrain", run.command, "-c", study.recipe]
+    for override in overrides_of(study, run):
+        command += ["-s", override]
+    return _task(study, "train", run.name, [*command, "--resume"], trained(study, run))
+
+
+def trained(study: Study, run: Run) -> Path:
+    return run_folder(study, run) / "final"
+
+
+def _steered(study: Study, name: str, evaluation: Evaluation) -> Task:
+    assert evaluation.questions is not None
+    output = study.output / "data" / f"questions-{name}-steered.jsonl"
+    command: list[Any] = ["fasttrain-data", "steer", evaluation.questions, "-o", output]
+    if evaluation.steer:
+        command += ["--scores", evaluation.steer]
+    return _task(study, "data", output.stem, [*command, "--image-root", _root(evaluation)], output)
+
+
+def _root(evaluation: Evaluation) -> Path:
+    assert evaluation.questions is not None
+    return evaluation.image_root or evaluation.questions.parent
+
+
+def _evaluations(study: Study, subject: str, model: str, run: Run | None) -> Iterator[Task]:
+    adapter = [] if run is None else ["-a", run_folder(study, run)]
+    after = None if run is None else _note(study, trained(study, run))
+    for name, evaluation in study.evaluations.items():
+        folder = evaluation_folder(study, subject, name)
+        if evaluation.questions is not None:
+            output = folder / "answers.jsonl"
+            command: list[Any] = ["fasttrain", "answer", asked_questions(study, name, run), "-o", output]
+            command += ["-m", study.models[model], *adapter, "--image-root", _root(evaluation)]
+            if evaluation.max_new_tokens:
+                command += ["--max-new-tokens", evaluation.max_new_tokens]
+        else:
+            output = folder / "results.jsonl"
+            command = ["fasttrain", "eval", evaluation.benchmark, "-m", study.models[model], *adapter]
+            command += ["--data", evaluation.data, "-o", folder]
+        yield _task(study, "evaluate", subject, [*command, *evaluation.options], output, after)
+
+
+def printed(tasks: list[Task]) -> Iterator[str]:
+    """Lines of a shell script; what is done is left out."""
+    for task in tasks:
+        if not task.is_done():
+            yield task.shown
+
+
+def executable(command: tuple[str, ...], python: str) -> list[str]:
+    """The command as this very installation runs it, whatever is on the PATH."""
+    module = {"fasttrain": "fasttrain", "fasttrain-data": "fasttrain_data"}[command[0]]
+    return [python, "-m", module, *command[1:]]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONUNBUFFERED": "1"}

@@ -1,0 +1,344 @@
+"""A study: its grid, its commands, what is done once, how scores and intervals come about, what the page shows."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from fasttrain.errors import UserError
+from fasttrain.study.command import check_recipes
+from fasttrain.study.execute import execute
+from fasttrain.study.page import write_page
+from fasttrain.study.results import collect, write_results
+from fasttrain.study.scores import Scored, read_scored, score_exactly, wilson
+from fasttrain.study.spec import load_study
+from fasttrain.study.table import findings, table_lines
+from fasttrain.study.tasks import Task, printed, tasks_of
+
+FILE: dict[str, Any] = {
+    "output": "out",
+    "recipe": "recipe.yaml",
+    "models": {"small": "hub/small", "big": "hub/big"},
+    "answers": {
+        "big": {"annotations": "a.jsonl", "questions": "q.jsonl"},
+        "small": {"annotations": "b.jsonl"},
+    },
+    "settings": {"all": {"train.epochs": 2}, "sft": {"train.learning_rate": 4e-4}},
+    "runs": [
+        {"method": ["dpo", "sft", "steerlm"]},
+        {"method": "dpo", "pairs": [10, 20]},
+        {"flip": [0, 0.25]},
+        {"beta": 0.3, "model": ["small", "big"], "answers": ["big", "small"]},
+    ],
+    "evaluate": {"held": {"questions": "q.jsonl"}, "pope": {"benchmark": "pope", "data": "."}},
+}
+
+
+@pytest.fixture
+def study_file(tmp_path: Path) -> Any:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"question": "Why?", "completions": [], "cost_usd": 0.5}\n' * 2)
+    questions = [{"id": f"q{n}", "question": f"Why {n}?", "answer": f"because {n}"} for n in range(40)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    (tmp_path / "recipe.yaml").write_text("train: {max_steps: 3}\n")
+
+    def write(**changes: Any) -> Path:
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(FILE | changes, sort_keys=False))
+        return path
+
+    return write
+
+
+def test_grids_are_every_combination_once(study_file: Any) -> None:
+    names = [run.name for run in load_study(study_file()).runs]
+    assert names == [
+        "dpo", "sft", "steerlm", "dpo-10pairs", "dpo-20pairs", "dpo-flip25", "dpo-beta0.3", "dpo-from-small-beta0.3",
+        "dpo-big-beta0.3", "dpo-big-from-small-beta0.3",
+    ]  # fmt: skip
+
+
+def test_runs_that_share_data_share_its_file(study_file: Any, tmp_path: Path) -> None:
+    tasks = tasks_of(load_study(study_file()))
+    data = [task.output.name for task in tasks if task.kind == "data"]
+    assert sorted(data) == sorted(
+        ["questions-held-steered.jsonl", "big-dpo.jsonl", "big-sft.jsonl", "big-steerlm.jsonl", "big-dpo-flip25.jsonl",
+         "small-dpo.jsonl"]
+    )  # fmt: skip
+    made: set[Path] = set()
+    for task in tasks:  # each command finds what it reads
+        read = [Path(word) for word in task.command if word.startswith(str(tmp_path / "out"))]
+        trained = {path for path in read if path.parent.name == "runs"}
+        assert not {path / "final" for path in trained} - made
+        made.add(task.output)
+
+
+def test_every_printed_command_is_one_that_the_command_line_takes(study_file: Any) -> None:
+    """Parsed by click itself, without running: a renamed option would fail here."""
+    import click
+
+    from fasttrain.cli import cli
+    from fasttrain_data.cli import cli as data_cli
+
+    study = load_study(study_file())
+    lines = list(printed(tasks_of(study)))
+    assert len(lines) == len(tasks_of(study)) == 6 + 10 + 2 * 12
+    known = set(cli.commands)
+    for line in lines:
+        program, name, *rest = shlex.split(line)
+        group: Any = cli if program == "fasttrain" else data_cli
+        if program == "fasttrain" and name not in known:
+            assert name == "eval"  # of another part of the project
+            continue
+        context = click.Context(group)
+        command = group.get_command(context, name)
+        rest = [word if not word.startswith("hub/") else "x" for word in rest]
+        existing = [str(study.file) if Path(word).suffix in (".jsonl", ".yaml") else word for word in rest]
+        command.make_context(name, existing, parent=context)
+
+
+def test_a_run_gets_the_studys_the_methods_and_its_own_settings(study_file: Any, tmp_path: Path) -> None:
+    from fasttrain.config import load_config
+    from fasttrain.study.tasks import overrides_of
+
+    study = load_study(study_file())
+    configs = {run.name: load_config(study.recipe, overrides_of(study, run)) for run in study.runs}
+    assert configs["sft"].train.learning_rate == 4e-4 != configs["dpo"].train.learning_rate
+    assert {config.train.epochs for config in configs.values()} == {2}
+    assert configs["dpo-10pairs"].data.limit_pairs == 10
+    assert configs["dpo-big-from-small-beta0.3"].loss.beta == 0.3
+    assert configs["dpo-big-from-small-beta0.3"].model.name == "hub/big"
+    assert configs["dpo-big-from-small-beta0.3"].data.train == str(tmp_path / "out/data/small-dpo.jsonl")
+    assert configs["dpo"].data.image_root == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"runs": []}, "runs: wanted a list of runs"),
+        ({"runs": [{"methods": "dpo"}]}, "unknown key runs.0.methods; did you mean 'method'?"),
+        ({"runs": [{"method": "dop"}]}, "runs.0.method: wanted dpo or sft .* got 'dop'; did you mean 'dpo'"),
+        ({"runs": [{"pairs": 0}]}, "runs.0.pairs: wanted whole numbers"),
+        ({"runs": [{"flip": 2}]}, "runs.0.flip: wanted shares from 0 to 1, got 2"),
+        ({"runs": [{"method": "sft", "flip": 0.5}]}, "runs.0.flip: wanted only with method dpo"),
+        ({"runs": [{"model": "huge"}]}, "runs.0.model: wanted small or big, got 'huge'"),
+        ({"recipe": "no.yaml"}, "recipe: wanted an existing file"),
+        ({"models": {}}, "models: wanted names and their values"),
+        ({"models": {"a": 3}}, "models.a: wanted text, got 3"),
+        ({"answers": {"a": {}}}, "answers.a.annotations: wanted a value, got nothing"),
+        ({"evaluate": {"x": {}}}, "evaluate.x: wanted questions or benchmark, got neither"),
+        ({"evaluate": {"x": {"benchmark": "pope"}}}, "evaluate.x.data: wanted the benchmark's folder"),
+        (
+            {"evaluate": {"x": {"questions": "q.jsonl", "max_new_tokens": "5"}}},
+            "max_new_tokens: wanted a whole number",
+        ),
+        ({"settings": {"all": {"train.lr": 1}}}, "unknown key train.lr"),
+        ({"settings": {"dop": {}}}, "unknown key settings.dop; did you mean 'dpo'"),
+        ({"watts": "many"}, "watts: wanted a number"),
+        ({"outptu": "x"}, "unknown key outptu; did you mean 'output'"),
+    ],
+)
+def test_mistakes_in_the_file_are_named_before_anything_runs(
+    study_file: Any, change: Any, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        check_recipes(load_study(study_file(**change)))
+
+
+def _task(folder: Path, name: str, code: str, after: Path | None = None) -> Task:
+    output = folder / name
+    text = f"import pathlib, sys\npath = pathlib.Path({str(output)!r})\n{code}"
+    return Task(
+        kind="train", subject=name, command=("fasttrain", "-c", text), output=output, note=folder / f"{name}.json",
+        after=after,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def python_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks that are Python snippets instead of commands of this project."""
+    monkeypatch.setattr(
+        "fasttrain.study.execute.executable", lambda command, python: [sys.executable, *command[1:]]
+    )
+
+
+def test_what_is_done_is_not_done_again_and_what_failed_is(tmp_path: Path, python_tasks: None) -> None:
+    count = "path.write_text(path.read_text() + 'x' if path.exists() else 'x')"
+    first = _task(tmp_path, "first", count)
+    second = _task(
+        tmp_path, "second", f"{count}\nraise SystemExit('no luck' if len(path.read_text()) < 2 else 0)"
+    )
+    third = _task(tmp_path, "third", count, after=first.note)
+    with pytest.raises(UserError, match=r"train second: exit code 1: no luck \(all of it in .*second\.log\)"):
+        execute([first, second, third], tmp_path / "logs", lambda text: None)
+    for _ in range(2):
+        execute([first, second, third], tmp_path / "logs", lambda text: None)
+    assert [(tmp_path / name).read_text() for name in ("first", "second", "third")] == ["x", "xx", "x"]
+    assert second.seconds > first.seconds / 10 > 0
+    changed = _task(tmp_path, "first", count + "\n")  # another command for the same result
+    execute([changed, third], tmp_path / "logs", lambda text: None)
+    assert [(tmp_path / name).read_text() for name in ("first", "third")] == ["xx", "xx"]
+
+
+def test_a_command_that_stopped_early_is_no_success(tmp_path: Path, python_tasks: None) -> None:
+    """Training ends with code 0 after SIGTERM, without its adapter."""
+    with pytest.raises(SystemExit) as stopped:
+        execute([_task(tmp_path, "one", "pass")], tmp_path / "logs", lambda text: None)
+    assert stopped.value.code == 143
+
+
+def test_intervals_are_wilsons_and_a_bootstraps() -> None:
+    # Newcombe 1998, table I: 81 of 263 by the score method
+    right = Scored([str(n) for n in range(263)], np.arange(263) < 81, np.ones(263))
+    assert right.interval() == pytest.approx((0.2553, 0.3662), abs=5e-5) == wilson(81, 263)
+    values = np.random.default_rng(1).normal(3, 2, 900)
+    graded = Scored([str(n) for n in range(900)], values, np.ones(900))
+    half = 1.96 * values.std() / 30
+    assert graded.interval() == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
+
+
+def test_differences_are_paired_by_question() -> None:
+    """Two models that differ by 1 on every question differ surely, however much questions differ."""
+    hard = np.arange(50.0) * 10
+    names = [str(n) for n in range(50)]
+    one, two = Scored(names, hard, hard), Scored(names[::-1], hard[::-1] + 1, hard)
+    assert two.above(one) == pytest.approx((1, 1, 1))
+    assert np.isnan(two.above(Scored(["other"], np.ones(1), np.ones(1)))[0])
+
+
+def test_exact_scores_need_every_answer_and_every_truth(study_file: Any, tmp_path: Path) -> None:
+    study_file()
+    answers = tmp_path / "answers.jsonl"
+    rows = [{"question_id": f"q{n}", "text": f" because {n if n % 4 else 'x'}\n"} for n in range(40)]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored = score_exactly(tmp_path / "q.jsonl", answers)
+    assert (scored.mean, len(scored.questions)) == (0.75, 40)
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    with pytest.raises(UserError, match="wanted an answer to every question, got none to q39"):
+        score_exactly(tmp_path / "q.jsonl", answers)
+    (tmp_path / "open.jsonl").write_text('{"id": "a", "question": "Why?"}\n')
+    with pytest.raises(UserError, match="line 1: answer: wanted the right answer as text"):
+        score_exactly(tmp_path / "open.jsonl", answers)
+
+
+def test_results_of_benchmarks_are_means_per_question_without_excluded_rows(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    rows = [("a", 1.0, 10), ("a", 0.0, 30), ("b", 8.0, 5), ("c", None, 7)]
+    path.write_text(
+        "".join(json.dumps({"question_id": q, "score": s, "answer_chars": c}) + "\n" for q, s, c in rows)
+    )
+    scored = read_scored(path)
+    assert (scored.questions, scored.scores.tolist(), scored.chars.tolist()) == (
+        ["a", "b"],
+        [0.5, 8.0],
+        [20.0, 5.0],
+    )
+
+
+@pytest.fixture
+def finished(study_file: Any, tmp_path: Path) -> Any:
+    """A study whose commands have run, by their files: `right` questions right of 40, by run."""
+    runs = [{"method": ["dpo", "sft"]}, {"pairs": [10]}, {"flip": 0.5}, {"model": "big"}]
+    study = load_study(
+        study_file(runs=runs, evaluate={"held": {"questions": "q.jsonl"}}, usd_per_hour=3.6, watts=100)
+    )
+    right = {
+        "base": 10,
+        "dpo": 30,
+        "sft": 12,
+        "dpo-10pairs": 20,
+        "dpo-flip50": 4,
+        "base-big": 20,
+        "dpo-big": 36,
+    }
+    for task in tasks_of(study):
+        task.note.parent.mkdir(parents=True, exist_ok=True)
+        task.note.write_text(json.dumps({"command": task.shown, "seconds": 90.0}))
+        if task.kind == "train":
+            task.output.mkdir(parents=True)
+            used = 10 if "10pairs" in task.subject else 77
+            facts = json.dumps({"pairs": used, "versions": {"torch": "2"}})
+            (task.output.parent / "environment.json").write_text(facts)
+            (task.output.parent / "metrics.jsonl").write_text('{"step": 9, "loss": 0.5}\n')
+        elif task.kind == "evaluate":
+            task.output.parent.mkdir(parents=True)
+            rows = [
+                (f"q{n}", f"because {n}" if n < right[task.subject] else "<script>no</script>")
+                for n in range(40)
+            ]
+            task.output.write_text("".join(json.dumps({"question_id": q, "text": t}) + "\n" for q, t in rows))
+    return study
+
+
+def test_the_table_tells_scores_differences_and_what_is_missing(finished: Any) -> None:
+    lines = list(table_lines(collect(finished)))
+    assert re.search(
+        r"^dpo +77 pairs +0\.750 \[0\.598, 0\.858\] +\d+ +\+ \+0\.500 \[\+0\.3.., \+0\.6..\]", lines[4]
+    )
+    assert [line.split()[0] for line in lines[2:]] == [
+        "base", "base-big", "dpo", "sft", "dpo-10pairs", "dpo-flip50", "dpo-big",
+    ]  # fmt: skip
+    said = "\n".join(findings(collect(finished)))
+    assert "DPO (dpo) is above base on held: 0.250 to 0.750" in said
+    assert "standard SFT (sft) is not clearly different from base" in said or "is above base" in said
+    assert "DPO (dpo-big) is above base-big on held: 0.500 to 0.900" in said
+    (finished.output / "scores" / "sft" / "held" / "answers.jsonl").unlink()
+    assert list(table_lines(collect(finished)))[-1] == "sft: no scores yet"
+
+
+def test_the_page_stands_alone_and_shows_curves_and_the_transfer_matrix(finished: Any) -> None:
+    results = collect(finished)
+    page = write_page(results, finished.output).read_text()
+    assert "<script" not in page and not re.search(r'(src|href)="(?!data:)', page)
+    for caption in (
+        "by pairs trained on",
+        "by share of swapped labels",
+        "DPO across models",
+        "estimate: 100 W",
+    ):
+        assert caption in page, caption
+    assert "by beta" not in page  # nothing varied it
+    assert sorted(path.name for path in finished.output.glob("*.png")) == [
+        "noise-held.png", "scores-held.png", "size-held.png",
+    ]  # fmt: skip
+    # two base answers, five trainings and answers of 90 s each: 1,080 s
+    assert (
+        "0.30 machine hours (1,080 s, measured)" in page and "about 1.08 USD" in page and "0.030 kWh" in page
+    )
+    write_results(results, finished.output / "results.json")
+    rows = {row["name"]: row for row in json.loads((finished.output / "results.json").read_text())["rows"]}
+    assert rows["dpo-flip50"]["scores"]["held"]["above_base"] == pytest.approx(-0.15)
+    assert rows["dpo-flip50"]["flip"] == 0.5
+
+
+@pytest.mark.slow
+def test_a_small_study_on_charts_runs_from_one_command_and_goes_on_where_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process: charts, graded answers, three runs' commands, table, page; the second time nothing is run."""
+    from click.testing import CliRunner
+
+    from fasttrain.cli import cli
+    from fasttrain.study.demo import write_demo_study
+
+    file = write_demo_study(tmp_path / "study", prompts=40, questions=12, echo=lambda text: None)
+    raw = yaml.safe_load(file.read_text())
+    raw["runs"] = [{"method": ["dpo", "steerlm"]}]
+    file.write_text(yaml.safe_dump(raw, sort_keys=False))
+    first = CliRunner().invoke(cli, ["study", str(file)], catch_exceptions=False)
+    assert first.exit_code == 0, first.output
+    assert "[1/8]" in first.output and re.search(r"^steerlm +\d+ answers", first.output, re.MULTILINE)
+    steered = (tmp_path / "study/results/data/questions-charts-steered.jsonl").read_text().splitlines()
+    assert "Complexity:0,Verbosity:1" in json.loads(steered[0])["question"]
+    again = CliRunner().invoke(cli, ["study", str(file)], catch_exceptions=False)
+    assert "8 of 8 steps are done" in again.output and "[1/" not in again.output
+    printed_again = CliRunner().invoke(cli, ["study", str(file), "--print-commands"]).output.splitlines()
+    assert printed_again == ["set -e", f"fasttrain study {file} --report"]
