@@ -168,6 +168,34 @@ def env(as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("folders", nargs=-1, required=True, metavar="[NAME=]RUN...")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where report.html and plots/ go. Default: the run folder; wanted with several runs.",
+)
+@click.option("--examples", type=click.IntRange(0), default=6, show_default=True, help="Pairs to show.")
+def report(folders: tuple[str, ...], out: Path | None, examples: int) -> None:
+    """Make one page about a run, or about several side by side.
+
+    The page opens from disk and loads nothing: loss, margins, accuracies, log-probs, learning rate, speed, memory, what
+    was left out of the data, example pairs with their images, machine and versions, the recipe.
+
+    \b
+    Examples:
+      fasttrain report runs/first
+      fasttrain report beta01=runs/a beta05=runs/b -o runs/betas
+    """
+    from fasttrain.report import read_runs, write_report
+
+    runs = read_runs(folders)
+    if out is None and len(runs) > 1:
+        raise UserError(f"-o: wanted a folder for the page about {len(runs)} runs, got none")
+    click.echo(f"page: {write_report(runs, out or runs[0].folder, examples=examples)}")
+
+
+@cli.command()
 @click.argument("folders", nargs=-1, required=True, metavar="[NAME=]DIR...")
 @click.option(
     "-o",

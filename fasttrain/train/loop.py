@@ -267,6 +267,17 @@ class Trainer:
             **attention_facts(job.policy),
             "workers": job.workers,
             "steps": total,
+            "data": {
+                name: {
+                    "rows": data.account.rows,
+                    "pairs": data.account.pairs,
+                    "groups": data.account.groups,
+                    "images": data.account.images,
+                    "truncated": data.account.truncated,
+                }
+                for name, data in (("train", job.train), ("eval", job.eval))
+                if data is not None
+            },
             "reference_model": job.identity,
             "mfu_is_against_flops": peak_flops,
             "mfu_peak_source": peak_source,

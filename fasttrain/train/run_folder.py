@@ -14,7 +14,7 @@ from fasttrain.errors import UserError
 from fasttrain.files import remove_leftovers, write_atomic, write_json
 
 OURS = (
-    "config.yaml", "environment.json", "metrics.jsonl", "metrics.tmp", "skipped.jsonl", "report.html",
+    "config.yaml", "environment.json", "metrics.jsonl", "metrics.tmp", "skipped.jsonl", "report.html", "plots",
     "checkpoints", "final", "tensorboard", "watch_start.json",
 )  # fmt: skip
 MAY_CHANGE = {

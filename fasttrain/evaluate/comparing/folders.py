@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from fasttrain.errors import UserError
+from fasttrain.errors import UserError, mistakes_of_data_tools
 from fasttrain.evaluate.comparing.benchmarks import BENCHMARKS, Benchmark
 from fasttrain.evaluate.comparing.resampling import Floats
 from fasttrain.evaluate.results import RESULTS, Result, read_results
 from fasttrain_data.errors import BadRow
-from fasttrain_data.errors import UserError as DataError
 
 Key = tuple[str, str]  # stratum, question
 
@@ -103,10 +102,8 @@ def _read_argument(argument: str) -> Iterator[Evaluation]:
 
 def read_evaluation(folder: Path, model: str | None = None) -> Evaluation:
     """The evaluation in one folder; UserError names the file that is missing or broken."""
-    try:
+    with mistakes_of_data_tools():
         return _read(folder, model)
-    except DataError as error:
-        raise UserError(str(error)) from None
 
 
 def _read(folder: Path, model: str | None) -> Evaluation:

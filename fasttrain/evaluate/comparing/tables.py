@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from fasttrain.evaluate.comparing.analysis import Comparison, ScoreRow, TestRow, is_clear
 from fasttrain.evaluate.comparing.benchmarks import BENCHMARKS
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """head and rows of text; the first `words` columns are words, the others numbers."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    words: int = 1
-    note: str = ""
+from fasttrain.pages import Table, inert, table_markdown
 
 
 def tables(comparison: Comparison) -> list[Table]:
@@ -128,27 +117,6 @@ def _count(value: float) -> str:
 
 
 def markdown(comparison: Comparison) -> str:
-    parts = ["# Comparison of models", ""]
-    for warning in comparison.warnings:
-        parts += [f"> {escape(warning)}", ""]
-    for table in tables(comparison):
-        parts += [f"## {escape(table.title)}", "", *_lines(table), ""]
-        if table.note:
-            parts += [table.note, ""]
-    return "\n".join([*parts, "![Scores with 95 % intervals](comparison.png)", ""])
-
-
-def _lines(table: Table) -> list[str]:
-    ruler = ["---" if index < table.words else "---:" for index in range(len(table.head))]
-    rows = [table.head, tuple(ruler), *table.rows]
-    return [
-        "| " + " | ".join(cell if row is rows[1] else escape(cell) for cell in row) + " |" for row in rows
-    ]
-
-
-def escape(text: str) -> str:
-    """A model's name must not break a table or become markup."""
-    flat = " ".join(text.split())
-    for mark in "\\`*_[]<>|#":
-        flat = flat.replace(mark, "\\" + mark)
-    return flat
+    parts = ["# Comparison of models", *(f"> {inert(warning)}" for warning in comparison.warnings)]
+    parts += [table_markdown(table) for table in tables(comparison)]
+    return "\n\n".join([*parts, "![Scores with 95 % intervals](comparison.png)\n"])

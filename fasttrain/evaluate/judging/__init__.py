@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from fasttrain.errors import UserError
+from fasttrain.errors import UserError, mistakes_of_data_tools
 from fasttrain.evaluate.judging.calls import Forecast, JudgeCalls
 from fasttrain.evaluate.judging.clients import Client
 from fasttrain.evaluate.judging.options import JudgeOptions, judge_options, take_judge_options
 from fasttrain.evaluate.judging.outcome import about_judge
 from fasttrain.evaluate.judging.request import JudgeRequest
-from fasttrain_data.errors import UserError as DataError
 
 __all__ = [
     "JUDGED",
@@ -43,7 +40,7 @@ def judge_benchmark(
     paid for. Replies that cannot be read and calls that failed are left out of every mean and counted under
     "excluded". UserError for mistakes in files or options, and when the server refuses key or model.
     """
-    with _one_kind_of_error():
+    with mistakes_of_data_tools():
         _check_answers(answers)
         benchmark = _read(bench, data, answers, judge)
         with JudgeCalls(out, judge, client) as calls:
@@ -59,7 +56,7 @@ def judge_benchmark(
 
 def forecast_judging(bench: str, data: Path, answers: Path, out: Path, judge: JudgeOptions) -> Forecast:
     """What judging would take, without a call; MM-Vet's second tries are not foreseen."""
-    with _one_kind_of_error():
+    with mistakes_of_data_tools():
         _check_answers(answers)
         benchmark = _read(bench, data, answers, judge)
         with JudgeCalls(out, judge) as calls:
@@ -95,12 +92,3 @@ def _check_answers(answers: Path) -> None:
         raise UserError(
             f"--answers: wanted a file, got {'a folder' if answers.is_dir() else 'nothing'} at {answers}"
         )
-
-
-@contextlib.contextmanager
-def _one_kind_of_error() -> Iterator[None]:
-    """The data tools have their own class for a user's mistake."""
-    try:
-        yield
-    except DataError as error:
-        raise UserError(str(error)) from None

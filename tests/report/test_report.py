@@ -1,0 +1,229 @@
+"""The report page tells what the run folder holds, stands alone, and shows whatever stands in the data inert."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fasttrain import cli
+from fasttrain.errors import UserError
+from fasttrain.report import read_run, read_runs, write_report
+from fasttrain.report.panels import panels_of
+
+
+def line(step: int, **more: Any) -> dict[str, Any]:
+    return {
+        "step": step, "epoch": step / 4, "loss": 0.7 - 0.1 * step, "rewards/chosen": 0.1 * step,
+        "rewards/rejected": -0.2 * step, "rewards/margins": 0.3 * step, "rewards/accuracies": 0.25 * step,
+        "logps/chosen": -10.0, "logps/rejected": -20.0, "grad_norm": 1.5, "learning_rate": 1e-4, "pairs": 8, "tokens": 100,
+        "tokens_unshared": 750, "step_s": 0.5, "pairs_per_s": 16.0, "tokens_per_s": 200.0, "tflops": 0.1,
+        "mfu": 0.1 * step, "peak_bytes": 3_000_000_000, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, draw_image: Callable[..., Path]) -> Callable[..., Path]:
+    def make(name: str = "first", lines: list[dict[str, Any]] | None = None, **settings: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        draw_image(tmp_path / "one.png", 1)
+        evil = "<script>alert('x')</script> & <img src=http://e.test/a.png>"
+        rows = [
+            {"id": f"row-{n}", "image": "one.png", "prompt": f"What is {n}? {evil}", "chosen": f"good {n}",
+             "rejected": "bad" * 900}
+            for n in range(9)
+        ]  # fmt: skip
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = {
+            "model": {"name": "llava"}, "data": {"train": str(tmp_path / "pairs.jsonl"), "image_root": None},
+            "loss": {"beta": 0.1}, "train": {"output": str(folder)},
+        }  # fmt: skip
+        for key, value in settings.items():
+            section, setting = key.split("__")
+            config[section][setting] = value
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        facts = {
+            "method": "dpo", "steps": 4, "cpu": "AMD EPYC", "versions": {"torch": "2.13.0", "trl": None},
+            "mfu_peak_source": "data sheet of A100, dense bf16",
+            "data": {"train": {"rows": 12, "pairs": 9, "groups": 1, "images": 1, "truncated": 0}},
+        }  # fmt: skip
+        (folder / "environment.json").write_text(json.dumps(facts))
+        skipped = [{"where": "pairs.jsonl line 3", "id": None, "reason": "the same answer"}] * 3
+        (folder / "skipped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in skipped))
+        lines = [line(step) for step in range(1, 5)] if lines is None else lines
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def draw_image(tiny_models: Any) -> Callable[..., Path]:
+    drawn: Callable[..., Path] = tiny_models.draw_image
+    return drawn
+
+
+def cells(page: str) -> dict[str, list[str]]:
+    """First cell of each table row -> the others."""
+    rows = re.findall(r"<tr>(.*?)</tr>", page)
+    found = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows]
+    return {row[0]: row[1:] for row in found if row}
+
+
+def test_the_page_tells_the_runs_figures(make_run: Callable[..., Path]) -> None:
+    folder = make_run()
+    page = write_report([read_run(folder)], folder).read_text()
+    told = cells(page)
+    assert told["loss, last step"] == ["0.3000"] and told["reward margin, last step"] == ["1.200"]
+    assert told["pairs with chosen above rejected, last step"] == ["100.0 %"]
+    assert told["seconds, logged steps"] == ["2.0"] and told["pairs or examples a second"] == ["16.0"]
+    assert told["token passes"] == ["400"] and told["times fewer"] == ["7.5"]
+    assert told["model FLOPs utilisation, mean"] == ["25.0 %"] and told["peak memory, GB"] == ["3.00"]
+    assert told["train: pairs"] == ["9"] and told["left out: the same answer"] == ["3"]
+    assert told["cpu"] == ["AMD EPYC"] and told["version of torch"] == ["2.13.0"]
+    assert "version of trl" not in told and "MFU is against data sheet of A100" in page
+    plots = {path.name for path in (folder / "plots").iterdir()}
+    assert {"loss.png", "rewards.png", "accuracy.png", "learning_rate.png", "memory.png", "mfu.png"} <= plots
+    assert (folder / "plots" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_page_loads_nothing_and_shows_the_data_inert(make_run: Callable[..., Path]) -> None:
+    folder = make_run()
+    page = write_report([read_run(folder)], folder, examples=3).read_text()
+    assert "<script" not in page and "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;" in page
+    sources = re.findall(r"""\b(?:src|href)="([^"]*)""", page)
+    assert sources and all(
+        source.startswith(("data:image/png;base64,", "data:image/jpeg;base64,")) for source in sources
+    )
+    assert page.count('<div class="pair">') == 3 and page.count("data:image/jpeg") == 3
+    assert "rejected, 2,700 characters" in page and "… (2,700 characters)" in page
+
+
+def test_several_runs_stand_side_by_side_with_what_differs(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    one, two = make_run("a"), make_run("b", loss__beta=0.5)
+    runs = read_runs([str(one), f"beta half={two}"])
+    page = write_report(runs, tmp_path / "both").read_text()
+    told = cells(page)
+    assert told["loss.beta"] == ["0.1", "0.5"] and "model.name" not in told and "train.output" not in told
+    assert told["loss, last step"] == ["0.3000", "0.3000"]
+    assert "<h1>a / beta half</h1>" in page
+
+
+def test_a_run_under_way_and_a_torn_last_line_are_told(make_run: Callable[..., Path]) -> None:
+    folder = make_run(lines=[line(1), line(2)])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    page = write_report([read_run(folder)], folder).read_text()
+    assert "the run stands at step 2 of 4" in page
+
+
+def test_sft_and_unknown_metrics_have_their_panels(make_run: Callable[..., Path]) -> None:
+    rows = [
+        {"step": step, "loss": 2.0, "mean_token_accuracy": 0.5, "examples": 4, "step_s": 1.0, "eval_loss": 1.9,
+         "pope/mean_f1": 0.8}
+        for step in (1, 2)
+    ]  # fmt: skip
+    folder = make_run(lines=rows)
+    titles = [panel.title for panel in panels_of([read_run(folder)])]
+    assert titles == [
+        "loss",
+        "share of tokens that are the most likely one",
+        "seconds a step",
+        "pope/mean_f1",
+    ]
+
+
+def test_values_that_are_no_numbers_are_not_drawn(make_run: Callable[..., Path]) -> None:
+    folder = make_run(lines=[line(1, loss=float("nan")), line(2, loss=None), line(3, loss=0.5)])
+    run = read_run(folder)
+    assert run.series("loss") == ([3.0], [0.5])
+    assert write_report([run], folder).exists()
+
+
+def test_a_pair_file_that_is_gone_leaves_a_page_without_examples(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_run()
+    (tmp_path / "pairs.jsonl").unlink()
+    page = write_report([read_run(folder)], folder).read_text()
+    assert "No examples:" in page and "pairs.jsonl" in page
+
+
+def test_an_image_that_is_gone_is_told_beside_its_pair(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_run()
+    (tmp_path / "one.png").write_bytes(b"no image")
+    page = write_report([read_run(folder)], folder, examples=2).read_text()
+    assert page.count('<div class="pair">') == 2 and "one.png:" in page
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "metrics.jsonl").unlink(), "wanted a run folder with metrics.jsonl, got none"),
+        (lambda f: (f / "metrics.jsonl").write_text(""), "wanted logged steps, got none yet"),
+        (
+            lambda f: (f / "metrics.jsonl").write_text("x\n{}\n"),
+            "metrics.jsonl line 1: wanted a JSON object, got 'x'",
+        ),
+        (
+            lambda f: (f / "metrics.jsonl").write_text('{"loss": 1}\n'),
+            "metrics.jsonl line 1: step: wanted a number",
+        ),
+        (lambda f: (f / "config.yaml").write_text("a: [1"), "config.yaml: wanted YAML"),
+        (lambda f: (f / "environment.json").write_text("{"), "environment.json: wanted a JSON object"),
+    ],
+)
+def test_a_broken_run_folder_is_named_in_one_line(
+    break_it: Callable[[Path], Any], message: str, make_run: Callable[..., Path]
+) -> None:
+    folder = make_run()
+    break_it(folder)
+    with pytest.raises(UserError) as error:
+        read_run(folder)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_command_writes_beside_the_run_and_wants_a_folder_for_several(
+    make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run("a")
+    monkeypatch.setattr(sys, "argv", ["fasttrain", "report", str(folder)])
+    cli.main()
+    assert capsys.readouterr().out == f"page: {folder / 'report.html'}\n"
+    for words, message in (
+        ([str(folder), f"b={folder}"], "-o: wanted a folder for the page about 2 runs, got none"),
+        ([str(folder), str(folder)], "two runs are called 'a': name them, NAME=FOLDER"),
+        ([str(folder / "nothing")], "wanted a run folder with metrics.jsonl, got none"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["fasttrain", "report", *words])
+        with pytest.raises(SystemExit) as leave:
+            cli.main()
+        assert leave.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_real_run_has_its_data_account_on_the_page(
+    tmp_path: Path, tiny_models: Any, text_pairs: Callable[..., Path]
+) -> None:
+    from fasttrain import train_dpo
+    from fasttrain.config import config_from_dict
+
+    model = tiny_models.build_text(tmp_path / "model")
+    raw = {
+        "model": {"name": str(model)}, "lora": {"rank": 4, "alpha": 8},
+        "data": {"train": str(text_pairs(tmp_path / "pairs.jsonl", 12)), "workers": 0},
+        "train": {"output": str(tmp_path / "run"), "max_steps": 2, "pairs_per_step": 6, "tokens_per_pack": 400},
+        "track": [],
+    }  # fmt: skip
+    train_dpo(config_from_dict(raw))
+    told = cells(write_report([read_run(tmp_path / "run")], tmp_path / "run").read_text())
+    assert told["train: rows"] == ["12"] and told["train: pairs"] == ["12"] and told["left out"] == ["0"]
+    assert told["steps"] == ["2"] and told["method"] == ["dpo"]
