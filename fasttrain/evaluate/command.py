@@ -248,6 +248,7 @@ def _tell_unjudged(benchmark: Benchmark, answers: Path, data: Path, out: Path) -
 
 def _judge(bench: str, data: Path, answers: Path, out: Path, judge: Any, dry_run: bool) -> int:
     from fasttrain.evaluate.judging import forecast_judging, judge_benchmark
+    from fasttrain.evaluate.judging.told import score_lines
     from fasttrain.files import write_json
 
     if dry_run:
@@ -260,11 +261,7 @@ def _judge(bench: str, data: Path, answers: Path, out: Path, judge: Any, dry_run
         return 0
     scores = judge_benchmark(bench, data, answers, out, judge)
     write_json(out / "scores.json", scores)
-    shown = "none" if scores.get("score") is None else f"{scores['score']:.2f}"
-    chars = scores.get("mean_answer_chars")
-    length = "" if chars is None else f"  mean answer {chars:,.0f} characters"
-    click.echo(f"{bench} {scores.get('model', '')}: score {shown}  n {scores.get('n', 0):,}{length}")
-    for name, count in scores.get("excluded", {}).items():
-        click.echo(f"left out: {count:,} {name}")
+    for line in score_lines(scores):
+        click.echo(line)
     click.echo(f"scores: {out / 'scores.json'}")
     return EXIT_TYPED_FAILURES if scores.get("excluded") else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ def strata_of(evaluation: Evaluation, keys: Sequence[Key] | None = None) -> list
 def read_evaluations(arguments: Sequence[str]) -> list[Evaluation]:
     """One evaluation per folder that holds a scores.json: each argument, or the folders right below it.
 
-    An argument may be NAME=FOLDER. UserError for folders without results and for two evaluations of one name.
+    An argument may be NAME=FOLDER. The folders in a folder are one model's benchmarks; when a benchmark stands there twice they
+    are several models', named by their folders. UserError for folders without results and for two evaluations of one name.
     """
     found: dict[tuple[str, str], Evaluation] = {}
     for argument in arguments:
@@ -96,8 +97,10 @@ def _read_argument(argument: str) -> Iterator[Evaluation]:
     below = sorted(path.parent for path in folder.glob("*/scores.json"))
     if not below:
         raise UserError(f"{folder}: wanted scores.json in it or in the folders in it, got none")
-    for path in below:
-        yield read_evaluation(path, given or folder.resolve().name)
+    evaluations = [read_evaluation(path, given or folder.resolve().name) for path in below]
+    if given is None and len({evaluation.name for evaluation in evaluations}) < len(evaluations):
+        evaluations = [replace(evaluation, model=evaluation.folder.name) for evaluation in evaluations]
+    yield from evaluations
 
 
 def read_evaluation(folder: Path, model: str | None = None) -> Evaluation:

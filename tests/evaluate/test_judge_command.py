@@ -1,0 +1,109 @@
+"""`fasttrain eval BENCH --answers FILE --judge MODEL`: the whole way from files to scores, page and exit code."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasttrain import cli
+
+
+@pytest.fixture
+def fasttrain(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fasttrain", *map(str, words)])
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as leave:
+            code = leave.code or 0
+        captured = capsys.readouterr()
+        return int(code), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def llava(tmp_path: Path, write_rows: Callable[..., Path]) -> Path:
+    folder = tmp_path / "data"
+    questions = [
+        {"question_id": n, "image": "1.jpg", "text": f"question {n}.", "category": "conv"} for n in range(8)
+    ]
+    write_rows(folder / "questions.jsonl", questions)
+    write_rows(folder / "context.jsonl", [{"id": 0, "image": "1.jpg", "caption": "a cat"}])
+    write_rows(
+        folder / "answers_gpt4.jsonl",
+        [{"question_id": n, "text": "reference", "answer_id": "r"} for n in range(8)],
+    )
+    (folder / "rule.json").write_text(
+        json.dumps({"llava_bench_conv": {"role": "Assistant", "prompt": "Rate."}})
+    )
+    for name, text in (("base", "short"), ("dpo", "a longer answer")):
+        rows = [{"question_id": n, "text": text, "answer_id": name, "model_id": name} for n in range(8)]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    return folder
+
+
+def test_two_models_are_judged_and_compared(
+    llava: Path, tmp_path: Path, judge_double: Any, fasttrain: Callable[..., tuple[int, str, str]]
+) -> None:
+    def say(body: dict[str, Any]) -> str:
+        prompt = body["messages"][-1]["content"]
+        number = int(re.findall(r"question (\d)", prompt)[0])
+        return (
+            f"8 {(6 if 'longer' in prompt else 4) + number % 3}\nBecause." if number else "Neither is good."
+        )
+
+    judge_double.say = say
+    shared = ("--data", llava, "--judge", "judge-1", "--judge-api", "openai", "--judge-url", judge_double.url)
+    asked = {}
+    for name in ("base", "dpo"):
+        words = (
+            "eval",
+            "llava-bench",
+            "--answers",
+            tmp_path / f"{name}.jsonl",
+            "-o",
+            tmp_path / "eval" / name,
+            *shared,
+        )
+        code, out, _ = fasttrain(*words, "--judge-dry-run")
+        assert code == 0 and "judge: 8 calls" in out and "unknown price" in out
+        code, out, err = fasttrain(*words)
+        assert code == 3, err
+        asked[name] = out
+        told = json.loads((tmp_path / "eval" / name / "scores.json").read_text())
+        assert told["benchmark"] == "llava-bench" and told["model"] == name and told["n"] == 7
+    assert len(judge_double.bodies) == 16
+    marks = [4 + n % 3 for n in range(1, 8)]
+    score = 100 * sum(marks) / 56
+    assert f"score: {score:.4g} (n 7, mean answer 5 characters)" in asked["base"]
+    assert f"conv: {score:.4g} (n 7, mean answer 5 characters)" in asked["base"]
+    assert "left out: 1 parse_failed" in asked["base"]
+    kept = 100 * (sum(marks) - 1) / 55
+    assert f"with unreadable reviews kept as -1, as LLaVA's summary does: {kept:.4g}" in asked["base"]
+    code, out, _ = fasttrain("compare", tmp_path / "eval", "-o", tmp_path / "page", "--resamples", 200)
+    assert code == 0 and "| LLaVA-Bench, % of reference | dpo | +25.0 | +25.0 to +25.0 |" in out
+
+
+def test_a_missing_judge_file_is_one_line_and_exit_code_2(
+    llava: Path, tmp_path: Path, judge_double: Any, fasttrain: Callable[..., tuple[int, str, str]]
+) -> None:
+    (llava / "rule.json").unlink()
+    code, out, err = fasttrain(
+        "eval", "llava-bench", "--data", llava, "--answers", tmp_path / "base.jsonl", "-o", tmp_path / "out",
+        "--judge", "judge-1", "--judge-api", "openai", "--judge-url", judge_double.url,
+    )  # fmt: skip
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert (
+        "wanted the judge's rules as rule.json, got no such file; it is llava/eval/table/rule.json of" in err
+    )
