@@ -187,7 +187,7 @@ def test_two_versions_of_a_judge_in_one_score_are_warned_of(
     versions = iter(["judge-a"] * 5 + ["judge-b"] * 7)
     judge_double.version = lambda: next(versions)
     scores = run(data, tmp_path, options(judge_double, limits=CallLimits(in_flight=1)))
-    assert set(scores["judge"]["versions"]) == {"judge-a", "judge-b"}
+    assert scores["judge"]["versions"] == {"judge-a": 5, "judge-b": 7}
     assert "several judge versions in one score: judge-a, judge-b" in capsys.readouterr().err
 
 
@@ -249,7 +249,7 @@ def test_gemini_judges_and_its_faults_are_named(
         "blocked_answer": 1, "blocked_prompt": 1, "empty": 1, "recitation": 1, "truncated": 1
     }  # fmt: skip
     assert scores["n"] == 7 and scores["score"] == pytest.approx(sum(6 + n % 3 for n in range(5, 12)) / 7)
-    assert scores["judge"]["versions"] == {"gemini-double-001": 1}
+    assert scores["judge"]["versions"] == {"gemini-double-001": 12}
     assert scores["judge"]["spent_usd"] > 0
 
 

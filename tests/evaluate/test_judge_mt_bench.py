@@ -138,7 +138,7 @@ def test_scores_are_means_over_turns_and_a_reply_without_rating_is_dropped(
     assert scores["categories"]["writing"]["score"] == pytest.approx((4 + 5 + 7 + 8) / 4)
     lengths = [10 * n + turn for n in range(1, 7) for turn in (1, 2) if (n, turn) != (4, 2)]
     assert scores["mean_answer_chars"] == pytest.approx(sum(lengths) / 11)
-    assert scores["judge"]["versions"] == {"judge-2026-01": 1}
+    assert scores["judge"]["versions"] == {"judge-2026-01": 12}
 
     official = rows_of(out / "model_judgment" / "judge-1_single.jsonl")
     assert set(official[0]) == {

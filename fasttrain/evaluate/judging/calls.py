@@ -74,7 +74,7 @@ class JudgeCalls:
         if wanted and self.stopped is None:
             self._call(wanted)
         judgments = [self._judgment(request) for request in requests]
-        self.versions.update({judgment.model_version for judgment in judgments if judgment.model_version})
+        self.versions.update(judgment.model_version for judgment in judgments if judgment.model_version)
         return judgments
 
     def forecast(self, requests: Iterable[JudgeRequest]) -> Forecast:
