@@ -144,6 +144,69 @@ def reference(recipe: str, overrides: tuple[str, ...]) -> None:
 
 
 @cli.command()
+@_with_recipe
+@click.option(
+    "--gpu", default="a100-80g", show_default=True, help="a100-40g a100-80g h100 h200 b200 l40s rtx4090"
+)
+@click.option("--gpus", default=1, show_default=True, metavar="N", help="How many of them.")
+@click.option(
+    "--lengths",
+    multiple=True,
+    metavar="PROMPT,COMPLETION,COUNT",
+    help="Lengths in tokens, and pairs, instead of the recipe's pair file. May be repeated.",
+)
+@click.option(
+    "--matrix-share", default=0.5, show_default=True, help="Share of the matrix rate that a run reaches."
+)
+@click.option(
+    "--memory-share", default=0.92, show_default=True, help="Share of the memory that tensors may take."
+)
+@click.option(
+    "--link-share",
+    default=0.7,
+    show_default=True,
+    help="Share of the interconnect's rate that a run reaches.",
+)
+@click.option("--node-link", default=50.0, show_default=True, help="GB/s per GPU between nodes, past 8 GPUs.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable: bytes, tokens, operations, seconds.")
+def plan(
+    recipe: str, overrides: tuple[str, ...], gpu: str, gpus: int, lengths: tuple[str, ...], matrix_share: float,
+    memory_share: float, link_share: float, node_link: float, as_json: bool,
+) -> None:  # fmt: skip
+    """Predict memory, work, communication and time of a run; needs no GPU and no weights.
+
+    \b
+    Example:
+      fasttrain plan -c recipes/llava15_13b_paper.yaml --gpu a100-80g --gpus 4
+      fasttrain plan -c recipe.yaml --gpu rtx4090 --lengths 630,130,5000
+    """
+    from fasttrain.config import load_config
+
+    config = load_config(recipe, overrides)
+    for name, share in (("matrix", matrix_share), ("memory", memory_share), ("link", link_share)):
+        if not 0 < share <= 1:
+            raise UserError(f"--{name}-share: wanted a share above 0 and up to 1, got {share:g}")
+    if not node_link > 0:
+        raise UserError(f"--node-link: wanted GB/s above 0, got {node_link:g}")
+    _prepare_torch()
+    from fasttrain.plan.command import make_plan
+    from fasttrain.plan.gpus import Achieved
+
+    achieved = Achieved(matrix=matrix_share, link=link_share, memory=memory_share)
+    click.echo(
+        make_plan(
+            config,
+            gpu=gpu,
+            gpus=gpus,
+            lengths=lengths,
+            achieved=achieved,
+            node_link_gbytes=node_link,
+            machine_readable=as_json,
+        )
+    )
+
+
+@cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def env(as_json: bool) -> None:
     """Show versions, devices, and which backend is picked and why. Paste it into bug reports."""

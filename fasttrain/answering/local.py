@@ -20,10 +20,10 @@ from fasttrain.config import ModelConfig
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
 from fasttrain.files import HashMemo, cache_root
-from fasttrain.memory import device_memory
 from fasttrain.model import load as loading
 from fasttrain.model.lora import read_adapter, read_adapter_config
 from fasttrain.model.positions import why_too_long
+from fasttrain.plan.device_memory import device_memory
 from fasttrain.progress import say
 from fasttrain.reference.key import identity_hash, model_identity
 

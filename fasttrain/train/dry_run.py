@@ -13,6 +13,7 @@ from fasttrain.data.packs import Order, plan_step
 from fasttrain.data.prepared import PreparedData
 from fasttrain.errors import UserError
 from fasttrain.model.flops import pass_flops
+from fasttrain.plan.passes import CannotCount
 from fasttrain.progress import Progress
 from fasttrain.reference.fill import missing_completions
 from fasttrain.train.first_step import check_sharing
@@ -82,13 +83,7 @@ def _report(job: Job) -> Iterator[str]:
     if job.loss.needs_reference:
         yield _cached(job)
     largest = max(max(_pack_tokens(job, step)) for step in steps)
-    peak = job.memory.peak(largest, job.checkpointing)
-    yield (
-        f"memory      about {peak / 2**30:.2f} GiB of {job.memory.total / 2**30:.0f} GiB: weights "
-        f"{job.memory.weights / 2**30:.2f}, gradients and optimizer {job.memory.training_state / 2**30:.2f}, activations of "
-        f"{largest:,} tokens {(peak - job.memory.weights - job.memory.training_state) / 2**30:.2f}"
-        f"{' with gradient checkpointing' if job.checkpointing else ''}"
-    )
+    yield _memory(job, largest)
     yield from _example(job, numbers[0])
     yield "nothing was trained"
 
@@ -146,6 +141,20 @@ def _work(job: Job, steps) -> tuple[int, int, int]:  # type: ignore[no-untyped-d
             lengths = job.train.lengths(group)
             unshared += job.loss.unshared_tokens(lengths, job.train.pairs(group))
     return shared // len(steps), unshared // len(steps), flops // len(steps)
+
+
+def _memory(job: Job, tokens: int) -> str:
+    try:
+        plan = job.memory.predict(tokens, job.checkpointing)
+    except CannotCount as error:
+        return f"memory      cannot be predicted: {error}"
+    state = plan.gradients + plan.masters + plan.moments
+    return (
+        f"memory      about {plan.peak / 2**30:.2f} GiB of tensors: weights {(plan.weights + plan.adapters) / 2**30:.2f} (loaded), "
+        f"gradients and optimizer {state / 2**30:.2f}, activations of {tokens:,} tokens "
+        f"{(plan.activations + plan.working) / 2**30:.2f}{' with gradient checkpointing' if job.checkpointing else ''}; "
+        f"{job.memory.free / 2**30:.2f} GiB were free"
+    )
 
 
 def _example(job: Job, number: int) -> Iterator[str]:

@@ -17,7 +17,6 @@ from fasttrain.data.prepared import PreparedData, prepare
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
 from fasttrain.files import HashMemo, cache_root
-from fasttrain.memory import MemoryEstimate, choose_pack, estimate
 from fasttrain.model.attention import check_attention, silence_dropout, why_unshared
 from fasttrain.model.families import FamilyInputs
 from fasttrain.model.flops import ModelShape, measure_shape
@@ -36,6 +35,7 @@ from fasttrain.model.load import (
 from fasttrain.model.lora import attach_lora, choose_trainable, language_model
 from fasttrain.model.policy import Policy
 from fasttrain.model.positions import why_too_long
+from fasttrain.plan.run_memory import RunMemory
 from fasttrain.progress import say, ticker
 from fasttrain.reference.cache import ReferenceCache, cache_folder
 from fasttrain.reference.key import CompletionKeys, identity_hash, model_identity
@@ -61,7 +61,7 @@ class Job:
     family: FamilyInputs
     adapted: Any | None
     shape: ModelShape
-    memory: MemoryEstimate
+    memory: RunMemory
     identity: dict[str, Any]
     keys: CompletionKeys
     cache_path: Path
@@ -121,9 +121,9 @@ def build_job(config: DPOConfig, loss: Objective | None = None) -> Job:
         fuse_layers(language_model(model))
     policy.set_shared(_may_share(config, model, [train, *([evaluation] if evaluation else [])]))
     shape = measure_shape(model)
-    memory = estimate(model, shape, device, config.train.optimizer == "adamw_8bit")
+    memory = RunMemory(config, model_config, model.dtype, train, device)
     longest = max(int(train.lengths(number).sum()) for number in range(len(train)))
-    checkpointing, tokens = _memory_settings(config, memory, device, longest)
+    checkpointing, tokens = memory.settings(longest)
     adapter = config.lora.init_from if config.lora else None
     dtype = str(pick_dtype(config.model.dtype, device)).removeprefix("torch.")
     identity = model_identity(folder, model_config, dtype, config.model.quantize, adapter, memo)
@@ -213,18 +213,6 @@ def _may_share(config: DPOConfig, model: Any, datasets: list[PreparedData]) -> b
             f"warning: {type(model).__name__} cannot share prefixes: {reason}; every completion runs as its own sequence"
         )
     return reason is None
-
-
-def _memory_settings(
-    config: DPOConfig, memory: MemoryEstimate, device: torch.device, longest: int
-) -> tuple[bool, int]:
-    """Gradient checkpointing and tokens per pack, with `auto` decided."""
-    wanted, tokens = config.train.gradient_checkpointing, config.train.tokens_per_pack
-    smallest = longest if tokens == "auto" else int(tokens)
-    checkpointing = not memory.fits(max(smallest, 512), False) if wanted == "auto" else wanted
-    return checkpointing, choose_pack(memory, device, longest, checkpointing) if tokens == "auto" else int(
-        tokens
-    )
 
 
 def _workers(config: DPOConfig, data: PreparedData) -> int:

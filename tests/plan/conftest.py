@@ -108,5 +108,12 @@ def configs() -> dict[str, Any]:
         "wide": text_config(
             hidden_size=128, intermediate_size=320, num_hidden_layers=5, num_attention_heads=8
         ),
+        "large": text_config(
+            vocab_size=4096,
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+        ),
         "llava": llava_config(),
     }

@@ -1,0 +1,52 @@
+"""What `auto` stands for: gradient checkpointing only when memory needs it, packs as large as fit and help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fasttrain.config import DPOConfig
+
+# Where larger packs stop being faster, and below which matrix products starve
+_CEILING = {"cuda": 16384, "cpu": 2048}
+_FLOOR = {"cuda": 2048, "cpu": 512}
+_STEP = 256
+
+
+def choose_checkpointing(
+    config: DPOConfig, longest_group: int, device: torch.device, fits: Callable[[int, bool], bool]
+) -> bool:
+    """The recipe's word, or whether a pack worth running, or the recipe's own, would not fit without it."""
+    wanted, tokens = config.train.gradient_checkpointing, config.train.tokens_per_pack
+    if wanted != "auto":
+        return wanted
+    smallest = max(min(longest_group, _ceiling(device)), _floor(device)) if tokens == "auto" else int(tokens)
+    return not fits(smallest, False)
+
+
+def choose_tokens(config: DPOConfig, device: torch.device, fits: Callable[[int], bool]) -> int:
+    """The recipe's word, or the largest pack that fits, up to where larger ones stop being faster."""
+    if config.train.tokens_per_pack != "auto":
+        return int(config.train.tokens_per_pack)
+    tokens = _ceiling(device)
+    while tokens > 512 and not fits(tokens):
+        tokens -= 1024 if tokens > 4096 else 256 if tokens > 1024 else 128
+    return tokens
+
+
+def largest_pack(fits: Callable[[int], bool], most: int = 1 << 20) -> int:
+    """The most tokens that fit, in steps of 256, at most `most`; 0 if not even 256 do."""
+    low, high = 0, most // _STEP
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle * _STEP) else (low, middle - 1)
+    return low * _STEP
+
+
+def _ceiling(device: torch.device) -> int:
+    return _CEILING["cpu" if device.type == "cpu" else "cuda"]
+
+
+def _floor(device: torch.device) -> int:
+    return _FLOOR["cpu" if device.type == "cpu" else "cuda"]

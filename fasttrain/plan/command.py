@@ -1,0 +1,63 @@
+"""`fasttrain plan`: from a recipe to the printed page, without weights, GPU or network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+
+from fasttrain.config import DPOConfig
+from fasttrain.errors import UserError
+from fasttrain.plan.advice import advise
+from fasttrain.plan.gpus import Achieved, find_gpu
+from fasttrain.plan.histogram import find_histogram
+from fasttrain.plan.memory import Activations
+from fasttrain.plan.page import as_json, print_page
+from fasttrain.plan.planned_model import build_planned_model, find_config
+from fasttrain.plan.predict import Machine, predict
+
+GPUS_PER_NODE = 8
+
+
+def make_plan(
+    config: DPOConfig, *, gpu: str, gpus: int, lengths: Sequence[str], achieved: Achieved, node_link_gbytes: float,
+    machine_readable: bool,
+) -> str:  # fmt: skip
+    """The page, or JSON; UserError for a mistake in the recipe or the options."""
+    if gpus < 1:
+        raise UserError(f"--gpus: wanted at least 1, got {gpus}")
+    card = find_gpu(gpu)
+    link = (
+        min(card.link_bytes_per_s, node_link_gbytes * 1e9) if gpus > GPUS_PER_NODE else card.link_bytes_per_s
+    )
+    machine = Machine(gpu=card, gpus=gpus, achieved=achieved, link_bytes_per_s=link)
+    model_config, source = find_config(config.model)
+    vision = hasattr(model_config, "vision_config")
+    histogram = find_histogram(config, lengths, vision)
+    dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
+    planned = build_planned_model(config, model_config, dtype, source)
+    tower = vision and model_config.model_type == "llava"
+    activations: dict[bool, Activations] = {}
+    predictions = [
+        predict(config, planned, histogram, machine, stage, tower, activations)
+        for stage in _stages(config, gpus)
+    ]
+    notes = []
+    if vision and not planned.shape.vision_per_image:
+        notes.append(
+            f"images of {model_config.model_type} have no fixed size: the vision tower's work and memory are not counted"
+        )
+    if gpus > GPUS_PER_NODE:
+        notes.append(
+            f"{gpus} GPUs are taken as several nodes of {GPUS_PER_NODE}, with {node_link_gbytes:g} GB/s per GPU between them"
+        )
+    advice = advise(config, machine, predictions)
+    parts = (config.model.name, planned, histogram, machine, predictions, advice, notes)
+    return json.dumps(as_json(*parts), indent=2) if machine_readable else print_page(*parts)
+
+
+def _stages(config: DPOConfig, gpus: int) -> list[int]:
+    if gpus == 1:
+        return [0]
+    return [0, 2] if config.model.quantize else [0, 2, 3]

@@ -1,0 +1,162 @@
+"""How long the prompts and answers are: from the recipe's pair file, from `--lengths`, or typical numbers that are said to be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fasttrain.config import DPOConfig
+from fasttrain.data.prepared import PreparedData, prepare
+from fasttrain.errors import UserError
+
+# arXiv 2402.10884: 5,084 pairs, one per prompt; 576 image tokens of LLaVA-1.5, its template and a question; two answers.
+TYPICAL_PAIRS, TYPICAL_PROMPT, TYPICAL_ANSWER = 5084, 630, 130
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """`count` prompts of so many tokens and images, each with these completions and pairs of them."""
+
+    prompt: int
+    completions: tuple[int, ...]
+    pairs: tuple[tuple[int, int], ...]
+    images: int
+    count: int = 1
+
+
+@dataclass
+class Histogram:
+    """The groups of a data set by length. Answers what planning asks of PreparedData: lengths, pairs and images by number."""
+
+    shapes: list[GroupShape]
+    source: str
+    _starts: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._starts = np.cumsum([shape.count for shape in self.shapes])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _shape(self, number: int) -> GroupShape:
+        return self.shapes[int(np.searchsorted(self._starts, number, side="right"))]
+
+    def lengths(self, number: int) -> np.ndarray:
+        """Prompt length, then completion lengths."""
+        shape = self._shape(number)
+        return np.array([shape.prompt, *shape.completions], np.int64)
+
+    def pairs(self, number: int) -> np.ndarray:
+        return np.array(self._shape(number).pairs, np.int64).reshape(-1, 2)
+
+    def pair_count(self, number: int) -> int:
+        return len(self._shape(number).pairs)
+
+    def image_count(self, number: int) -> int:
+        return self._shape(number).images
+
+    @property
+    def pair_total(self) -> int:
+        return sum(len(shape.pairs) * shape.count for shape in self.shapes)
+
+    @property
+    def tokens(self) -> int:
+        """Prompts once, completions each."""
+        return sum((shape.prompt + sum(shape.completions)) * shape.count for shape in self.shapes)
+
+    @property
+    def rows(self) -> int:
+        return sum(sum(shape.completions) * shape.count for shape in self.shapes)
+
+    @property
+    def images(self) -> int:
+        return sum(shape.images * shape.count for shape in self.shapes)
+
+    @property
+    def completion_count(self) -> int:
+        return sum(len(shape.completions) * shape.count for shape in self.shapes)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the largest group."""
+        return max(shape.prompt + sum(shape.completions) for shape in self.shapes)
+
+
+def of_prepared(data: PreparedData, source: str) -> Histogram:
+    """Every group of tokenized data, equal ones counted together."""
+    seen: dict[GroupShape, int] = {}
+    for number in range(len(data)):
+        if not data.pair_count(number):
+            continue
+        prompt, *completions = data.lengths(number).tolist()
+        pairs = tuple((int(c), int(r)) for c, r in data.pairs(number))
+        shape = GroupShape(prompt, tuple(completions), pairs, data.image_count(number))
+        seen[shape] = seen.get(shape, 0) + 1
+    shapes = [GroupShape(s.prompt, s.completions, s.pairs, s.images, count) for s, count in seen.items()]
+    return Histogram(shapes, source)
+
+
+def parse_lengths(texts: Sequence[str], images: int) -> Histogram:
+    """From `PROMPT,COMPLETION,COUNT`: so many prompts with two completions of that length each; UserError if it is not that."""
+    shapes = []
+    for text in texts:
+        match = re.fullmatch(r"\s*(\d{1,9})\s*,\s*(\d{1,9})\s*,\s*(\d{1,12})\s*", text)
+        if not match or min(map(int, match.groups())) < 1:
+            raise UserError(
+                f"--lengths: wanted PROMPT,COMPLETION,COUNT in tokens and pairs, each at least 1, got {text!r}"
+            )
+        prompt, completion, count = map(int, match.groups())
+        shapes.append(GroupShape(prompt, (completion, completion), ((0, 1),), images, count))
+    return Histogram(shapes, f"--lengths {' '.join(texts)}")
+
+
+def typical(images: int, why: str) -> Histogram:
+    """The paper's data: one pair per prompt, one image, LLaVA-1.5's lengths."""
+    shape = GroupShape(TYPICAL_PROMPT, (TYPICAL_ANSWER, TYPICAL_ANSWER), ((0, 1),), images, TYPICAL_PAIRS)
+    return Histogram([shape], f"typical lengths of LLaVA-1.5 data, not yours: {why}")
+
+
+def find_histogram(config: DPOConfig, lengths: Sequence[str], vision: bool) -> Histogram:
+    """`--lengths`; else the recipe's pairs, tokenized, if they and the processor are there; else typical lengths."""
+    images = int(vision)
+    if lengths:
+        return parse_lengths(lengths, images)
+    paths = [config.data.train] if isinstance(config.data.train, str) else config.data.train
+    absent = [path for path in paths if not Path(path).exists()]
+    if absent:
+        return typical(images, f"{absent[0]} is not there")
+    folder = Path(config.model.name).expanduser()
+    if not folder.is_dir():
+        return typical(
+            images, f"{config.model.name} is not a folder, so there is no tokenizer for {paths[0]}"
+        )
+    return _read_pairs(config, folder, vision, ", ".join(paths))
+
+
+def _read_pairs(config: DPOConfig, folder: Path, vision: bool, source: str) -> Histogram:
+    from fasttrain.data.tokens import ChatTokenizer
+    from fasttrain.files import HashMemo, cache_root
+    from fasttrain.model.load import load_processor, stop_token_ids
+    from fasttrain.progress import ticker
+
+    processor = load_processor(folder, config.model, vision)
+    chat = ChatTokenizer(processor, stop_token_ids(processor, folder))
+    memo = HashMemo(cache_root() / "hashes.sqlite")
+    try:
+        data = config.data
+        prepared = prepare(
+            data.train,
+            data,
+            chat,
+            memo,
+            seed=config.train.seed,
+            limit_pairs=data.limit_pairs,
+            progress=ticker,
+        )
+    finally:
+        memo.close()
+    return of_prepared(prepared, source)

@@ -1,0 +1,200 @@
+"""The recipe's model with its adapters on the meta device: names, shapes and types, no weights."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fasttrain.config import DPOConfig, LoraConfig, ModelConfig
+from fasttrain.errors import UserError
+from fasttrain.model.flops import ModelShape, measure_shape
+from fasttrain.model.head import install_head
+from fasttrain.model.lora import PROJECTOR, attach_lora, choose_trainable, language_model
+from fasttrain.plan.known_models import known_config
+from fasttrain.plan.passes import use_planned_attention
+from fasttrain.plan.tracker import unique_parameters
+
+# bitsandbytes' nf4 with double quantisation: half a byte, a byte of scale per 64 values, an fp32 per 256 scales
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Numbers of parameters, tied ones once, and the bytes of the frozen ones as loaded."""
+
+    frozen: int
+    frozen_bytes: int
+    adapter: int
+    projector: int  # trained
+    whole: int  # trained parameters of the base model, in full fine-tuning
+    decoder: int  # parameters of the decoder's layers, adapters included
+    largest_layer: int  # elements of the largest decoder layer: what ZeRO-3 gathers at a time
+    largest_matrix: int
+    head: int
+    embedding: int
+
+    @property
+    def trained(self) -> int:
+        return self.adapter + self.projector + self.whole
+
+    @property
+    def total(self) -> int:
+        return self.frozen + self.trained
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    model: Any
+    adapted: Any | None
+    shape: ModelShape
+    weights: Weights
+    source: str
+    dtype: torch.dtype
+
+
+def find_config(config: ModelConfig) -> tuple[Any, str]:
+    """The model's configuration and where it came from: a folder, the local hub cache, or the published sizes."""
+    from transformers import AutoConfig
+
+    folder = Path(config.name).expanduser()
+    if folder.exists():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.name: wanted a model folder with config.json, got {folder}")
+        return _read(AutoConfig, folder, config), str(folder / "config.json")
+    cached = _cached(config)
+    if cached is not None:
+        return _read(AutoConfig, cached.parent, config), str(cached)
+    known = known_config(config.name)
+    if known is not None:
+        return known, f"published sizes of {config.name}"
+    raise UserError(
+        f"model.name: wanted a folder with config.json, a model in the local hub cache, or one of the published sizes that plan "
+        f"knows, got {config.name}"
+    )
+
+
+def _cached(config: ModelConfig) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(config.name, "config.json", revision=config.revision)
+    except HFValidationError:
+        raise UserError(f"model.name: wanted a model folder or hub id, got {config.name!r}") from None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _read(auto: Any, folder: Path, config: ModelConfig) -> Any:
+    try:
+        return auto.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        problem = str(error).strip().splitlines()[0]
+        raise UserError(f"model.name: cannot read {folder / 'config.json'}: {problem}") from None
+
+
+def build_planned_model(
+    config: DPOConfig, model_config: Any, dtype: torch.dtype, source: str = ""
+) -> PlannedModel:
+    """The model as training would have it, without values: head and adapters in place, trainable parameters chosen."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    loader: Any = (
+        AutoModelForImageTextToText if hasattr(model_config, "vision_config") else AutoModelForCausalLM
+    )
+    try:
+        with torch.device("meta"):
+            model = loader.from_config(
+                copy.deepcopy(model_config), dtype=dtype, trust_remote_code=config.model.trust_remote_code
+            )
+    except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        problem = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.name: cannot build {model_config.model_type!r} from its configuration: {problem}"
+        ) from None
+    install_head(model)
+    lora = config.lora and _fresh(config.lora)
+    with torch.device("meta"):
+        adapted = attach_lora(model, lora, config.model.train_projector) if lora else None
+    choose_trainable(model, adapted, config.model.train_projector)
+    use_planned_attention(model)
+    model.train()
+    return PlannedModel(
+        model=model, adapted=adapted, shape=measure_shape(model), weights=count_weights(model, config.model.quantize),
+        source=source, dtype=dtype,
+    )  # fmt: skip
+
+
+def _fresh(lora: LoraConfig) -> LoraConfig:
+    """The same sizes without reading an adapter's weights."""
+    if lora.init_from is None:
+        return lora
+    import peft
+
+    try:
+        found = peft.PeftConfig.from_pretrained(lora.init_from)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"lora.init_from: cannot read {lora.init_from}/adapter_config.json: {problem}"
+        ) from None
+    if found.peft_type != "LORA":
+        raise UserError(f"lora.init_from: wanted a LoRA adapter, got {found.peft_type}")
+    targets = found.target_modules
+    return LoraConfig(
+        rank=found.r, alpha=found.lora_alpha, dropout=lora.dropout,
+        targets=sorted(targets) if isinstance(targets, (set, list)) else targets,
+    )  # fmt: skip
+
+
+def count_weights(model: Any, quantize: str | None) -> Weights:
+    """Read the numbers off the parameters."""
+    adapter = projector = whole = frozen = 0
+    frozen_bytes = 0.0
+    quantised = _quantised(model) if quantize else set()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for parameter in unique_parameters(model):
+        name, size = names[id(parameter)], parameter.numel()
+        if not parameter.requires_grad:
+            frozen += size
+            frozen_bytes += size * (NF4_BYTES if id(parameter) in quantised else parameter.element_size())
+        elif "lora_" in name:
+            adapter += size
+        elif PROJECTOR in name:
+            projector += size
+        else:
+            whole += size
+    return Weights(
+        frozen=frozen, frozen_bytes=int(frozen_bytes), adapter=adapter, projector=projector, whole=whole,
+        decoder=sum(p.numel() for p in language_model(model).parameters()) - model.get_input_embeddings().weight.numel(),
+        largest_layer=_largest_layer(model),
+        largest_matrix=max((m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)), default=0),
+        head=model.get_output_embeddings().weight.numel(), embedding=model.get_input_embeddings().weight.numel(),
+    )  # fmt: skip
+
+
+def _quantised(model: Any) -> set[int]:
+    """Parameters that bitsandbytes quantises: every linear's weight but the head's and what trains."""
+    head = model.get_output_embeddings()
+    return {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and "lora_" not in name
+        and not module.weight.requires_grad
+    }
+
+
+def _largest_layer(model: Any) -> int:
+    sizes = [
+        sum(parameter.numel() for parameter in layer.parameters())
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        for layer in module
+    ]
+    return max(sizes, default=0)

@@ -1,0 +1,100 @@
+"""Memory of the run that is about to start, on this machine: what `auto` settings and --dry-run are made from."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from fasttrain.config import DPOConfig
+from fasttrain.data.prepared import PreparedData
+from fasttrain.plan.choose import choose_checkpointing, choose_tokens
+from fasttrain.plan.device_memory import free_memory
+from fasttrain.plan.memory import (
+    CPU_FRAGMENTATION,
+    Activations,
+    MemoryPlan,
+    PackMix,
+    plan_memory,
+)
+from fasttrain.plan.passes import CannotCount
+from fasttrain.plan.planned_model import PlannedModel, build_planned_model
+from fasttrain.progress import say
+
+# What may be taken of what is free: the rest is for other people's buffers and the allocator's gaps
+_SHARE = 0.9
+# Settings for a model whose memory cannot be predicted
+_CAUTIOUS_TOKENS = 2048
+
+
+class RunMemory:
+    """Predictions for one recipe, model and data set; nothing is built or counted before it is asked for.
+
+    Make it when the model is on its device: `free` is what is left then.
+    """
+
+    def __init__(
+        self, config: DPOConfig, model_config: Any, dtype: torch.dtype, data: PreparedData, device: torch.device,
+        ranks: int = 1,
+    ) -> None:  # fmt: skip
+        self.config, self.device, self.ranks = config, device, ranks
+        self._model_config, self._dtype, self._data = model_config, dtype, data
+        self.free = free_memory(device)
+
+    @cached_property
+    def planned(self) -> PlannedModel:
+        return build_planned_model(self.config, self._model_config, self._dtype)
+
+    @cached_property
+    def _activations(self) -> Activations:
+        sharded = self.config.distributed.zero_stage is not None
+        return Activations(self.planned, mean_group(self._data, self._model_config), self.device, sharded)
+
+    def predict(self, tokens: int, checkpointing: bool) -> MemoryPlan:
+        """Memory of one rank by part; CannotCount for a model that does not run without values."""
+        stage = self.config.distributed.zero_stage
+        return plan_memory(
+            self.config, self.planned, self._activations, tokens, checkpointing, stage=stage, ranks=self.ranks,
+            device=self.device,
+        )  # fmt: skip
+
+    def fits(self, tokens: int, checkpointing: bool) -> bool:
+        """Whether what is not loaded yet fits in what is free."""
+        plan = self.predict(tokens, checkpointing)
+        state = plan.gradients + plan.masters + plan.moments
+        passing = plan.peak - plan.state
+        return state + passing * (CPU_FRAGMENTATION if self.device.type == "cpu" else 1) <= _SHARE * self.free
+
+    def settings(self, longest_group: int) -> tuple[bool, int]:
+        """Gradient checkpointing and tokens per pack, with `auto` decided."""
+        train = self.config.train
+        if train.gradient_checkpointing != "auto" and train.tokens_per_pack != "auto":
+            return train.gradient_checkpointing, int(train.tokens_per_pack)
+        try:
+            checkpointing = choose_checkpointing(self.config, longest_group, self.device, self.fits)
+            return checkpointing, choose_tokens(
+                self.config, self.device, lambda tokens: self.fits(tokens, checkpointing)
+            )
+        except CannotCount as error:
+            wanted, tokens = train.gradient_checkpointing, train.tokens_per_pack
+            say(
+                f"note: memory cannot be predicted: {error}; where a setting is auto, packs have {_CAUTIOUS_TOKENS:,} tokens and "
+                "gradient checkpointing is off"
+            )
+            return (False if wanted == "auto" else wanted), (
+                _CAUTIOUS_TOKENS if tokens == "auto" else int(tokens)
+            )
+
+
+def mean_group(data: PreparedData, model_config: Any) -> PackMix:
+    """The mean of all groups with pairs."""
+    groups = tokens = rows = images = 0
+    for number in range(len(data)):
+        if not data.pair_count(number):
+            continue
+        lengths = data.lengths(number)
+        groups, tokens, rows = groups + 1, tokens + int(lengths.sum()), rows + int(lengths[1:].sum())
+        images += data.image_count(number)
+    groups = max(1, groups)
+    return PackMix(tokens / groups, rows / groups, images / groups, tower=model_config.model_type == "llava")

@@ -1,0 +1,166 @@
+"""Predicted bytes are those that the allocator really hands out in training on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fasttrain.config import config_from_dict
+from fasttrain.model.flops import measure_shape
+from fasttrain.plan.allocated import peak_allocated
+from fasttrain.plan.choose import choose_checkpointing, choose_tokens, largest_pack
+from fasttrain.plan.histogram import GroupShape, Histogram
+from fasttrain.plan.memory import Activations, PackMix, plan_memory
+from fasttrain.plan.planned_model import build_planned_model, count_weights
+from fasttrain.plan.tracker import LiveBytes, tensor_bytes
+
+CPU = torch.device("cpu")
+LORA = {"rank": 4, "alpha": 8}
+
+
+def recipe(lora: Any, projector: bool = False, **train: Any) -> Any:
+    model = {"name": "unused", "train_projector": projector}
+    return config_from_dict({"model": model, "lora": lora, "data": {"train": "unused"}, "train": train})
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("name", "lora", "projector", "groups", "images"),
+    [
+        ("llama", LORA, False, 6, 0),
+        ("wide", {**LORA, "dropout": 0.1}, False, 4, 0),
+        ("large", LORA, False, 3, 0),
+        ("large", None, False, 3, 0),
+        ("llava", LORA, True, 5, 5),
+        ("llava", None, True, 5, 5),
+    ],
+)
+def test_the_predicted_peak_of_a_run_is_the_allocated_one(
+    name: str, lora: Any, projector: bool, groups: int, images: int, checkpointing: bool, configs: Any,
+    real_pass: Callable[..., Any],
+) -> None:  # fmt: skip
+    layout = [(61, [23, 17])] * groups
+    made = real_pass(
+        configs[name],
+        lora=lora,
+        projector=projector,
+        checkpointing=checkpointing,
+        layout=layout,
+        images=images,
+    )
+    for _ in range(2):  # moments exist after the first step, gradients pile up from the first pack
+        made.run()
+        made.engine.step(1.0)
+    made.run()
+    parameters = list(made.model.parameters())
+    moments = [value for state in made.engine.optimizer.optimizer.state.values() for value in state.values()]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    held = tensor_bytes([*parameters, *gradients, *moments])
+    measured = held + peak_allocated(made.run)
+
+    config = recipe(lora, projector)
+    planned = build_planned_model(config, configs[name], torch.float32)
+    mix = PackMix(101, 40, images / groups, tower=bool(images))
+    activations = Activations(planned, mix, CPU, sharded=False)
+    predicted = plan_memory(
+        config, planned, activations, 101 * groups, checkpointing, stage=None, ranks=1, device=CPU
+    )
+    assert predicted.peak == pytest.approx(measured, rel=0.05)
+    assert predicted.gradients + predicted.moments == pytest.approx(
+        tensor_bytes([*gradients, *moments]), rel=0.01
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "wide", "large", "llava"])
+@pytest.mark.parametrize("lora", [LORA, None])
+def test_predicted_parameters_are_the_models_own(
+    name: str, lora: Any, configs: Any, real_pass: Callable[..., Any]
+) -> None:
+    projector = name == "llava"
+    made = real_pass(configs[name], lora=lora, projector=projector, layout=[(5, [2])])
+    planned = build_planned_model(recipe(lora, projector), copy.deepcopy(configs[name]), torch.float32)
+    real = count_weights(made.model, None)
+    assert planned.weights == real
+    assert real.trained == sum(p.numel() for p in made.model.parameters() if p.requires_grad)
+    assert real.total == sum(p.numel() for p in set(made.model.parameters()))
+    assert planned.shape == measure_shape(made.model)
+
+
+def llava_parameters(hidden: int, inner: int, layers: int) -> int:
+    """By hand: embeddings and head, layers of four attention and three MLP matrices and two norms, CLIP ViT-L/14-336, projector."""
+    clip = 303_507_456
+    layer = 4 * hidden * hidden + 3 * hidden * inner + 2 * hidden
+    projector = 1024 * hidden + hidden + hidden * hidden + hidden
+    return 2 * 32064 * hidden + layers * layer + hidden + clip + projector
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", llava_parameters(4096, 11008, 32)),
+        ("llava-hf/llava-1.5-13b-hf", llava_parameters(5120, 13824, 40)),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 8_292_166_656),  # as the hub shows it
+    ],
+)
+def test_the_published_sizes_give_the_published_number_of_parameters(name: str, total: int) -> None:
+    from fasttrain.plan.known_models import known_config
+
+    config = known_config(name)
+    planned = build_planned_model(recipe(None), config, torch.bfloat16)
+    assert planned.weights.total == total
+
+
+def test_live_bytes_count_a_storage_once_and_until_it_is_gone() -> None:
+    with LiveBytes() as live:
+        a = torch.empty(10, 10)
+        view = a[2:].reshape(-1)
+        assert live.now == 400
+        b = a * 2
+        del a
+        assert live.now == 800  # the view keeps the first
+        del view, b
+        assert live.now == 0 and live.peak == 800
+
+
+def test_zero_stages_split_state_and_weights_over_the_ranks(configs: Any) -> None:
+    config = recipe(LORA)
+    planned = build_planned_model(config, configs["large"], torch.bfloat16)
+    activations = Activations(planned, PackMix(101, 40, 0, False), torch.device("cuda"), sharded=True)
+
+    def plan(stage: int | None, ranks: int) -> Any:
+        return plan_memory(
+            config, planned, activations, 1000, False, stage=stage, ranks=ranks, device=torch.device("cuda")
+        )
+
+    one, two, three = plan(None, 4), plan(2, 4), plan(3, 4)
+    for part in ("gradients", "masters", "moments"):
+        assert getattr(two, part) == getattr(three, part) == getattr(one, part) // 4
+    assert one.weights == two.weights and three.weights == one.weights // 4
+    assert three.gathered > 0 == two.gathered
+    assert one.activations == two.activations == three.activations > 0
+    assert plan(3, 8).peak < three.peak
+
+
+def test_auto_checkpoints_only_when_a_pack_worth_running_does_not_fit() -> None:
+    auto, fixed = recipe(LORA), recipe(LORA, tokens_per_pack=700, gradient_checkpointing=False)
+    assert choose_checkpointing(auto, 900, CPU, lambda tokens, on: on or tokens <= 900) is False
+    assert choose_checkpointing(auto, 901, CPU, lambda tokens, on: on or tokens <= 900) is True
+    assert choose_checkpointing(fixed, 900, CPU, lambda tokens, on: on) is False
+    assert choose_tokens(fixed, CPU, lambda tokens: False) == 700
+    assert choose_tokens(auto, CPU, lambda tokens: True) == 2048
+    assert 900 < choose_tokens(auto, CPU, lambda tokens: tokens <= 1030) <= 1030
+
+
+@pytest.mark.parametrize("room", [0, 255, 256, 5000, 1 << 19])
+def test_the_largest_pack_is_found_to_256_tokens(room: int) -> None:
+    assert largest_pack(lambda tokens: tokens <= room) == room // 256 * 256
+
+
+def test_a_histogram_is_the_groups_it_counts() -> None:
+    data = Histogram([GroupShape(10, (3, 4), ((0, 1),), 1, 2), GroupShape(20, (5,), (), 0, 1)], "here")
+    assert [data.lengths(n).tolist() for n in range(len(data))] == [[10, 3, 4], [10, 3, 4], [20, 5]]
+    assert (data.tokens, data.rows, data.images, data.pair_total, data.longest) == (59, 19, 2, 2, 25)
