@@ -27,9 +27,7 @@ class ModelShape:
     projector_backward_per_image: int  # 0 when the projector is frozen
     fed_by_embeddings: int  # elements of matrices whose input has no gradient if the embeddings have none
     embeddings_trained: bool
-    not_recomputed: (
-        int  # elements of matrices whose result no backward needs: checkpointing stops before them
-    )
+    not_recomputed: int  # elements of matrices whose result no backward needs: checkpointing stops before
 
 
 def measure_shape(model: Any) -> ModelShape:
@@ -97,8 +95,14 @@ def _sizes(module: nn.Module) -> dict[str, int]:
 
 
 def _last_product(layer: nn.Module) -> int:
-    sizes = list(_sizes(layer).values())
-    return sizes[-1] if sizes else 0  # an adapter's lora_B comes after its base layer and its lora_A
+    sizes = _sizes(layer)
+    if not sizes:
+        return 0
+    name = list(sizes)[-1]  # an adapter's lora_B comes after its base layer and its lora_A
+    owner = layer.get_submodule(name.partition(".lora_")[0])
+    return (
+        0 if type(owner).__name__ == "FusedLoraLinear" else sizes[name]
+    )  # fused, it keeps what it makes last
 
 
 def _vision_flops(model: Any) -> tuple[int, int]:

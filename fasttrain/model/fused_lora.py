@@ -120,9 +120,15 @@ class FusedLoraLinear(PeftLinear):
     family: _Family
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or self.disable_adapters or self.merged or torch.is_autocast_enabled(x.device.type):
+        if args or kwargs or self.disable_adapters or self.merged or _autocast(x):
             return super().forward(x, *args, **kwargs)
         return self.family.output(self, x)
+
+
+def _autocast(x: Tensor) -> bool:
+    return x.device.type != "meta" and torch.is_autocast_enabled(
+        x.device.type
+    )  # planning runs on meta, which has none
 
 
 def _is_plain(module: Any) -> bool:

@@ -12,10 +12,10 @@ from fasttrain.errors import UserError
 from fasttrain.plan.advice import advise
 from fasttrain.plan.gpus import Achieved, find_gpu
 from fasttrain.plan.histogram import find_histogram
-from fasttrain.plan.memory import Activations
+from fasttrain.plan.memory import Activations, PackMix
 from fasttrain.plan.page import as_json, print_page
 from fasttrain.plan.planned_model import build_planned_model, find_config
-from fasttrain.plan.predict import Machine, predict
+from fasttrain.plan.predict import CUDA, Machine, predict
 
 GPUS_PER_NODE = 8
 
@@ -36,13 +36,16 @@ def make_plan(
     vision = hasattr(model_config, "vision_config")
     histogram = find_histogram(config, lengths, vision)
     dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
-    planned = build_planned_model(config, model_config, dtype, source)
     tower = vision and model_config.model_type == "llava"
-    activations: dict[bool, Activations] = {}
-    predictions = [
-        predict(config, planned, histogram, machine, stage, tower, activations)
-        for stage in _stages(config, gpus)
-    ]
+    predictions = []
+    held: dict[bool, Activations] = {}
+    for stage in _stages(config, gpus):
+        apart = stage == 3  # whose modules gather one by one, so that none can be fused
+        if apart not in held:
+            planned = build_planned_model(config, model_config, dtype, source, stage)
+            held[apart] = Activations(planned, PackMix.of(histogram, tower), CUDA, sharded=gpus > 1)
+        predictions.append(predict(config, held[apart], histogram, machine, stage))
+    planned = held[False].planned
     notes = []
     if vision and not planned.shape.vision_per_image:
         notes.append(

@@ -12,7 +12,10 @@ from torch import nn
 
 from fasttrain.config import DPOConfig, LoraConfig, ModelConfig
 from fasttrain.errors import UserError
+from fasttrain.model.attention import silence_dropout
 from fasttrain.model.flops import ModelShape, measure_shape
+from fasttrain.model.fused_layers import fuse_layers
+from fasttrain.model.fused_lora import fuse_lora
 from fasttrain.model.head import install_head
 from fasttrain.model.lora import PROJECTOR, attach_lora, choose_trainable, language_model
 from fasttrain.plan.known_models import known_config
@@ -98,9 +101,9 @@ def _read(auto: Any, folder: Path, config: ModelConfig) -> Any:
 
 
 def build_planned_model(
-    config: DPOConfig, model_config: Any, dtype: torch.dtype, source: str = ""
+    config: DPOConfig, model_config: Any, dtype: torch.dtype, source: str = "", stage: int | None = None
 ) -> PlannedModel:
-    """The model as training would have it, without values: head and adapters in place, trainable parameters chosen."""
+    """The model as training would have it, without values: head and adapters in place, layers fused, what trains chosen."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     loader: Any = (
@@ -116,11 +119,15 @@ def build_planned_model(
         raise UserError(
             f"model.name: cannot build {model_config.model_type!r} from its configuration: {problem}"
         ) from None
+    silence_dropout(model)
     install_head(model)
     lora = config.lora and _fresh(config.lora)
     with torch.device("meta"):
         adapted = attach_lora(model, lora, config.model.train_projector) if lora else None
     choose_trainable(model, adapted, config.model.train_projector)
+    if adapted is not None and stage != 3:
+        fuse_lora(model)
+        fuse_layers(language_model(model))
     use_planned_attention(model)
     model.train()
     return PlannedModel(

@@ -11,7 +11,7 @@ from fasttrain.plan.choose import choose_checkpointing, choose_tokens, largest_p
 from fasttrain.plan.communication import Communication, count_communication
 from fasttrain.plan.gpus import Achieved, Gpu
 from fasttrain.plan.histogram import Histogram
-from fasttrain.plan.memory import Activations, MemoryPlan, PackMix, plan_memory
+from fasttrain.plan.memory import Activations, MemoryPlan, plan_memory
 from fasttrain.plan.planned_model import PlannedModel
 from fasttrain.plan.work import StepWork, measure_work
 
@@ -70,14 +70,10 @@ CUDA = torch.device("cuda")
 
 
 def predict(
-    config: DPOConfig, planned: PlannedModel, histogram: Histogram, machine: Machine, stage: int, tower: bool,
-    activations: dict[bool, Activations],
-) -> Prediction:  # fmt: skip
-    """Memory, work, communication and time under one stage; `activations` keeps counted passes between stages."""
-    sharded = stage in (2, 3)
-    if sharded not in activations:
-        activations[sharded] = Activations(planned, PackMix.of(histogram, tower), CUDA, sharded)
-    held = activations[sharded]
+    config: DPOConfig, activations: Activations, histogram: Histogram, machine: Machine, stage: int
+) -> Prediction:
+    """Memory, work, communication and time under one stage."""
+    planned, held = activations.planned, activations
 
     def memory(tokens: int, checkpointing: bool) -> MemoryPlan:
         return plan_memory(

@@ -44,7 +44,9 @@ class RunMemory:
 
     @cached_property
     def planned(self) -> PlannedModel:
-        return build_planned_model(self.config, self._model_config, self._dtype)
+        return build_planned_model(
+            self.config, self._model_config, self._dtype, stage=self.config.distributed.zero_stage
+        )
 
     @cached_property
     def _activations(self) -> Activations:

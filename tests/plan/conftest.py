@@ -53,7 +53,7 @@ def real_pass() -> Callable[..., RealPass]:
 
 
 def make_real_pass(
-    config: Any, *, lora: dict[str, Any] | None, projector: bool = False, checkpointing: bool = False,
+    config: Any, *, lora: dict[str, Any] | None, projector: bool = False, checkpointing: bool = False, fused: bool = True,
     layout: list[tuple[int, list[int]]], images: int = 0,
 ) -> RealPass:  # fmt: skip
     import torch
@@ -62,7 +62,9 @@ def make_real_pass(
     from fasttrain.config import LoraConfig, TrainConfig
     from fasttrain.data.batch import PackBatch
     from fasttrain.data.packs import Pack
-    from fasttrain.model.lora import attach_lora, choose_trainable
+    from fasttrain.model.fused_layers import fuse_layers
+    from fasttrain.model.fused_lora import fuse_lora
+    from fasttrain.model.lora import attach_lora, choose_trainable, language_model
     from fasttrain.model.policy import Policy
     from fasttrain.train.engine import TorchEngine
 
@@ -76,6 +78,9 @@ def make_real_pass(
     policy = Policy(model)
     adapted = attach_lora(model, LoraConfig(**lora), projector) if lora else None
     choose_trainable(model, adapted, projector)
+    if adapted is not None and fused:
+        fuse_lora(model)
+        fuse_layers(language_model(model))
     policy.set_shared(True)
     policy.train()
     engine = TorchEngine(policy, TrainConfig(output="unused"), checkpointing)
@@ -89,7 +94,8 @@ def make_real_pass(
         pixel_ICHW = torch.randn(images, 3, side, side)
     batch = PackBatch(
         pack=Pack(()), shared=True, layout=layout, input_ids_T=ids_T, target_N=torch.randint(8, 300, (sum(lengths),)),
-        lengths_S=torch.tensor(lengths), sequence_ids=[], pixel_ICHW=pixel_ICHW, images_per_run=[images],
+        lengths_S=torch.tensor(lengths), sequence_ids=[],
+        inputs=[{} if pixel_ICHW is None else {"pixel_values": pixel_ICHW}], images_per_run=[images], both_ways=[[] for _ in layout],
         pairs_P2=torch.zeros(0, 2, dtype=torch.int64), reference_N=None, keys=[], broken=[],
     )  # fmt: skip
 

@@ -46,6 +46,7 @@ MAPPING = {
     ("name", "lora", "projector", "images"),
     [
         ("llama", LORA, False, 0),
+        ("llama", {**LORA, "dropout": 0.1}, False, 0),
         ("llama", None, False, 0),
         ("llama", {**LORA, "targets": ["q_proj", "down_proj"]}, False, 0),
         ("llama", {**LORA, "targets": ["v_proj", "up_proj"]}, False, 0),
