@@ -207,6 +207,26 @@ def plan(
 
 
 @cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the merged model."
+)
+def merge(run: Path, out: Path) -> None:
+    """Write a run's adapter and its base model as one ordinary Hugging Face model folder.
+
+    RUN is a run folder with final/, or an adapter folder. Needs memory for one copy of the weights.
+
+    \b
+    Example:
+      fasttrain merge runs/llava15-7b -o models/llava15-7b-dpo
+    """
+    _prepare_torch()
+    from fasttrain.merge import merge as run_merge
+
+    click.echo(f"model: {run_merge(run, out)}")
+
+
+@cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def env(as_json: bool) -> None:
     """Show versions, devices, and which backend is picked and why. Paste it into bug reports."""

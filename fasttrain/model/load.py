@@ -119,12 +119,21 @@ def load_processor(folder: Path, config: ModelConfig, has_images: bool) -> Any:
     return processor
 
 
-def load_model(folder: Path, config: ModelConfig, model_config: Any, device: torch.device) -> Any:
-    """The model on its device, in evaluation mode, every weight found in its files; UserError if one is missing."""
+def load_model(
+    folder: Path,
+    config: ModelConfig,
+    model_config: Any,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """The model on its device, in evaluation mode, every weight found in its files; UserError if one is missing.
+
+    `dtype` is what the recipe says when it is None.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     loader: Any = AutoModelForImageTextToText if takes_images(model_config) else AutoModelForCausalLM
-    dtype = pick_dtype(config.dtype, device)
+    dtype = dtype or pick_dtype(config.dtype, device)
     attention = "sdpa" if _takes_sdpa(loader, model_config) else "eager"
     try:
         with _quiet():

@@ -1,0 +1,110 @@
+"""`fasttrain merge`: a run's adapter, or an adapter folder, and its base model as one ordinary Hugging Face model folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasttrain import __version__
+from fasttrain.config import ModelConfig, load_config
+from fasttrain.errors import UserError
+from fasttrain.files import atomic_folder
+from fasttrain.model.load import find_folder, load_model, load_model_config, load_processor, takes_images
+from fasttrain.model.lora import read_adapter, read_adapter_config
+from fasttrain.progress import say
+
+
+def merge(run: Path, out: Path) -> Path:
+    """Write the merged model to `out`, whole or not at all; UserError for a run or folder that cannot be merged.
+
+    The product of each low-rank pair is made in fp32, added and rounded once to the type of the base model's files. A trained
+    projector takes the base's place. A fully fine-tuned run is copied: its `final/` is such a folder already.
+    """
+    trained = _find_trained(run)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"-o: wanted a new or empty folder, got {out}")
+    if (trained / "adapter_config.json").is_file():
+        _merge_adapter(run, trained, out)
+    else:
+        with atomic_folder(out) as temporary:
+            shutil.copytree(trained, temporary, dirs_exist_ok=True)
+    return out
+
+
+def _find_trained(run: Path) -> Path:
+    """The folder with the adapter or the whole model: `final/` of a run, or the folder itself."""
+    if not run.is_dir():
+        raise UserError(f"RUN: wanted a run folder or an adapter folder, got {run} (no such folder)")
+    for folder in (run / "final", run):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            return folder
+    if (run / "checkpoints").is_dir():
+        raise UserError(
+            f"RUN: wanted a finished run with final/, got {run}; finish it with fasttrain dpo --resume"
+        )
+    raise UserError(f"RUN: wanted a run with final/, or a folder with adapter_config.json, got {run}")
+
+
+def _base_model(run: Path, adapter: Path, about: Any) -> ModelConfig:
+    """The base as the run's config.yaml names it, else as the adapter does."""
+    if (run / "config.yaml").is_file() and adapter.parent == run:
+        return load_config(run / "config.yaml").model
+    if not about.base_model_name_or_path:
+        raise UserError(f"RUN: wanted an adapter that names its base model, got none in {adapter}")
+    return ModelConfig(name=about.base_model_name_or_path, revision=about.revision)
+
+
+def _merge_adapter(run: Path, adapter: Path, out: Path) -> None:
+    about = read_adapter_config(adapter)
+    base = _base_model(run, adapter, about)
+    if base.quantize:
+        say(
+            f"warning: the adapter was trained over {base.quantize} weights and is merged into the unquantised ones: answers differ "
+            "a little from those of the run"
+        )
+    base = dataclasses.replace(base, quantize=None)
+    folder = find_folder(base)
+    model_config = load_model_config(folder, base)
+    model = load_model(folder, base, model_config, torch.device("cpu"), dtype=_stored_dtype(model_config))
+    model.requires_grad_(False)
+    about.inference_mode = True
+    merged = read_adapter(model, adapter, about, trainable=False).merge_and_unload()
+    processor = load_processor(folder, base, takes_images(model_config))  # training leaves it as it is
+    with atomic_folder(out) as temporary:
+        _save(merged, temporary, folder)
+        processor.save_pretrained(temporary)
+        card = _card(base, run)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def _stored_dtype(model_config: Any) -> torch.dtype:
+    """The type of the base's weights as its configuration says; fp32 where it says none."""
+    found = getattr(model_config, "dtype", None) or getattr(model_config.get_text_config(), "dtype", None)
+    if isinstance(found, str):
+        found = getattr(torch, found, None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def _save(model: Any, folder: Path, base: Path) -> None:
+    """Weights in shards, configuration, and the base's own generation settings, which transformers may refuse to write."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(folder, max_shard_size="5GB")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    for name in ("generation_config.json", *(path.name for path in base.glob("*.py"))):
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+
+
+def _card(base: ModelConfig, run: Path) -> str:
+    return (
+        f"---\nbase_model: {base.name}\nlibrary_name: transformers\ntags: [dpo, fasttrain]\n---\n\n# {run.resolve().name}, merged\n\n"
+        f"`{base.name}` with the adapter of the run `{run.resolve().name}` added to its weights by fasttrain {__version__}.\n"
+    )

@@ -1,0 +1,120 @@
+"""A merged folder is an ordinary model: plain transformers loads it and answers as base and adapter do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fasttrain.errors import UserError
+from fasttrain.merge import merge
+
+
+def train(model: Path, pairs: Path, output: Path, *settings: str) -> Path:
+    from fasttrain import train_dpo
+    from fasttrain.config import config_from_dict
+
+    raw = {
+        "model": {"name": str(model)},
+        "lora": {"rank": 4, "alpha": 8},
+        "data": {"train": str(pairs), "workers": 0},
+        "train": {
+            "output": str(output), "max_steps": 2, "pairs_per_step": 4, "learning_rate": 1e-2, "warmup_ratio": 0.0,
+            "schedule": "constant", "tokens_per_pack": 200, "gradient_checkpointing": False,
+        },
+        "track": [],
+    }  # fmt: skip
+    return train_dpo(config_from_dict(raw, settings)).folder
+
+
+def load(folder: Path, vision: bool) -> Any:
+    from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
+
+    loader: Any = LlavaForConditionalGeneration if vision else AutoModelForCausalLM
+    return loader.from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+def answers(model: Any, vision: bool) -> tuple[torch.Tensor, list[int]]:
+    """Logits of a fixed prompt and its greedy continuation."""
+    ids = torch.arange(9, 30)[None]
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if vision:
+        image = torch.full((1, model.config.image_seq_length), model.config.image_token_id)
+        inputs["input_ids"] = torch.cat([image, ids], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        side = model.config.vision_config.image_size
+        inputs["pixel_values"] = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    logits = model(**inputs).logits[0]
+    written = model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return logits, written[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("vision", [False, True])
+def test_a_merged_adapter_answers_as_base_and_adapter_do(
+    vision: bool, tiny_text: Path, tiny_llava: Path, text_pairs: Callable[..., Path], vision_pairs: Callable[..., Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    from peft import PeftModel
+    from transformers import AutoProcessor, AutoTokenizer
+
+    base = tiny_llava if vision else tiny_text
+    pairs = vision_pairs(tmp_path / "data", 6) if vision else text_pairs(tmp_path / "pairs.jsonl", 6)
+    run = train(base, pairs, tmp_path / "run", f"model.train_projector={str(vision).lower()}")
+    merged = merge(run, tmp_path / "merged")
+    logits, written = answers(load(merged, vision), vision)
+    expected, answer = answers(PeftModel.from_pretrained(load(base, vision), run / "final").eval(), vision)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert written == answer
+    untouched, _ = answers(load(base, vision), vision)
+    assert not torch.allclose(logits, untouched, atol=1e-3)  # the adapter does something
+    assert not list(merged.glob("adapter*")) and (merged / "config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(base).chat_template
+    if vision:
+        assert AutoProcessor.from_pretrained(merged, backend="pil").image_processor is not None
+    direct = merge(run / "final", tmp_path / "direct")  # an adapter folder names its base itself
+    torch.testing.assert_close(answers(load(direct, vision), vision)[0], logits)
+
+
+def test_a_fully_tuned_run_is_merged_by_copying_it(
+    tiny_text: Path, text_pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = train(tiny_text, text_pairs(tmp_path / "pairs.jsonl", 6), tmp_path / "run", "lora=null")
+    merged = merge(run, tmp_path / "merged")
+    torch.testing.assert_close(
+        answers(load(merged, False), False)[0], answers(load(run / "final", False), False)[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        ([], "no such folder"),
+        (["run/"], r"wanted a run with final/, or a folder with adapter_config.json"),
+        (["run/checkpoints/"], r"wanted a finished run with final/"),
+        (
+            ["run/final/adapter_config.json"],
+            "wanted a folder with adapter_config.json and adapter_model.safetensors",
+        ),
+    ],
+)
+def test_what_cannot_be_merged_is_one_line(make: list[str], message: str, tmp_path: Path) -> None:
+    for name in make:
+        path = tmp_path / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            path.write_text("{}")
+    with pytest.raises(UserError, match=message):
+        merge(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_not_written_over(tmp_path: Path, tiny_text: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="wanted a new or empty folder"):
+        merge(tiny_text, tmp_path / "out")
