@@ -89,6 +89,185 @@ def qwen_vl(kind: str, prefix: str, vision: dict[str, Any], **text: Any) -> Call
     return build
 
 
+def llava_next(tiny_models: ModuleType) -> Parts:
+    """LLaVA-NeXT: tiles by aspect ratio, features without the padding, a newline after every row."""
+    import transformers
+
+    tokenizer = tokenizer_with(tiny_models)
+    pinpoints = [[28, 56], [56, 28], [56, 56], [28, 84]]
+    config = transformers.LlavaNextConfig(
+        text_config=transformers.MistralConfig(**tiny_models.language_config(tokenizer)),
+        vision_config=transformers.CLIPVisionConfig(**VISION), image_grid_pinpoints=pinpoints,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), tie_word_embeddings=False,
+    )  # fmt: skip
+    pixels = pil(
+        "llava_next", "LlavaNextImageProcessorPil", image_grid_pinpoints=pinpoints, size={"shortest_edge": 28},
+        crop_size={"height": 28, "width": 28},
+    )  # fmt: skip
+    processor = transformers.LlavaNextProcessor(
+        image_processor=pixels, tokenizer=tokenizer, patch_size=7, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+    return config, processor
+
+
+def llava_onevision(tiny_models: ModuleType) -> Parts:
+    """LLaVA-OneVision: as NeXT, but one tile per image where a prompt has several."""
+    import transformers
+
+    tokenizer = tokenizer_with(tiny_models, "<video>")
+    pinpoints = [[28, 56], [56, 28], [56, 56], [28, 84]]
+    id_of = tokenizer.convert_tokens_to_ids
+    config = transformers.LlavaOnevisionConfig(
+        text_config=transformers.Qwen2Config(**tiny_models.language_config(tokenizer)),
+        vision_config=transformers.SiglipVisionConfig(**VISION, vision_use_head=False), image_grid_pinpoints=pinpoints,
+        image_token_index=id_of("<image>"), video_token_index=id_of("<video>"), tie_word_embeddings=False,
+    )  # fmt: skip
+    pixels = pil(
+        "llava_onevision", "LlavaOnevisionImageProcessorPil", image_grid_pinpoints=pinpoints,
+        size={"height": 28, "width": 28},
+    )  # fmt: skip
+    processor = image_only(
+        "llava_onevision", image_processor=pixels, tokenizer=tokenizer, num_image_tokens=16,
+        vision_feature_select_strategy="full", chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+    return config, processor
+
+
+def idefics3(kind: str, prefix: str, module: str) -> Callable[[ModuleType], Parts]:
+    """Idefics3 and SmolVLM: rows and columns of tiles named in the text, masks of their pixels."""
+
+    def build(tiny_models: ModuleType) -> Parts:
+        import transformers
+
+        grid = [f"<row_{row}_col_{column}>" for row in (1, 2, 3, 4) for column in (1, 2, 3, 4)]
+        marks = ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "<video>")
+        tokenizer = tokenizer_with(tiny_models, *marks, *grid)
+        config = getattr(transformers, f"{prefix}Config")(
+            text_config=transformers.LlamaConfig(**tiny_models.language_config(tokenizer)),
+            vision_config=VISION, scale_factor=2, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+            pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False,
+        )  # fmt: skip
+        pixels = pil(
+            module,
+            f"{prefix}ImageProcessorPil",
+            size={"longest_edge": 84},
+            max_image_size={"longest_edge": 28},
+        )
+        options = {"image_processor": pixels, "tokenizer": tokenizer, "image_seq_len": 4}
+        template = tokenizer.chat_template
+        if kind == "smolvlm":
+            return config, image_only(kind, chat_template=template, **options)
+        return config, transformers.Idefics3Processor(chat_template=template, **options)
+
+    return build
+
+
+def internvl(tiny_models: ModuleType) -> Parts:
+    """InternVL: tiles and a thumbnail between a start and an end token."""
+    import transformers
+
+    names = {
+        "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }  # fmt: skip
+    tokenizer = tokenizer_with(tiny_models, image="<IMG_CONTEXT>\n", **names)
+    vision = {**VISION, "image_size": [28, 28], "patch_size": [7, 7]}
+    config = transformers.InternVLConfig(
+        text_config=transformers.Qwen2Config(**tiny_models.language_config(tokenizer)), vision_config=vision,
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    pixels = pil(
+        "got_ocr2",
+        "GotOcr2ImageProcessorPil",
+        size={"height": 28, "width": 28},
+        crop_to_patches=True,
+        max_patches=3,
+    )
+    processor = image_only(
+        "internvl", image_processor=pixels, tokenizer=tokenizer, image_seq_length=4,
+        chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+    return config, processor
+
+
+def gemma3(tiny_models: ModuleType) -> Parts:
+    """Gemma 3: an image's tokens see each other both ways, every other layer slides over 24 tokens."""
+    import transformers
+
+    names = {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    }
+    tokenizer = tokenizer_with(tiny_models, image="<start_of_image>", **names)
+    id_of = tokenizer.convert_tokens_to_ids
+    text = tiny_models.language_config(
+        tokenizer, head_dim=16, sliding_window=24, layer_types=["sliding_attention", "full_attention"],
+        query_pre_attn_scalar=16,
+    )  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config={**VISION, "vision_use_head": False}, mm_tokens_per_image=4,
+        boi_token_index=id_of("<start_of_image>"), eoi_token_index=id_of("<end_of_image>"),
+        image_token_index=id_of("<image_soft_token>"), tie_word_embeddings=False,
+    )  # fmt: skip
+    pixels = pil("gemma3", "Gemma3ImageProcessorPil", size={"height": 28, "width": 28})
+    processor = transformers.Gemma3Processor(
+        image_processor=pixels, tokenizer=tokenizer, image_seq_length=4, chat_template=tokenizer.chat_template
+    )
+    return config, processor
+
+
+def aya_vision(tiny_models: ModuleType) -> Parts:
+    """Aya Vision: tiles of a SigLIP tower before a Cohere 2 decoder with sliding layers."""
+    import transformers
+
+    marks = ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>")
+    tiles = ["TILE_GLOBAL", *(f"TILE_{number}" for number in range(1, 5))]
+    tokenizer = tokenizer_with(tiny_models, *marks, *tiles)
+    text = tiny_models.language_config(
+        tokenizer, sliding_window=24, layer_types=["sliding_attention", "full_attention"]
+    )
+    config = transformers.AyaVisionConfig(
+        text_config=transformers.Cohere2Config(**text), vision_config=transformers.SiglipVisionConfig(**VISION),
+        image_token_index=tokenizer.convert_tokens_to_ids("<|IMG_PATCH|>"), downsample_factor=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    pixels = pil(
+        "got_ocr2",
+        "GotOcr2ImageProcessorPil",
+        size={"height": 28, "width": 28},
+        crop_to_patches=True,
+        max_patches=3,
+    )
+    processor = transformers.AyaVisionProcessor(
+        image_processor=pixels, tokenizer=tokenizer, patch_size=7, img_size=28, downsample_factor=2,
+        chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+    return config, processor
+
+
+def mllama(tiny_models: ModuleType) -> Parts:
+    """Llama 3.2 Vision: the decoder's cross-attention layers look at the tiles; one token stands for an image."""
+    import transformers
+
+    tokenizer = tokenizer_with(tiny_models, image="<image>", image_token="<image>")
+    tokenizer.chat_template = tokenizer.bos_token + tokenizer.chat_template
+    text = tiny_models.language_config(tokenizer, num_hidden_layers=3, cross_attention_layers=[1])
+    ratios = [[1, 1], [1, 2], [2, 1]]
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2,
+        "image_size": 28, "patch_size": 7, "max_num_tiles": 2, "intermediate_layers_indices": [0, 1],
+        "supported_aspect_ratios": ratios, "vision_output_dim": 96,
+    }  # fmt: skip
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    config = transformers.MllamaConfig(text_config=text, vision_config=vision, image_token_index=image_id)
+    pixels = pil("mllama", "MllamaImageProcessorPil", size={"height": 28, "width": 28}, max_image_tiles=2)
+    processor = transformers.MllamaProcessor(
+        image_processor=pixels, tokenizer=tokenizer, chat_template=tokenizer.chat_template
+    )
+    return config, processor
+
+
 FAMILIES: dict[str, Callable[[ModuleType], Parts]] = {
     "Qwen2-VL": qwen_vl(
         "qwen2_vl", "Qwen2VL",
@@ -109,4 +288,15 @@ FAMILIES: dict[str, Callable[[ModuleType], Parts]] = {
         },
         head_dim=16,
     ),
+    "LLaVA-NeXT": llava_next,
+    "LLaVA-OneVision": llava_onevision,
+    "Idefics3": idefics3("idefics3", "Idefics3", "idefics3"),
+    "SmolVLM": idefics3("smolvlm", "SmolVLM", "smolvlm"),
+    "InternVL": internvl,
+    "Gemma 3": gemma3,
+    "Aya Vision": aya_vision,
+    "Mllama": mllama,
 }  # fmt: skip
+
+# Why families that do not share prompts do not.
+UNSHARED = {"Mllama": "it sees images through cross-attention layers"}

@@ -91,7 +91,7 @@ class Placeholders:
     def _text_of_ids(self, image: Any) -> str:
         """For processors that do not tell what they replaced: their token ids for a placeholder, if all are one token."""
         ids = self.processor(images=[[image]], text=[self.token], add_special_tokens=False)["input_ids"][0]
-        tokens = self.tokenizer.convert_ids_to_tokens(list(ids))
+        tokens = self.tokenizer.convert_ids_to_tokens([i for i in ids if i != self.tokenizer.bos_token_id])
         if not tokens or set(tokens) != {self.token}:
             raise UserError(
                 f"model.name: wanted a processor that tells what it writes in place of an image, got {type(self.processor).__name__} "

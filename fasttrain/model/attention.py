@@ -86,12 +86,14 @@ def _head_sizes(config: Any) -> list[int]:
 def why_unshared(model: Any, longest: int) -> str | None:
     """Why this model's layers cannot share a prefix over sequences of `longest` tokens; None if they can."""
     config = model.config.get_text_config()
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"{type(model).__name__} does not take attention functions"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     other = kinds - {"full_attention", "attention", "sliding_attention"}
     if other:
         return f"it has layers of type {', '.join(sorted(other))}"
+    if getattr(config, "cross_attention_layers", None):
+        return "it sees images through cross-attention layers"
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not take attention functions"
     if scales_by_longest(config, longest):
         return "its longrope position scaling depends on the longest sequence of a pass"
     if getattr(config, "alibi", False):

@@ -74,7 +74,23 @@ class FamilyInputs:
 
     def sequence(self, ids: np.ndarray, images: ImageInputs | None) -> ImageInputs:
         """What the processor would return besides ids, mask and images for one ordinary sequence."""
-        return self.token_types(ids)
+        inputs = self.token_types(ids)
+        if images and "cross_attention_mask" in self._accepts:
+            inputs["cross_attention_mask"] = self._cross_attention_mask(ids, images)
+        return inputs
+
+    def _cross_attention_mask(self, ids: np.ndarray, images: ImageInputs) -> Tensor:
+        """Which tiles every token sees (1, T, images, tiles), by the functions that Mllama's processor uses."""
+        from transformers.models.mllama.processing_mllama import (
+            convert_sparse_cross_attention_mask_to_dense,
+            get_cross_attention_token_mask,
+        )
+
+        tiles = images["aspect_ratio_mask"]
+        spans = get_cross_attention_token_mask(ids.tolist(), self._processor.image_token_id)
+        counts = [row.sum(-1).tolist() for row in tiles]
+        mask = convert_sparse_cross_attention_mask_to_dense([spans], counts, tiles.shape[-1], len(ids))
+        return torch.from_numpy(mask)
 
     def token_types(self, ids: np.ndarray) -> ImageInputs:
         """Which tokens are an image's, (1, T), by the name that the model knows; nothing for most families."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fasttrain.model.lora import PROJECTOR, language_model
+from fasttrain.model.lora import fused_experts, in_projector, language_model
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ def measure_shape(model: Any) -> ModelShape:
             trained += size
         else:
             frozen += size
+    for parameter in fused_experts(model).values():  # every token goes through some of the experts
+        active = _experts_per_token(config) * (parameter.numel() // parameter.shape[0])
+        trained, frozen = (
+            (trained + active, frozen) if parameter.requires_grad else (trained, frozen + active)
+        )
     head = model.get_output_embeddings().weight
     vision, projector_backward = _vision_flops(model)
     fed, last = _edges(language_model(model))
@@ -65,6 +70,11 @@ def measure_shape(model: Any) -> ModelShape:
         embeddings_trained=model.get_input_embeddings().weight.requires_grad,
         not_recomputed=last,
     )
+
+
+def _experts_per_token(config: Any) -> int:
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
+    return next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 1)
 
 
 def _edges(decoder: nn.Module) -> tuple[int, int]:
@@ -108,9 +118,9 @@ def _last_product(layer: nn.Module) -> int:
 def _vision_flops(model: Any) -> tuple[int, int]:
     """Forward of tower and projector for one image, and the backward of the projector alone."""
     tower = getattr(model.base_model, "vision_tower", None)
-    if tower is None:
-        return 0, 0
-    vision = model.config.vision_config
+    vision: Any = getattr(model.config, "vision_config", None)
+    if tower is None or not isinstance(getattr(vision, "image_size", None), int):
+        return 0, 0  # patches of any number: not counted
     patches = (vision.image_size // vision.patch_size) ** 2
     weights = sum(m.in_features * m.out_features for m in tower.modules() if isinstance(m, nn.Linear))
     patch = sum(m.weight.numel() for m in tower.modules() if isinstance(m, nn.Conv2d))
@@ -118,7 +128,7 @@ def _vision_flops(model: Any) -> tuple[int, int]:
     flops = 2 * (patches + 1) * weights + 2 * patches * patch + attention
     seen: dict[int, nn.Linear] = {}
     for name, module in model.named_modules():
-        if PROJECTOR in name and isinstance(module, nn.Linear) and "original_module" not in name:
+        if in_projector(name) and isinstance(module, nn.Linear) and "original_module" not in name:
             seen[id(module)] = module
     sizes = [m.in_features * m.out_features for m in seen.values()]
     trained = any(m.weight.requires_grad for m in seen.values())

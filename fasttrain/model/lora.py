@@ -13,14 +13,45 @@ from torch import nn
 from fasttrain.config import LoraConfig
 from fasttrain.errors import UserError
 from fasttrain.model.head import LogprobHead
+from fasttrain.progress import say
 
-PROJECTOR = "multi_modal_projector"
+# What stands between tower and language model: LLaVA's and most others', Idefics3's, Qwen-VL's and GLM-V's.
+_PROJECTORS = ("multi_modal_projector", "connector", "visual.merger", "visual.deepstack_merger_list")
+
+
+def in_projector(name: str) -> bool:
+    """Whether a module or parameter of this name belongs to the projector."""
+    return any(f".{projector}." in f".{name}." for projector in _PROJECTORS)
+
+
+def _projectors(model: Any) -> list[str]:
+    """Names, without what stands before them, of the modules that make up the projector; those of lists one by one."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        short = next((p for p in _PROJECTORS if f".{name}".endswith(f".{p}")), None)
+        if short is not None:
+            parts = range(len(module)) if isinstance(module, nn.ModuleList) else None
+            found += [short] if parts is None else [f"{short}.{part}" for part in parts]
+    return list(dict.fromkeys(found))
+
+
+def _to_train(model: Any, train_projector: bool) -> list[str] | None:
+    """The projector's modules if they are to be trained; UserError if the model has none that we know."""
+    if not train_projector:
+        return None
+    names = _projectors(model)
+    if not names:
+        raise UserError(
+            f"model.train_projector: wanted a vision-language model with a projector, got {type(model).__name__}: none of "
+            f"its modules is called {', '.join(_PROJECTORS)}"
+        )
+    return names
 
 
 def language_model(model: Any) -> nn.Module:
     """The decoder without vision tower, projector and head."""
-    base = model.base_model
-    return getattr(base, "language_model", base)
+    decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    return decoder
 
 
 def auto_targets(model: Any) -> str:
@@ -28,10 +59,62 @@ def auto_targets(model: Any) -> str:
     decoder = language_model(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     names = {name for name, module in decoder.named_modules() if _is_linear(module)}
-    if not names:
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in names} - _not_by_peft(model))
+    if not leaves:
         raise UserError("lora.targets: wanted linear layers in the language model, found none; name them")
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
     return rf"{re.escape(prefix)}\..*\.({'|'.join(leaves)})"
+
+
+def _not_by_peft(model: Any) -> set[str]:
+    """Names of linears that peft does not adapt as such: Mamba's fused ones, and those it takes for old names of experts.
+
+    It would turn a shared expert's gate_proj into an adapter of all fused experts; see peft's transformers_weight_conversion.
+    """
+    import peft.utils.transformers_weight_conversion as conversion
+
+    kind = model.config.get_text_config().model_type
+    if kind in ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"):
+        return {"out_proj", "conv1d"}
+    kinds = {kind, model.config.model_type}
+    patterns = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {})
+    renamed = getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {})
+    return {name for k in kinds if k in patterns for name in renamed.get(patterns[k], {})}
+
+
+def fused_experts(model: Any) -> dict[str, nn.Parameter]:
+    """Expert weights (experts, out, in) that a mixture keeps in one parameter per layer, by name: no linear layers."""
+    decoder = language_model(model)
+    return {
+        name: parameter
+        for name, parameter in decoder.named_parameters()
+        if parameter.dim() == 3 and "lora_" not in name and "experts" in name
+    }
+
+
+def _targets(model: Any, lora: LoraConfig) -> tuple[Any, list[str] | None]:
+    """peft's target_modules and target_parameters: names of a list that are fused expert weights go to the latter."""
+    experts = fused_experts(model)
+    if lora.targets == "auto":
+        if experts:
+            share = sum(map(_elements, experts.values())) / sum(
+                map(_elements, language_model(model).parameters())
+            )
+            kinds = sorted({".".join(name.split(".")[-2:]) for name in experts})
+            say(
+                f"note: lora.targets auto adapts linear layers; the fused weights of the experts ({share:.0%} of the "
+                f"language model) stay as they are unless lora.targets is a list with {', '.join(kinds)}"
+            )
+        return auto_targets(model), None
+    if isinstance(lora.targets, str) or lora.targets is None:
+        return lora.targets, None
+    parameters = [
+        wanted for wanted in lora.targets if any(f".{name}".endswith(f".{wanted}") for name in experts)
+    ]
+    return [name for name in lora.targets if name not in parameters], parameters or None
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -45,10 +128,10 @@ def attach_lora(model: Any, lora: LoraConfig, train_projector: bool) -> Any:
 
     if lora.init_from is not None:
         return _load_adapter(model, lora, train_projector)
-    targets = auto_targets(model) if lora.targets == "auto" else lora.targets
+    targets, parameters = _targets(model, lora)
     config = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none",
-        task_type="CAUSAL_LM", modules_to_save=[PROJECTOR] if train_projector else None,
+        task_type="CAUSAL_LM", modules_to_save=_to_train(model, train_projector), target_parameters=parameters,
     )  # fmt: skip
     try:
         adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -75,7 +158,7 @@ def _load_adapter(model: Any, lora: LoraConfig, train_projector: bool) -> Any:
             raise UserError(f"lora.{name}: wanted the adapter's {theirs} (or no value), got {wanted}")
     if lora.targets not in (None, "auto") and not _same_targets(lora.targets, config.target_modules):
         raise UserError(f"lora.targets: wanted the adapter's own (or no value), got {lora.targets}")
-    if train_projector and PROJECTOR not in (config.modules_to_save or []):
+    if train_projector and not set(_to_train(model, True) or []) <= set(config.modules_to_save or []):
         raise UserError(
             "lora.init_from: wanted an adapter that holds the projector, since model.train_projector is true"
         )
@@ -136,15 +219,11 @@ def _same_targets(ours: Any, theirs: Any) -> bool:
 
 def choose_trainable(model: Any, adapted: Any | None, train_projector: bool) -> None:
     """Set requires_grad: the adapter (peft has done it), or the language model and head, and the projector."""
-    has_projector = any(PROJECTOR in name for name, _ in model.named_modules())
-    if train_projector and not has_projector:
-        raise UserError(
-            "model.train_projector: wanted a vision-language model, got a model without projector"
-        )
+    _to_train(model, train_projector)
     if adapted is not None:
         if not train_projector:  # an adapter of init_from may hold one, which peft lets train
             for name, parameter in model.named_parameters():
-                if PROJECTOR in name and "lora_" not in name:
+                if in_projector(name) and "lora_" not in name:
                     parameter.requires_grad_(False)
         return
     model.requires_grad_(False)
@@ -152,5 +231,5 @@ def choose_trainable(model: Any, adapted: Any | None, train_projector: bool) -> 
     model.get_output_embeddings().requires_grad_(True)
     if train_projector:
         for name, parameter in model.named_parameters():
-            if PROJECTOR in name:
+            if in_projector(name):
                 parameter.requires_grad_(True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fasttrain.config import TrainConfig
 from fasttrain.errors import UserError
-from fasttrain.model.lora import PROJECTOR
+from fasttrain.model.lora import in_projector
 
 
 def learning_rate_factor(schedule: str, step: int, total: int, warmup_ratio: float) -> float:
@@ -52,7 +52,7 @@ class MasterOptimizer:
     def _groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, master in zip(self.names, self.masters):
-            rate = config.projector_learning_rate if PROJECTOR in name else config.learning_rate
+            rate = config.projector_learning_rate if in_projector(name) else config.learning_rate
             plain = master.dim() < 2 or "norm" in name or "embed" in name
             groups.setdefault((rate, 0.0 if plain else config.weight_decay), []).append(master)
         return [

@@ -30,6 +30,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
     "Granite": ({"logits_scaling": 3.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.3}, None),
     "Cohere": ({"logit_scale": 0.25}, None),
     "Mixtral": ({"num_local_experts": 4}, None),
+    "Qwen3Moe": (
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16},
+        None,
+    ),
     "GPTNeoX": ({}, None),
     "OPT": ({"word_embed_proj_dim": 64, "ffn_dim": 112}, None),
     "GPT2": ({"n_embd": 64, "n_layer": 2, "n_head": 4}, None),
@@ -50,6 +54,22 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
     ),
     "GptOss": ({"head_dim": 16, "num_local_experts": 4, "sliding_window": 14}, None),
     "Falcon": ({}, "does not take attention functions"),
+    "Mamba": ({"state_size": 4}, "does not take attention functions"),
+    "Qwen3Next": (
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 48,
+            "head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+        },
+        "it has layers of type linear_attention",
+    ),
 }
 
 

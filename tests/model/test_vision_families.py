@@ -54,11 +54,31 @@ def test_sharing_prompts_with_images_gives_the_losses_of_ordinary_sequences(
 ) -> None:  # fmt: skip
     model, pairs = build(name), vision_pairs(tmp_path / "data", 10, images=(1, 2, 0), turns=(1, 2))
     shared = train(model, pairs, tmp_path)
-    assert "warning" not in capfd.readouterr().err
+    reason, err = tiny_families.UNSHARED.get(name), capfd.readouterr().err
+    assert f"cannot share prefixes: {reason};" in err if reason else "warning" not in err
     ordinary = train(model, pairs, tmp_path, "train.share_prefix=false")
     assert shared[0]["loss"] == pytest.approx(0.6931472, abs=1e-5)
     assert abs(shared[1]["loss"] - 0.6931472) > 1e-3
-    assert shared[0]["tokens"] < ordinary[0]["tokens"]
+    assert (shared[0]["tokens"] < ordinary[0]["tokens"]) == (reason is None)
     for a, b in zip(shared, ordinary):
         assert a["loss"] == pytest.approx(b["loss"], rel=5e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_a_processor_that_needs_torchvision_is_one_line(tmp_path: Path) -> None:
+    import json
+
+    from transformers.utils import is_torchvision_available
+
+    from fasttrain.config import ModelConfig
+    from fasttrain.errors import UserError
+    from fasttrain.model.load import load_processor
+
+    if is_torchvision_available():
+        pytest.skip("torchvision is installed")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral3"}))
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "PixtralProcessor"}))
+    with pytest.raises(
+        UserError, match=r"model\.name: cannot load a processor .*: PixtralProcessor requires the Torchvision"
+    ):
+        load_processor(tmp_path, ModelConfig(name=str(tmp_path)), True)
