@@ -17,7 +17,7 @@ from fasttrain.model.flops import ModelShape, measure_shape
 from fasttrain.model.fused_layers import fuse_layers
 from fasttrain.model.fused_lora import fuse_lora
 from fasttrain.model.head import install_head
-from fasttrain.model.lora import PROJECTOR, attach_lora, choose_trainable, language_model
+from fasttrain.model.lora import attach_lora, choose_trainable, in_projector, language_model
 from fasttrain.plan.known_models import known_config
 from fasttrain.plan.passes import use_planned_attention
 from fasttrain.plan.tracker import unique_parameters
@@ -171,7 +171,7 @@ def count_weights(model: Any, quantize: str | None) -> Weights:
             frozen_bytes += size * (NF4_BYTES if id(parameter) in quantised else parameter.element_size())
         elif "lora_" in name:
             adapter += size
-        elif PROJECTOR in name:
+        elif in_projector(name):
             projector += size
         else:
             whole += size
