@@ -1,15 +1,22 @@
-"""Blind review: the page's server, what it reveals, what it keeps, how agreement is counted."""
+"""Blind review: the page's server, what it reveals, what it keeps through crashes, agreement, Argilla's format."""
 
 import json
+import os
+import random
 import threading
 import urllib.error
 import urllib.request
 
+import numpy as np
 import pytest
 
-from fasttrain_data.errors import UserError
+from fasttrain_data.errors import BadRow, UserError
+from fasttrain_data.review.agreement import agreement, agreement_lines, wilson
+from fasttrain_data.review.argilla import export_argilla, import_argilla, user_id
+from fasttrain_data.review.judgements import Judgements, reviews_path
 from fasttrain_data.review.server import ReviewServer
-from fasttrain_data.review.session import Session, agreement_lines, wilson
+from fasttrain_data.review.session import Review, check_name
+from fasttrain_data.stats.agreement import cohen_kappa
 
 
 @pytest.fixture
@@ -23,6 +30,8 @@ def pairs(tmp_path, write_rows, draw):
             "chosen": f"good {n}",
             "rejected": f"bad {n}",
             "margin": 2 + n % 2,
+            "scores_chosen": {"helpfulness": 4, "verbosity": 1},
+            "scores_rejected": {"helpfulness": 2, "verbosity": 1 if n % 2 else 3},
         }
         for n in range(40)
     ]
@@ -33,8 +42,8 @@ def pairs(tmp_path, write_rows, draw):
 def serve():
     servers = []
 
-    def start(session, root):
-        server = ReviewServer(session, root)
+    def start(review, root, **options):
+        server = ReviewServer(review, root, **options)
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         servers.append((server, thread))
@@ -47,10 +56,16 @@ def serve():
         thread.join()
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *arguments):
+        return None
+
+
 def fetch(url, body=None, **headers):
     data = None if body is None else json.dumps(body).encode()
+    opener = urllib.request.build_opener(_NoRedirect)
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=10) as response:
+        with opener.open(urllib.request.Request(url, data, headers), timeout=10) as response:
             return response.status, response.read()
     except urllib.error.HTTPError as error:
         with error:
@@ -58,79 +73,273 @@ def fetch(url, body=None, **headers):
 
 
 def test_a_reviewer_who_knows_the_good_answers_agrees_with_all(pairs, serve):
-    session = Session(pairs, 25, 0, "anna")
-    server = serve(session, pairs.parent)
+    server = serve(Review(pairs, 25, 0), pairs.parent)
+    state = json.loads(fetch(server.url + "next?rater=anna")[1])
     sides = []
-    while (item := json.loads(fetch(server.url + "next")[1]))["left_over"]:
-        assert set(item) == {
-            "id",
-            "messages",
-            "images",
-            "left",
-            "right",
-            "left_over",
-        }  # nothing tells the chosen one
+    while item := state["item"]:
+        assert set(item) == {"id", "messages", "images", "left", "right"}  # nothing tells the chosen one
         sides.append("left" if item["left"].startswith("good") else "right")
-        assert fetch(server.url + "judge", {"id": item["id"], "verdict": sides[-1]})[0] == 200
+        code, reply = fetch(server.url + "judge", {"rater": "anna", "id": item["id"], "verdict": sides[-1]})
+        state = json.loads(reply)
+        assert (code, state["done"], state["total"]) == (200, len(sides), 25)
     assert len(sides) == 25
     assert 6 <= sides.count("left") <= 19
+    found = json.loads(fetch(server.url + "agreement")[1])
+    assert (found["all"]["agree"], found["all"]["decided"], found["all"]["kappa"]) == (25, 25, 1.0)
     lines = list(agreement_lines(pairs))
     assert lines[1].startswith("all: 25 of 25 agree with the annotator (100.0%")
-    assert sum("margin" in line for line in lines) == 2
+    assert sum(line.startswith("  margin") for line in lines) == 2
 
 
-def test_a_stopped_review_goes_on_and_raters_are_apart(pairs):
-    session = Session(pairs, 10, 0, "anna")
-    first = session.open[0]
-    session.judge(first, "left" if first.chosen_left else "right")
-    session.judge(session.open[0], "tie")
-    session.judge(session.open[0], "skip")
-    wrong = session.open[0]
-    session.judge(wrong, "right" if wrong.chosen_left else "left")
-    assert len(Session(pairs, 10, 0, "anna").open) == 6
-    assert len(Session(pairs, 10, 0, "ben").open) == 10
-    assert "all: 1 of 2 agree with the annotator (50.0%" in "\n".join(agreement_lines(pairs))
+def test_a_stopped_review_goes_on_and_reviewers_are_apart(pairs):
+    review = Review(pairs, 10, 0)
+    for verdict in ("left", "tie", "skip", "right"):
+        review.judge("anna", review.open("anna")[0], verdict)
+    again = Review(pairs, 10, 0)
+    assert (len(again.open("anna")), len(again.open("ben"))) == (6, 10)
+    assert [item.id for item in again.items] == [item.id for item in review.items]
+    sides = [[item.chosen_side(0, rater) for item in Review(pairs, 40, 0).items] for rater in ("anna", "ben")]
+    assert sides[0] != sides[1]  # one careless side must not look like agreement between people
+
+
+def test_undo_takes_back_the_newest_judgement_and_only_ones_own(pairs):
+    review = Review(pairs, 5, 0)
+    first, second, *_ = review.items
+    review.judge("anna", first, "left")
+    review.judge("ben", first, "tie")
+    review.judge("anna", second, "right")
+    assert review.undo("anna") is second
+    assert Review(pairs, 5, 0).open("anna")[0] is not first
+    assert review.undo("anna") is first
+    assert review.undo("anna") is None
+    assert Review(pairs, 5, 0).judgements.raters() == ["ben"]
+    assert len(reviews_path(pairs).read_text().splitlines()) == 5  # nothing is rewritten
+
+
+def test_every_cut_of_the_file_leaves_whole_judgements_and_the_next_one_stands(pairs):
+    review = Review(pairs, 6, 0)
+    for item in review.items[:3]:
+        review.judge("anna", item, "left")
+    path = reviews_path(pairs)
+    whole = path.read_bytes()
+    ends = [index + 1 for index, byte in enumerate(whole) if byte == 10]
+    for cut in random.Random(0).sample(range(1, len(whole)), 40):
+        path.write_bytes(whole[:cut])
+        kept = sum(end <= cut + 1 for end in ends)  # a line is whole without its line break too
+        judgements = Judgements(path)
+        assert len(judgements.of("anna")) == kept
+        judgements.append({"id": "p9", "rater": "anna", "verdict": "tie", "chosen_side": "left"})
+        assert len(Judgements(path).of("anna")) == kept + 1
+    path.write_text("[1, 2]\n")
+    with pytest.raises(BadRow, match="line 1: row: wanted a JSON object"):
+        Judgements(path)
+
+
+def test_several_reviewers_at_once_lose_nothing(pairs):
+    review = Review(pairs, 40, 0)
+
+    def work(rater):
+        while waiting := review.open(rater):
+            review.judge(rater, waiting[0], "left")
+
+    threads = [threading.Thread(target=work, args=(f"r{n}",)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(Review(pairs, 40, 0).judgements.standing()) == 160
 
 
 def test_images_are_served_and_nothing_beside_them(pairs, serve, tmp_path, write_rows):
-    server = serve(Session(pairs, 5, 0, "anna"), pairs.parent)
-    item = json.loads(fetch(server.url + "next")[1])
+    server = serve(Review(pairs, 5, 0), pairs.parent)
+    item = json.loads(fetch(server.url + "next?rater=anna")[1])["item"]
     code, content = fetch(f"{server.url}image?id={item['id']}&n=0")
     assert (code, content) == (200, (tmp_path / "a.png").read_bytes())
     for query in (f"id={item['id']}&n=1", f"id={item['id']}&n=-1", "id=x&n=0", "", "id=../a.png&n=0"):
         assert fetch(f"{server.url}image?{query}")[0] == 404
     assert fetch(server.url + "../pairs.jsonl")[0] == 404
-    outside = write_rows(
-        tmp_path / "sub" / "p.jsonl", [{"image": "../a.png", "prompt": "x", "chosen": "a", "rejected": "b"}]
-    )
-    server = serve(Session(outside, 5, 0, "anna"), outside.parent)
-    item = json.loads(fetch(server.url + "next")[1])
-    assert fetch(f"{server.url}image?id={item['id']}&n=0")[0] == 404
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "x.svg").write_text("<svg onload='alert(1)'/>")
+    for name in ("../a.png", "x.svg"):
+        row = {"image": name, "prompt": "x", "chosen": "a", "rejected": "b"}
+        outside = write_rows(tmp_path / "sub" / "p.jsonl", [row])
+        server = serve(Review(outside, 5, 0), outside.parent)
+        item = json.loads(fetch(server.url + "next?rater=anna")[1])["item"]
+        assert fetch(f"{server.url}image?id={item['id']}&n=0")[0] == 404, name
 
 
 def test_other_sites_are_kept_out(pairs, serve, tmp_path):
-    server = serve(Session(pairs, 5, 0, "anna"), pairs.parent)
-    assert fetch(server.url + "next", Host="evil.example:80")[0] == 403
-    judgement = {"id": "p0", "verdict": "left"}
+    server = serve(Review(pairs, 5, 0), pairs.parent)
+    assert fetch(server.url + "next?rater=a", Host="evil.example:80")[0] == 403
+    judgement = {"rater": "anna", "id": "p0", "verdict": "left"}
     assert fetch(server.url + "judge", judgement, Origin="http://evil.example")[0] == 403
-    assert fetch(server.url + "judge", {"id": "p0", "verdict": "best"})[0] == 400
-    assert fetch(server.url + "judge", ["x"])[0] == 400
+    for wrong in (
+        judgement | {"verdict": "best"},
+        judgement | {"id": "x"},
+        judgement | {"rater": ""},
+        ["x"],
+        "x",
+    ):
+        assert fetch(server.url + "judge", wrong)[0] == 400
     assert not (tmp_path / "pairs.reviews.jsonl").exists()
-    page = fetch(server.url)[1].decode()
-    assert "innerHTML" not in page and "http://" not in page and "https://" not in page
+    for name in ("", "review.js"):
+        text = fetch(server.url + name)[1].decode()
+        assert "innerHTML" not in text and "http://" not in text and "https://" not in text
 
 
-def test_the_report_alone_needs_reviews(pairs, command):
+def test_beyond_this_machine_only_under_a_token(pairs, serve):
+    review = Review(pairs, 5, 0)
+    with pytest.raises(UserError, match=r"--host: wanted 127\.0\.0\.1, or a token"):
+        ReviewServer(review, pairs.parent, host="0.0.0.0")
+    server = serve(review, pairs.parent, host="0.0.0.0", token="sesame")
+    url = f"http://127.0.0.1:{server.server_port}/"
+    for given in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Cookie": "fasttrain_review=no; x"},
+        {"Cookie": "\x01"},
+    ):
+        for path in ("next?rater=a", "", "review.js", "agreement", "image?id=p0&n=0"):
+            assert fetch(url + path, **given)[0] == 401
+    assert fetch(url + "judge", {"rater": "a", "id": "p0", "verdict": "left"})[0] == 401
+    assert fetch(url + "?token=wrong")[0] == 401
+    assert fetch(url + "?token=sesame")[0] == 303  # a cookie for the address without the token in it
+    for given in ({"Authorization": "Bearer sesame"}, {"Cookie": "fasttrain_review=sesame"}):
+        assert fetch(url + "next?rater=a", **given)[0] == 200
+    assert fetch(url + "judge", {}, Cookie="fasttrain_review=sesame", Origin="http://evil.example")[0] == 403
+
+
+def test_kappa_is_cohens():
+    # Cohen's kappa of Viera and Garrett 2005, table 2: 330 and 585 observations
+    assert cohen_kappa(np.array([[15, 5], [10, 70]])) == pytest.approx(0.5714, abs=1e-4)
+    assert cohen_kappa(np.eye(3)) == 1
+    assert np.isnan(cohen_kappa(np.array([[5, 0], [0, 0]]))) and np.isnan(cohen_kappa(np.zeros((2, 2))))
+
+
+def test_kappa_by_attribute_takes_the_higher_scored_answer_or_neither():
+    """Helpfulness always says chosen; verbosity says rejected, or neither."""
+
+    def row(n, verdict, side, verbosity):
+        return {
+            "id": f"p{n}", "rater": "anna", "verdict": verdict, "chosen_side": side, "margin": 2.0,
+            "differences": {"helpfulness": 2, "verbosity": verbosity},
+        }  # fmt: skip
+
+    rows = [
+        row(0, "left", "left", -1),
+        row(1, "right", "left", -1),
+        row(2, "tie", "right", 0),
+        row(3, "skip", "left", 0),
+    ]
+    found = agreement(rows)["by_attribute"]
+    assert (found["helpfulness"]["agree"], found["helpfulness"]["n"]) == (1, 3)
+    assert (found["verbosity"]["agree"], found["verbosity"]["n"]) == (2, 3)  # the second and the tie
+    assert found["verbosity"]["kappa"] == pytest.approx((2 / 3 - 1 / 3) / (1 - 1 / 3))
+
+
+def test_reviewers_are_compared_by_answer_not_by_side(pairs):
+    review = Review(pairs, 40, 0)
+    for item in review.items:
+        for rater, right in (("anna", True), ("ben", True), ("cid", False)):
+            side = item.chosen_side(0, rater)
+            review.judge(rater, item, side if right else {"left": "right", "right": "left"}[side])
+    between = review.agreement()["between_raters"]
+    assert (between["pairs"]["anna and ben"]["same"], between["pairs"]["anna and cid"]["same"]) == (40, 0)
+    assert between["alpha"] < 0
+    by_rater = review.agreement()["by_rater"]
+    assert (by_rater["anna"]["share"], by_rater["cid"]["share"]) == (1.0, 0.0)
+    assert by_rater["cid"]["kappa"] < -0.8
+
+
+def test_argilla_records_hold_all_but_the_chosen_side_and_come_back(pairs, tmp_path, write_rows):
+    review = Review(pairs, 12, 0)
+    for rater, verdicts in (("anna", "left right tie skip"), ("ben", "right")):
+        for verdict, item in zip(verdicts.split(), review.items, strict=False):
+            review.judge(rater, item, verdict)
+    path = tmp_path / "records.json"
+    assert export_argilla(review, pairs.parent, path) == 12
+    records = json.loads(path.read_text())
+    first = records[0]
+    assert set(first) == {"id", "fields", "metadata", "suggestions", "responses", "vectors"}
+    assert first["fields"]["image_1"].startswith("data:image/png;base64,")
+    assert {answer["user_id"] for answer in first["responses"]["preference"]} == {
+        user_id("anna"),
+        user_id("ben"),
+    }
+    assert "chosen" not in path.read_text() and "margin" not in path.read_text()
+    assert import_argilla(review, path) == (0, 4)
+    standing = {(row["rater"], row["id"]): row["verdict"] for row in review.judgements.standing()}
+    reviews_path(pairs).unlink()
+    fresh = Review(pairs, 12, 0)
+    assert import_argilla(fresh, path) == (4, 0)
+    came = {(row["rater"], row["id"]): row["verdict"] for row in fresh.judgements.standing()}
+    assert came == {key: verdict for key, verdict in standing.items() if verdict != "skip"}
+    left = records[5]["fields"]["left"].startswith("good")
+    records[5]["responses"] = {"preference": [{"value": "left", "user_id": "1234"}]}
+    path.write_text(json.dumps(records))
+    import_argilla(fresh, path)
+    (row,) = fresh.judgements.of("1234").values()
+    assert (row["agrees"], row["id"]) == (left, records[5]["id"])
+
+
+def test_argilla_records_of_another_review_are_refused(pairs, tmp_path):
+    path = tmp_path / "records.json"
+    review = Review(pairs, 12, 0)
+    export_argilla(review, pairs.parent, path)
+    records = json.loads(path.read_text())
+    for change, message in (
+        ({"id": "x"}, "row 1: id: wanted a pair of pairs.jsonl"),
+        ({"fields": {"left": "a", "right": "b"}}, "row 1: fields: wanted this pair's answers"),
+        (
+            {"responses": {"preference": [{"value": "best"}]}},
+            "row 1: responses.preference: wanted left, right or tie",
+        ),
+    ):
+        path.write_text(json.dumps([records[0] | change]))
+        with pytest.raises(BadRow, match=message):
+            import_argilla(review, path)
+
+
+def test_the_report_needs_reviews_and_is_also_a_file(pairs, command):
     code, _, stderr = command("review", pairs, "--report")
     assert (code, "run the review first" in stderr) == (2, True)
-    session = Session(pairs, 3, 0, "anna")
-    session.judge(session.open[0], "tie")
+    review = Review(pairs, 3, 0)
+    review.judge("anna", review.items[0], "tie")
     code, stdout, _ = command("review", pairs, "--report")
     assert (code, "no preference, 1 ties" in stdout) == (0, True)
+    assert json.loads((pairs.parent / "pairs.agreement.json").read_text())["all"]["ties"] == 1
+    code, stdout, _ = command("review", pairs, "--to-argilla", pairs.parent / "r.json", "--limit", "3")
+    assert (code, "3 records" in stdout) == (0, True)
+    code, stdout, _ = command("review", pairs, "--from-argilla", pairs.parent / "r.json", "--limit", "3")
+    assert (code, "0 judgements taken over, 1 stood already" in stdout) == (0, True)
+
+
+def test_mistakes_are_one_line(pairs, command, monkeypatch):
+    monkeypatch.delenv("FASTTRAIN_REVIEW_TOKEN", raising=False)
+    for options, wanted in (
+        (("--host", "0.0.0.0"), "--host: wanted 127.0.0.1, or a token"),
+        (("--host", "256.1.1.1.example.invalid"), "--host"),
+        (("--rater", "\x07"), "reviewer's name: wanted"),
+    ):
+        code, _, stderr = command("review", pairs, *options)
+        assert (code, wanted in stderr, stderr.count("\n")) == (2, True, 1), stderr
+    assert check_name("  Anna  B ") == "Anna B"
+    for wrong in ("", " ", "x" * 61, None, 3, "a\u202eb"):
+        with pytest.raises(UserError):
+            check_name(wrong)
 
 
 def test_the_interval_is_wilsons(tmp_path, write_rows):
     # Newcombe 1998, table I: 81 of 263 by the score method without continuity correction
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     with pytest.raises(UserError):
-        Session(write_rows(tmp_path / "empty.jsonl", []), 5, 0, "anna")
+        Review(write_rows(tmp_path / "empty.jsonl", []), 5, 0)
+
+
+def test_judgements_are_synced_before_they_are_acknowledged(pairs, monkeypatch):
+    synced = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (real(number), synced.append(number))[0])
+    review = Review(pairs, 3, 0)
+    review.judge("anna", review.items[0], "left")
+    assert len(synced) == 1

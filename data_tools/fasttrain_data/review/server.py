@@ -1,114 +1,200 @@
-"""The review page on 127.0.0.1: shows pairs, takes judgements. Nothing outside this machine is reached or let in."""
+"""The review page: shows pairs, takes judgements. Serves this machine only, or, under a token, others too."""
 
 from __future__ import annotations
 
+import hmac
 import json
+import socket
+from collections.abc import Callable
+from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
-from fasttrain_data.image_files import BadImage, find_image, mime_type
-from fasttrain_data.review.session import VERDICTS, Item, Session, as_json
+from fasttrain_data.errors import UserError
+from fasttrain_data.image_files import BadImage, mime_type
+from fasttrain_data.review.images import image_bytes
+from fasttrain_data.review.judgements import VERDICTS
+from fasttrain_data.review.session import Review, check_name
+
+LOOPBACK = ("127.0.0.1", "localhost")
+_COOKIE = "fasttrain_review"
+_ASSETS = {
+    "/": ("review.html", "text/html; charset=utf-8"),
+    "/review.css": ("review.css", "text/css; charset=utf-8"),
+    "/review.js": ("review.js", "text/javascript; charset=utf-8"),
+}
 
 
 class ReviewServer(ThreadingHTTPServer):
-    """Serves one session; `url` is its address."""
+    """Serves one review; `url` is its address. UserError for a host beyond this machine without a token."""
 
     daemon_threads = True
 
-    def __init__(self, session: Session, image_root: Path, port: int = 0) -> None:
-        self.session, self.image_root = session, image_root
-        self.page = (files("fasttrain_data") / "assets" / "review.html").read_bytes()
-        super().__init__(("127.0.0.1", port), _Handler)
+    def __init__(
+        self, review: Review, image_root: Path, port: int = 0, *, rater: str = "", host: str = "127.0.0.1",
+        token: str | None = None,
+    ) -> None:  # fmt: skip
+        if host not in LOOPBACK and not token:
+            raise UserError(
+                f"--host: wanted 127.0.0.1, or a token in $FASTTRAIN_REVIEW_TOKEN as well, got {host}"
+            )
+        self.review, self.image_root, self.rater, self.host, self.token = (
+            review,
+            image_root,
+            rater,
+            host,
+            token,
+        )
+        assets = files("fasttrain_data") / "assets"
+        self.assets = {path: ((assets / name).read_bytes(), kind) for path, (name, kind) in _ASSETS.items()}
+        try:
+            super().__init__((host, port), _Handler)
+        except (OSError, socket.gaierror) as error:
+            raise UserError(f"--host, --port: cannot listen on {host}:{port}: {error.strerror}") from None
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/"
+        shown = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{shown}:{self.server_port}/" + (f"?token={self.token}" if self.token else "")
 
-    def find(self, item_id: str) -> Item | None:
-        return next((item for item in self.session.items if item.id == item_id), None)
 
-    def image(self, item: Item, number: int) -> bytes:
-        """BadImage if the item has no such image or its file cannot be read."""
-        if not 0 <= number < len(item.images):
-            raise BadImage("no such image")
-        image = item.images[number]
-        if isinstance(image, dict):
-            content: bytes = image["bytes"]
-            return content
-        return find_image(self.image_root, image).read_bytes()
+class _Refused(Exception):
+    """A request that gets a code and a line of text."""
+
+    def __init__(self, code: int, text: str) -> None:
+        self.code, self.text = code, text
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: ReviewServer
+    timeout = 60
 
     def do_GET(self) -> None:
-        if not self._is_local():
-            return
         path, _, query = self.path.partition("?")
-        if path == "/":
-            self._send(200, self.server.page, "text/html; charset=utf-8")
-        elif path == "/next":
-            waiting = self.server.session.open
-            body = as_json(waiting[0], len(waiting)) if waiting else '{"left_over": 0}'
-            self._send(200, body.encode(), "application/json")
-        elif path == "/image":
-            self._send_image(query)
-        else:
-            self._send(404, b"not found", "text/plain")
+        routes: dict[str, Callable[[dict[str, str]], None]] = {
+            "/next": self._next, "/image": self._image, "/agreement": self._agreement
+        }  # fmt: skip
+        self._answer(path, {name: values[0] for name, values in parse_qs(query).items()}, routes)
 
     def do_POST(self) -> None:
-        if not self._is_local():
-            return
-        try:
-            length = int(self.headers.get("Content-Length") or 0)
-            body: Any = json.loads(self.rfile.read(min(length, 10_000)))
-            item, verdict = self.server.find(str(body["id"])), body["verdict"]
-        except (ValueError, KeyError, TypeError):
-            self._send(400, b"wanted {id, verdict}", "text/plain")
-            return
-        if item is None or verdict not in VERDICTS:
-            self._send(400, b"unknown pair or verdict", "text/plain")
-            return
-        self.server.session.judge(item, verdict)
-        self._send(200, b"{}", "application/json")
+        routes: dict[str, Callable[[dict[str, str]], None]] = {"/judge": self._judge, "/undo": self._undo}
+        self._answer(self.path, {}, routes)
 
-    def _send_image(self, query: str) -> None:
-        from urllib.parse import parse_qs
-
-        values = parse_qs(query)
-        item = self.server.find(values.get("id", [""])[0])
-        number = values.get("n", [""])[0]
-        if item is None or not number.isdigit():
-            self._send(404, b"not found", "text/plain")
-            return
+    def _answer(
+        self, path: str, values: dict[str, str], routes: dict[str, Callable[[dict[str, str]], None]]
+    ) -> None:
         try:
-            content = self.server.image(item, int(number))
+            self._check_origin()
+            if self.command == "GET" and path == "/" and self._signs_in(values.get("token")):
+                self._send(303, b"", "text/plain", {"Location": "/", "Set-Cookie": self._cookie()})
+                return
+            self._check_token()
+            if self.command == "GET" and path in self.server.assets:
+                self._send(200, *self.server.assets[path])
+            elif path in routes:
+                routes[path](values)
+            else:
+                raise _Refused(404, "not found")
+        except _Refused as refused:
+            self._send(refused.code, refused.text.encode(), "text/plain; charset=utf-8")
+        except UserError as mistake:
+            self._send(400, str(mistake).encode(), "text/plain; charset=utf-8")
+        except ConnectionError:
+            self.close_connection = True
+
+    def _next(self, values: dict[str, str]) -> None:
+        rater = values.get("rater", "")
+        if not rater:  # before a name is given: only whom to greet
+            self._json({"rater": self.server.rater, "known": self.server.review.judgements.raters()})
+            return
+        self._json(self.server.review.shown(check_name(rater)))
+
+    def _image(self, values: dict[str, str]) -> None:
+        item = self.server.review.find(values.get("id", ""))
+        number = values.get("n", "")
+        if item is None or not number.isdecimal():
+            raise _Refused(404, "not found")
+        try:
+            content = image_bytes(item, int(number), self.server.image_root)
         except BadImage as problem:
-            self._send(404, str(problem).encode(), "text/plain")
-            return
+            raise _Refused(404, str(problem)) from None
         self._send(200, content, mime_type(content))
 
-    def _is_local(self) -> bool:
-        """Refuse what another site's page could send: foreign names for this address, foreign origins."""
-        own = {f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")}
-        origin = self.headers.get("Origin")
-        if self.headers.get("Host") in own and (origin is None or origin.removeprefix("http://") in own):
-            return True
-        self._send(403, b"open the page under the address that was printed", "text/plain")
-        return False
+    def _agreement(self, values: dict[str, str]) -> None:
+        self._json(self.server.review.agreement())
 
-    def _send(self, code: int, content: bytes, kind: str) -> None:
+    def _judge(self, values: dict[str, str]) -> None:
+        body = self._body()
+        item, verdict = self.server.review.find(str(body.get("id"))), body.get("verdict")
+        rater = check_name(body.get("rater"))
+        if item is None or verdict not in VERDICTS:
+            raise _Refused(400, "unknown pair or verdict")
+        self.server.review.judge(rater, item, verdict)
+        self._json(self.server.review.shown(rater))
+
+    def _undo(self, values: dict[str, str]) -> None:
+        rater = check_name(self._body().get("rater"))
+        self.server.review.undo(rater)
+        self._json(self.server.review.shown(rater))
+
+    def _body(self) -> dict[str, Any]:
+        try:
+            body = json.loads(self.rfile.read(min(int(self.headers.get("Content-Length") or 0), 10_000)))
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            raise _Refused(400, "wanted a JSON object")
+        return body
+
+    def _check_origin(self) -> None:
+        """Refuse what another site's page could send: foreign names for this address, foreign origins."""
+        host, origin = self.headers.get("Host") or "", self.headers.get("Origin")
+        own = {f"{name}:{self.server.server_port}" for name in LOOPBACK}
+        if self.server.host not in LOOPBACK:
+            own.add(host)  # any name may be this machine's; what counts there is the token
+        if host not in own or (origin is not None and origin not in {f"http://{name}" for name in own}):
+            raise _Refused(403, "open the page under the address that was printed")
+
+    def _check_token(self) -> None:
+        if self.server.token is None:
+            return
+        cookies: SimpleCookie = SimpleCookie()
+        try:
+            cookies.load(self.headers.get("Cookie") or "")
+        except CookieError:
+            cookies.clear()
+        held = cookies[_COOKIE].value if _COOKIE in cookies else ""
+        bearer = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if not any(
+            hmac.compare_digest(given.encode(), self.server.token.encode()) for given in (held, bearer)
+        ):
+            raise _Refused(401, "open the page under the address with the token that was printed")
+
+    def _signs_in(self, given: str | None) -> bool:
+        token = self.server.token
+        return token is not None and given is not None and hmac.compare_digest(given.encode(), token.encode())
+
+    def _cookie(self) -> str:
+        return f"{_COOKIE}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
+
+    def _json(self, value: Any) -> None:
+        self._send(200, json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"), "application/json")
+
+    def _send(self, code: int, content: bytes, kind: str, more: dict[str, str] | None = None) -> None:
         self.send_response(code)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header(
-            "Content-Security-Policy",
-            "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'",
-        )
+        headers = {
+            "Content-Type": kind,
+            "Content-Length": str(len(content)),
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'",
+        }
+        for name, value in (headers | (more or {})).items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
 

@@ -97,3 +97,15 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]
+
+
+def cohen_kappa(table: np.ndarray) -> float:
+    """Kappa of a square table of counts on categories without order (Cohen 1960); nan where chance agrees always."""
+    observed = np.asarray(table, dtype=float)
+    total = observed.sum()
+    if not total:
+        return float("nan")
+    by_chance = float((observed.sum(0) * observed.sum(1)).sum()) / total**2
+    return (
+        (float(np.trace(observed)) / total - by_chance) / (1 - by_chance) if by_chance < 1 else float("nan")
+    )

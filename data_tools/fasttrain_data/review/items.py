@@ -1,0 +1,76 @@
+"""What is reviewed: a seeded sample of pairs, shown without telling which answer is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fasttrain_data.errors import UserError
+from fasttrain_data.formats import read_pairs
+from fasttrain_data.formats.messages import text_of
+from fasttrain_data.ids import rng_of
+from fasttrain_data.jsonl import Row
+from fasttrain_data.questions.sample import BottomK
+from fasttrain_data.records import ATTRIBUTES
+
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One pair. differences: chosen minus rejected score of each attribute that the annotator gave."""
+
+    id: str
+    messages: list[tuple[str, str]]
+    images: list[Any]
+    chosen: str
+    rejected: str
+    margin: float | None
+    differences: dict[str, int] = field(default_factory=dict)
+
+    def chosen_side(self, seed: int, rater: str) -> Side:
+        """Where a reviewer sees the chosen answer: at random for each of them, and the same whenever asked."""
+        return "left" if rng_of("side", seed, rater, self.id).random() < 0.5 else "right"
+
+
+def sample_items(pairs: Path, limit: int, seed: int) -> list[Item]:
+    """At most `limit` pairs of the file, drawn and ordered by seed; UserError if there is none."""
+    heap: BottomK[Row] = BottomK(limit, seed)
+    for row in read_pairs(pairs):
+        heap.offer(str(row["id"]), row)
+    items = {str(row["id"]): _item(row) for row in heap.ordered()}
+    if not items:
+        raise UserError(f"{pairs}: wanted at least one pair, got none")
+    return list(items.values())
+
+
+def _item(row: Row) -> Item:
+    texts = []
+    for turn in row["prompt"]:
+        parts = turn["content"]
+        texts.append((turn["role"], "".join(part["text"] for part in parts if part["type"] == "text")))
+    margin = row.get("margin")
+    return Item(
+        id=str(row["id"]),
+        messages=texts,
+        images=row["images"],
+        chosen=text_of(row["chosen"][0]),
+        rejected=text_of(row["rejected"][0]),
+        margin=float(margin) if isinstance(margin, int | float) else None,
+        differences=_differences(row.get("scores_chosen"), row.get("scores_rejected")),
+    )
+
+
+def _differences(chosen: Any, rejected: Any) -> dict[str, int]:
+    if not (isinstance(chosen, dict) and isinstance(rejected, dict)):
+        return {}
+    both = [
+        name
+        for name in ATTRIBUTES
+        if all(
+            isinstance(side.get(name), int) and not isinstance(side[name], bool)
+            for side in (chosen, rejected)
+        )
+    ]
+    return {name: chosen[name] - rejected[name] for name in both}
