@@ -1,0 +1,57 @@
+"""The model card tells the run's own figures, where its data came from, and under which terms; estimates say so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasttrain import train_dpo
+from fasttrain.config import config_from_dict
+from fasttrain.files import hash_file
+
+
+@pytest.fixture
+def card(tiny_text: Path, text_pairs: Callable[..., Path], tmp_path: Path) -> Callable[..., tuple[str, Any]]:
+    def make(name: str, **keys: Any) -> tuple[str, Any]:
+        path = text_pairs(tmp_path / name, 8)
+        rows = [json.loads(line) | keys for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        recipe = {
+            "model": {"name": str(tiny_text)},
+            "lora": {"rank": 3, "alpha": 6},
+            "data": {"train": str(path), "workers": 0},
+            "train": {"output": str(tmp_path / f"run-{name}"), "epochs": 1, "pairs_per_step": 4, "seed": 7},
+            "track": [],
+        }
+        result = train_dpo(config_from_dict(recipe))
+        return (result.adapter / "README.md").read_text(), (result.metrics, path)
+
+    return make
+
+
+def test_figures_are_the_runs_own(card: Any) -> None:
+    text, (metrics, path) = card("pairs.jsonl")
+    assert f"`pairs.jsonl`, BLAKE2b-128 `{hash_file(path)}`" in text
+    assert "8 pairs in" in text and "LoRA rank 3, alpha 6" in text and "seed 7" in text
+    for name in ("loss", "rewards/margins"):
+        assert f"| {name} | {metrics[0][name]:.4f} | {metrics[-1][name]:.4f} |" in text
+    assert f"{sum(line['step_s'] for line in metrics):,.0f} s in logged steps" in text
+    assert "Energy: not metered." in text
+    assert "The rows do not say where they came from" in text
+    assert "no source with known terms was recognised" in text
+
+
+def test_what_the_rows_say_of_themselves_is_counted_and_their_terms_are_told(card: Any) -> None:
+    rule = {"score": "hcc", "margin": 2.0}
+    text, _ = card(
+        "made.jsonl", source="SciGraphQA\n# a heading", annotator_version="judge-1", rule=rule, flipped=True
+    )
+    assert "* source: SciGraphQA # a heading (8)" in text  # one line, whatever a row holds
+    assert "* graded by: judge-1 (8)" in text
+    assert "* rule: score hcc, margin 2.0 (8)" in text
+    assert "* labels: swapped on purpose (8)" in text
+    assert "its data card MIT" in text and "no source with known terms" not in text
