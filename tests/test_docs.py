@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import yaml
@@ -28,3 +29,15 @@ def test_the_readmes_recipe_loads(repository: Path) -> None:
     text = (repository / "README.md").read_text()
     recipe = text.split("```yaml\n")[1].split("```")[0]
     assert config_from_dict(yaml.safe_load(recipe)).train.pairs_per_step == 64
+
+
+def test_models_page_is_current(repository: Path) -> None:
+    import re
+
+    spec = importlib.util.spec_from_file_location("models_page", repository / "tests" / "models_page.py")
+    assert spec is not None and spec.loader is not None
+    models_page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(models_page)
+    text = (repository / "docs" / "models.md").read_text()
+    version = re.search(r"Last made with transformers (\S+)\.\n", text)
+    assert version and text == models_page.models_page(version[1])

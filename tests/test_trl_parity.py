@@ -11,6 +11,7 @@ with templates that write nothing after it: `CHATML_NEWLINE_FIRST` and `VICUNA`.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -46,13 +47,15 @@ def trl_steps(
     """TRL's log history, one entry a step, of a LoRA run over the rows in file order."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from trl import DPOConfig, DPOTrainer
 
+    from fasttrain.config import ModelConfig
+    from fasttrain.model.load import load_processor
+
     dataset = trl_dataset(pair_file)
-    auto, reader = (AutoModelForCausalLM, AutoTokenizer)
-    if "images" in dataset.column_names:
-        auto, reader = (AutoModelForImageTextToText, AutoProcessor)
+    vision = "images" in dataset.column_names
+    auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     base = auto.from_pretrained(model_folder, dtype=torch.float32)
     settings = {
         "learning_rate": LEARNING_RATE,
@@ -77,7 +80,8 @@ def trl_steps(
             **(settings | options),
         ),
         train_dataset=dataset,
-        processing_class=reader.from_pretrained(model_folder),
+        # without torchvision, AutoProcessor loads no processor that also takes videos
+        processing_class=load_processor(model_folder, ModelConfig(name=str(model_folder)), vision),
     )
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -186,6 +190,26 @@ def test_llava_steps_equal_trl(
     ours = fasttrain_steps(tiny_llava, adapter, pairs, tmp_path / "ours", 10)
     assert theirs[-1]["loss"] < 0.6 < theirs[0]["loss"]
     assert_same_steps(ours, theirs, 10)
+
+
+@pytest.mark.parametrize("family", ["Qwen2.5-VL", "LLaVA-NeXT"])
+def test_other_vision_families_steps_equal_trl(
+    family: str, vision_pairs: Callable[..., Path], tiny_models: ModuleType, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    path = Path(__file__).parent / "tiny_families.py"
+    spec = importlib.util.spec_from_file_location("tiny_families", path)
+    assert spec is not None and spec.loader is not None
+    tiny_families = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny_families)
+    # nothing behind the end-of-turn token, which TRL would score
+    monkeypatch.setattr(tiny_models, "CHATML", tiny_models.CHATML_NEWLINE_FIRST)
+    model = tiny_families.save(tiny_models, tmp_path / "model", family)
+    adapter = tiny_models.build_adapter(model, tmp_path / "adapter", b_std=0.05)
+    pairs = vision_pairs(tmp_path / "data", 12, per_prompt=PER_PROMPT, images=(1,))
+    theirs = trl_steps(model, adapter, pairs, tmp_path / "trl", 3)
+    ours = fasttrain_steps(model, adapter, pairs, tmp_path / "ours", 3, train={"tokens_per_pack": 300})
+    assert_same_steps(ours, theirs, 3)
 
 
 @pytest.mark.parametrize(("kind", "label_smoothing"), [("hinge", 0.0), ("ipo", 0.0), ("robust", 0.1)])

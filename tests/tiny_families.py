@@ -16,7 +16,7 @@ Parts = tuple[Any, Any]  # configuration of the model, processor
 
 
 def save(tiny_models: ModuleType, folder: Path, name: str, seed: int = 7) -> Path:
-    """Build the family's model and processor into `folder`."""
+    """Build the family's model and processor into `folder`; returns it."""
     import torch
     import transformers
 
@@ -86,6 +86,7 @@ def qwen_vl(kind: str, prefix: str, vision: dict[str, Any], **text: Any) -> Call
         template = tokenizer.chat_template
         return config, image_only(kind, image_processor=pixels, tokenizer=tokenizer, chat_template=template)
 
+    build.__doc__ = qwen_vl.__doc__
     return build
 
 
@@ -160,6 +161,7 @@ def idefics3(kind: str, prefix: str, module: str) -> Callable[[ModuleType], Part
             return config, image_only(kind, chat_template=template, **options)
         return config, transformers.Idefics3Processor(chat_template=template, **options)
 
+    build.__doc__ = idefics3.__doc__
     return build
 
 

@@ -17,8 +17,13 @@ from fasttrain.train.job import Job
 from fasttrain.train.step import StepResult
 from fasttrain_kernels import sequence_sums
 
-# Decoders whose shared log-probs the test suite compares with unshared ones.
-VERIFIED = {"llama", "mistral", "qwen2", "qwen3"}
+# Model types of decoders, and of vision-language models around one, whose shared log-probs the test suite compares with
+# unshared ones (tests/model): docs/models.md lists them.
+VERIFIED = {
+    "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "cohere2", "gemma3_text", "qwen2_vl_text",
+    "qwen2_5_vl_text", "qwen3_vl_text", "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
+    "idefics3", "smolvlm", "internvl", "gemma3", "aya_vision",
+}  # fmt: skip
 
 
 def tolerance(job: Job, lengths_S: Tensor) -> Tensor:
@@ -31,11 +36,12 @@ def tolerance(job: Job, lengths_S: Tensor) -> Tensor:
 def check_sharing(job: Job) -> None:
     """For decoders the tests do not cover: one group, shared against ordinary sequences; fall back when they differ."""
     policy = job.policy
-    if not policy.shared or policy.model.config.get_text_config().model_type in VERIFIED:
+    kinds = {policy.model.config.model_type, policy.model.config.get_text_config().model_type}
+    if not policy.shared or kinds <= VERIFIED:
         return
-    number = min(
+    number = min(  # with images if any group has some: there is more to go wrong
         (n for n in range(len(job.train)) if job.train.pair_count(n)),
-        key=lambda n: int(job.train.lengths(n).sum()),
+        key=lambda n: (not job.train.image_count(n), int(job.train.lengths(n).sum())),
     )
     piece = Piece(number, tuple(range(len(job.train.lengths(number)) - 1)))
     try:

@@ -17,7 +17,7 @@ from fasttrain.data.prepared import PreparedData, prepare
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
 from fasttrain.files import HashMemo, cache_root
-from fasttrain.model.attention import check_attention, silence_dropout, why_unshared
+from fasttrain.model.attention import attention_facts, check_attention, silence_dropout, why_unshared
 from fasttrain.model.families import FamilyInputs
 from fasttrain.model.flops import ModelShape, measure_shape
 from fasttrain.model.fused_layers import fuse_layers
@@ -127,6 +127,10 @@ def build_job(config: DPOConfig, loss: Objective | None = None) -> Job:
     adapter = config.lora.init_from if config.lora else None
     dtype = str(pick_dtype(config.model.dtype, device)).removeprefix("torch.")
     identity = model_identity(folder, model_config, dtype, config.model.quantize, adapter, memo)
+    if (
+        dtype != "float32"
+    ):  # rounding differs between ways to attend, by more than a first step's check allows for
+        identity["attention"] = attention_facts(policy)["attention_backend"] if policy.shared else "unshared"
     digest = identity_hash(identity)
     return Job(
         config=config,

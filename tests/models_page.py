@@ -1,0 +1,80 @@
+"""docs/models.md from the families that the tests train: `python tests/models_page.py` writes it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+HEAD = """# Models
+
+Made from the tests by `python tests/models_page.py`; a test checks that it is current. Every family below is trained by
+`tests/model/` as a tiny random model of its real Hugging Face class, with LoRA, in fp32: two or three steps with
+`share_prefix` on and off must give the same losses and gradient norms (relative 5e-5 and 1e-4). *Shared* means that one pass runs
+a prompt with all its answers. A family that cannot share says so in one line and runs every answer as an ordinary sequence.
+Last made with transformers {version}.
+
+Any other causal language model, and any other vision-language model that `AutoModelForImageTextToText` knows, is checked on its
+first step, shared against ordinary log-probs of one group, before sharing is trusted.
+"""
+
+NOTES = """## Fine print
+
+* **Image tokens.** A prompt has as many image tokens as the model's own processor gives images of their sizes, measured with blank
+  images of these sizes, once for each different list of sizes. Images are never cut.
+* **torchvision is not needed.** Images go through transformers' PIL image processors. Processors that also take videos (Qwen-VL,
+  LLaVA-OneVision, SmolVLM, InternVL) need torchvision for the videos alone and are loaded without them where it is missing; what a
+  run saves in `final/` names them again. `PixtralProcessor` (Pixtral, Mistral 3) cannot be loaded without torchvision: one line says so.
+  SmolVLM's processor needs `num2words`.
+* **Positions.** Where a family has positions on several axes (Qwen-VL), those of a prompt come from the model's own `get_rope_index`;
+  every answer goes on behind the prompt's last position on every axis.
+* **lora.targets: auto** is every linear layer of the language model except the head, none of the vision parts. Mixtures of experts
+  keep their experts in one fused parameter per layer, which is no linear layer: `auto` leaves it alone and says so; name
+  `experts.gate_up_proj` and `experts.down_proj` in a list to adapt it (peft's `target_parameters`; needs `lora.dropout: 0`).
+  Mamba's `out_proj` and linears that peft takes for old names of fused experts (a shared expert's `gate_proj`) are left out too.
+* **train_projector** knows `multi_modal_projector`, `connector` and `visual.merger`, and refuses a model that has none of them.
+* **Mixtures of experts** are trained without an auxiliary router loss.
+* **Reference cache.** With weights that are not fp32 the key also holds how attention was computed (the shared backend, or unshared):
+  rounding differs by more than a first step's check allows.
+* **tflops, mfu** count the vision tower only where images have one size (LLaVA-1.5); in other families they leave it out.
+"""
+
+
+def load(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def models_page(version: str) -> str:
+    tests = Path(__file__).parent
+    vision = load("tiny_families", tests / "tiny_families.py")
+    text = load("text_families", tests / "model" / "test_families.py")
+    lines = [
+        HEAD.format(version=version),
+        "## With images",
+        "",
+        "| family | prompts | remarks |",
+        "|---|---|---|",
+    ]
+    lines.append("| LLaVA-1.5 | shared | CLIP and SigLIP towers; Llama, Qwen2 and Gemma 2 decoders |")
+    for name, build in vision.FAMILIES.items():
+        reason = vision.UNSHARED.get(name)
+        remark = (build.__doc__ or "").split(": ", 1)[-1].rstrip(".")
+        lines.append(f"| {name} | {'ordinary: ' + reason if reason else 'shared'} | {remark} |")
+    lines += ["", "## Text only", "", "| decoder | prompts |", "|---|---|"]
+    for name, (_, reason) in text.FAMILIES.items():
+        lines.append(f"| {name} | {'ordinary: ' + reason if reason else 'shared'} |")
+    return "\n".join([*lines, "", NOTES])
+
+
+if __name__ == "__main__":
+    import transformers
+
+    page = Path(__file__).parent.parent / "docs" / "models.md"
+    page.write_text(models_page(transformers.__version__), encoding="utf-8")
+    print(f"{page} written")
