@@ -1,0 +1,140 @@
+"""The command `fasttrain plan`: works on a fresh clone without network, for every recipe, and answers mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from fasttrain.cli import cli
+from fasttrain.config import load_config
+from fasttrain.errors import UserError
+from fasttrain.plan.histogram import parse_lengths
+from fasttrain.plan.known_models import KNOWN
+
+FOLDER = Path(__file__).parents[2] / "recipes"
+NAMES = (
+    "llava15_13b_paper", "llava15_7b_lora", "llava15_7b_full_zero3", "qwen25vl_7b_lora", "llava15_7b_qlora_24gb",
+)  # fmt: skip
+RECIPES = [FOLDER / f"{name}.yaml" for name in NAMES if (FOLDER / f"{name}.yaml").exists()]
+
+
+def plan(*arguments: str) -> str:
+    result = CliRunner().invoke(cli, ["plan", *arguments])
+    if isinstance(result.exception, UserError):
+        raise result.exception
+    assert result.exit_code == 0, result.exception
+    return result.stdout
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_names_a_known_model_and_shows_its_plan(recipe: Path) -> None:
+    config = load(recipe)
+    assert config.model.name in KNOWN
+    comment = [line for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert any(line.startswith(f"#   fasttrain plan -c recipes/{recipe.name} --gpu ") for line in comment)
+    assert any("bound by" in line for line in comment)
+
+
+def load(recipe: Path) -> Any:
+    try:
+        return load_config(recipe)
+    except UserError as error:
+        if "distributed.zero_stage" in str(error) and "not available" in str(error):
+            pytest.skip(f"this version has no ZeRO: {error}")
+        raise
+
+
+def _shrunk(name: str) -> dict[str, Any]:
+    """A known model with its family and few, narrow layers."""
+    sizes = json.loads(json.dumps(KNOWN[name]))
+    small = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    sizes["text_config"] |= small | {"vocab_size": 512}
+    sizes["text_config"].pop("rope_parameters", None)
+    vision = sizes["vision_config"]
+    if "depth" in vision:
+        vision |= {
+            "depth": 2,
+            "hidden_size": 64,
+            "out_hidden_size": 64,
+            "intermediate_size": 96,
+            "num_heads": 4,
+        }
+        sizes["text_config"]["rope_parameters"] = {
+            "rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3],
+        }  # fmt: skip
+    else:
+        vision |= {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
+    return sizes
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_plan_runs_on_every_recipe_from_a_config_alone(recipe: Path, tmp_path: Path) -> None:
+    sizes = _shrunk(load(recipe).model.name)
+    (tmp_path / "config.json").write_text(json.dumps(sizes), encoding="utf-8")
+    text = plan(
+        "-c", str(recipe), "-s", f"model.name={tmp_path}", "--gpus", "4", "--lengths", "600,50,300", "--json"
+    )
+    answer = json.loads(text)
+    assert [stage["stage"] for stage in answer["stages"]] in ([0, 2, 3], [0, 2])
+    assert all(stage["fits"] and stage["step_s"] > 0 for stage in answer["stages"])
+    assert answer["data"]["pairs"] == 300
+    if recipe.stem == "llava15_7b_lora":
+        page = plan(
+            "-c", str(recipe), "-s", f"model.name={tmp_path}", "--gpu", "h100", "--lengths", "600,50,300"
+        )
+        assert "one GPU" in page and "H100" in page and "bound by" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "h10"], "--gpu: wanted one of a100-40g, .*did you mean"),
+        (["--gpus", "0"], "--gpus: wanted at least 1, got 0"),
+        (["--lengths", "600"], "--lengths: wanted PROMPT,COMPLETION,COUNT"),
+        (["--lengths", "600,0,5"], "each at least 1, got '600,0,5'"),
+        (["--matrix-share", "1.5"], "--matrix-share: wanted a share above 0 and up to 1"),
+        (
+            ["-s", "model.name=nobody/nothing"],
+            "model.name: wanted a folder with config.json, a model in the local hub cache",
+        ),
+        (["-s", "model.name=/"], "model.name: wanted a model folder with config.json"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan("-c", str(FOLDER / "llava15_7b_lora.yaml"), *arguments)
+
+
+def test_lengths_of_several_kinds_add_up() -> None:
+    data = parse_lengths(["600,100,20", "50,30,5"], images=1)
+    assert (len(data), data.pair_total, data.tokens) == (25, 25, 20 * 800 + 5 * 110)
+    assert data.lengths(19).tolist() == [600, 100, 100] and data.lengths(20).tolist() == [50, 30, 30]
+
+
+def test_lengths_come_from_the_pair_file_when_there_is_a_tokenizer(
+    tiny_text: Path, text_pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    pairs = text_pairs(tmp_path / "pairs.jsonl", 9)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{name: {tiny_text}}}\nlora: {{rank: 4}}\ndata: {{train: {pairs}}}\n", encoding="utf-8"
+    )
+    answer = json.loads(plan("-c", str(recipe), "--json"))
+    assert answer["data"]["pairs"] == 9 and answer["data"]["source"] == str(pairs)
+    assert answer["stages"][0]["work"]["tokens"] > 0
