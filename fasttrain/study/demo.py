@@ -50,6 +50,7 @@ evaluate:
     questions: held_out/questions.jsonl
     max_new_tokens: 40
     steer: 4,4,4,0,1            # of SteerLM: here the judge marks running on as verbosity 4, a right answer as 1
+    # (this tiny model's vocabulary cannot read the request: its SteerLM learns good and bad answers alike)
 """
 
 
