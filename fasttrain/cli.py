@@ -12,9 +12,10 @@ import click
 
 from fasttrain import __version__
 from fasttrain.answering.command import answer_command
-from fasttrain.errors import UserError
+from fasttrain.errors import SharedMistake, UserError
 from fasttrain.evaluate.command import eval_command
 from fasttrain.study.command import study_command
+from fasttrain.watch import fail_all, is_consequence
 
 RECIPE_OPTIONS = (
     click.option("-c", "--config", "recipe", required=True, metavar="RECIPE.yaml", help="The recipe."),
@@ -108,16 +109,18 @@ def _train(
     loss = OBJECTIVES[command](config.loss)
     if dry_run:
         from fasttrain.train.dry_run import dry_run as run
+        from fasttrain.train.engine import join_ranks
 
-        click.echo(run(config, loss, resume=resume, overwrite=overwrite))
+        join_ranks(config)
+        _tell(run(config, loss, resume=resume, overwrite=overwrite))
         return
     result = train(config, loss, resume=resume, overwrite=overwrite)
     if result.metrics:
         last = result.metrics[-1]
-        click.echo(f"{loss.summary(last)} at step {last['step']}")
-    click.echo(f"run folder: {result.folder}")
+        _tell(f"{loss.summary(last)} at step {last['step']}")
+    _tell(f"run folder: {result.folder}")
     if result.adapter.exists():
-        click.echo(f"adapter: {result.adapter}" if config.lora else f"model: {result.adapter}")
+        _tell(f"adapter: {result.adapter}" if config.lora else f"model: {result.adapter}")
 
 
 @cli.command()
@@ -132,15 +135,19 @@ def reference(recipe: str, overrides: tuple[str, ...]) -> None:
     from fasttrain.config import load_config
 
     config = load_config(recipe, overrides)
+    from fasttrain.train.engine import join_ranks, make_engine
     from fasttrain.train.first_step import check_sharing
     from fasttrain.train.job import build_job
     from fasttrain.train.loop import fill_references
 
+    join_ranks(config)
     with contextlib.closing(build_job(config)) as job:
+        if config.distributed.zero_stage == 3:  # its hooks gather the weights
+            make_engine(job.policy, config, checkpointing=False)
         check_sharing(job)
         report = fill_references(job)
-    click.echo(f"completions: {report.completions:,}, computed now: {report.computed:,}")
-    click.echo(f"cache: {job.cache.path}")
+    _tell(f"completions: {report.completions:,}, computed now: {report.computed:,}")
+    _tell(f"cache: {job.cache.path}")
 
 
 @cli.command()
@@ -355,6 +362,8 @@ def main() -> None:
     """Entry point: one line and exit code 2 for a user's mistake, 130 for Ctrl-C, no traceback for either."""
     try:
         code = cli(standalone_mode=False, prog_name="fasttrain")
+    except SharedMistake as error:
+        _fail(str(error), 2, shared=True)
     except UserError as error:
         _fail(str(error), 2)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -374,15 +383,38 @@ def main() -> None:
     except Exception as error:
         from safetensors import SafetensorError  # what a full disk raises while weights are written
 
-        if not isinstance(error, SafetensorError):
-            raise
-        _fail(f"the machine failed: {error}", 1)
+        if isinstance(error, SafetensorError):
+            _fail(f"the machine failed: {error}", 1)
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            _fail(f"out of memory: {str(error) or 'no more of it on this machine'}; lower train.tokens_per_pack, or set "
+                  "train.gradient_checkpointing", 1)  # fmt: skip
+        _end_all_ranks(error)
+        raise
     else:
         if isinstance(code, int) and code:
             sys.exit(code)
 
 
-def _fail(message: str, code: int) -> None:
+def _tell(result: str) -> None:
+    """A result, on stdout, once for all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(result)
+
+
+def _fail(message: str, code: int, shared: bool = False) -> None:
     text = " ".join(message.split())
-    click.echo(f"fasttrain: {'error: ' if code != 130 else ''}{text}", err=True)
+    if not shared:
+        fail_all(text, code)  # one of several ranks: ends here
+    # before ranks meet, every one of a machine finds the same mistake
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        click.echo(f"fasttrain: {'error: ' if code != 130 else ''}{text}", err=True)
     sys.exit(code)
+
+
+def _end_all_ranks(error: Exception) -> None:
+    """With several ranks: end them with one message, and the traceback of the one that failed first."""
+    import traceback
+
+    first = next(iter(str(error).splitlines()), "")
+    trace = "" if is_consequence(error) else "".join(traceback.format_exception(error))
+    fail_all(f"{type(error).__name__}: {first}", 1, consequence=is_consequence(error), trace=trace)

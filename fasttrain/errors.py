@@ -10,6 +10,10 @@ class UserError(Exception):
     """A mistake in command, recipe, data or files: shown as one line, exit code 2."""
 
 
+class SharedMistake(UserError):
+    """A mistake that every rank of a run raises; the first one tells it."""
+
+
 def did_you_mean(word: str, known: list[str]) -> str:
     """A `; did you mean 'x'?` for the closest known word, or an empty string."""
     from difflib import get_close_matches

@@ -8,6 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 _PLAIN_EVERY_S = 20.0
+_quiet = False
+
+
+def be_quiet() -> None:
+    """Show nothing from here on: another process of the same run speaks."""
+    global _quiet
+    _quiet = True
 
 
 class Progress:
@@ -18,7 +25,7 @@ class Progress:
         self._note = ""
         self._last = time.monotonic()
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _quiet:
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=initial, desc=name, unit=unit, file=sys.stderr, leave=False)
@@ -30,7 +37,7 @@ class Progress:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
-        elif time.monotonic() - self._last > _PLAIN_EVERY_S:
+        elif not _quiet and time.monotonic() - self._last > _PLAIN_EVERY_S:
             self._last = time.monotonic()
             tail = f"  {self._note}" if self._note else ""
             print(
@@ -50,6 +57,8 @@ class Progress:
 
 def say(text: str) -> None:
     """One line of account on stderr, above any bar."""
+    if _quiet:
+        return
     if sys.stderr.isatty():
         from tqdm import tqdm
 

@@ -264,12 +264,9 @@ class DistributedConfig:
 
     def __post_init__(self) -> None:
         require(self.zero_stage in (None, 2, 3), "distributed.zero_stage", "null, 2 or 3", self.zero_stage)
-        refuse(
-            self.zero_stage is not None, "distributed.zero_stage", "training on several ranks with DeepSpeed"
-        )
-        refuse(
-            self.deepspeed_config is not None,
-            "distributed.deepspeed_config", "training on several ranks with DeepSpeed",
+        require(
+            self.deepspeed_config is None or self.zero_stage is not None, "distributed.deepspeed_config",
+            "null without distributed.zero_stage", self.deepspeed_config,
         )  # fmt: skip
 
 

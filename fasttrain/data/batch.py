@@ -23,6 +23,8 @@ from fasttrain.reference.key import CompletionKeys
 if TYPE_CHECKING:
     from fasttrain.model.families import FamilyInputs, ImageInputs
 
+NOBODY = -1  # the group of sequences that run at weight zero
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackBatch:
@@ -102,7 +104,7 @@ class PackMaker(Dataset[Any]):
             return UserError(str(error))
 
     def _make(self, pack: Pack) -> PackBatch:
-        batch = _Builder(pack.shared, self.family)
+        batch = _Builder(pack.shared, self.family, pack.fill)
         for piece in pack.pieces:
             group = self.data.group(piece.group)
             try:
@@ -143,8 +145,11 @@ class PackMaker(Dataset[Any]):
 class _Builder:
     """Collects runs of a pack."""
 
-    def __init__(self, shared: bool, family: FamilyInputs | None) -> None:
+    def __init__(self, shared: bool, family: FamilyInputs | None, fill: bool) -> None:
         self.shared, self.family = shared, family
+        self.fill = (
+            fill  # repeats another rank's work: its sequences belong to nobody, its pairs do not count
+        )
         self.layout: list[tuple[int, list[int]]] = []
         self.ids: list[np.ndarray] = []
         self.targets: list[np.ndarray] = []
@@ -170,10 +175,10 @@ class _Builder:
             self.images.append(images)
             self.prompts.append(group.prompt_ids)
         self.targets += texts
-        self.sequence_ids += [(group.number, completion) for completion in completions]
+        self.sequence_ids += [(NOBODY if self.fill else group.number, c) for c in completions]
         self.keys += keys
         self.where += [group.where] * len(keys)
-        for chosen, rejected in group.pairs.tolist():
+        for chosen, rejected in () if self.fill else group.pairs.tolist():
             if chosen in first and rejected in first:
                 self.pairs.append((first[chosen], first[rejected]))
 

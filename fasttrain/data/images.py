@@ -175,3 +175,12 @@ def join_inputs(inputs: list[ImageInputs]) -> ImageInputs:
             padded.append(functional.pad(tensor, edges) if any(missing) else tensor)
         joined[name] = torch.cat(padded)
     return joined
+
+
+def blank_image(pixels: PixelMaker) -> ImageInputs:
+    """What the model gets for a small black image."""
+    from PIL import Image
+
+    content = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(content, "PNG")
+    return pixels([content.getvalue()])

@@ -203,7 +203,7 @@ def _deal(
         filler = Pack((_smallest(data, every, shared),), shared, fill=True)
     packs = []
     for dealt in rounds:
-        packs += _in_round([Pack(tuple(bins), shared) if bins else filler for bins in dealt], split, data)
+        packs += in_round([Pack(tuple(bins), shared) if bins else filler for bins in dealt], split, data)
     return packs
 
 
@@ -218,7 +218,7 @@ def _smallest(data: PreparedData, pieces: list[Piece], shared: bool) -> Piece:
     return min(one, key=lambda piece: _tokens(data, (piece,), shared))
 
 
-def _in_round(packs: list[Pack], split: set[int], data: PreparedData) -> list[Pack]:
+def in_round(packs: list[Pack], split: set[int], data: PreparedData) -> list[Pack]:
     """The packs that ranks run at the same time, each with what the others need of it."""
     groups = [piece.group for pack in packs for piece in pack.pieces]
     twice = not split.isdisjoint(groups)

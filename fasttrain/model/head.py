@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.errors import UserError
-from fasttrain_kernels import linear_logprob
+from fasttrain.ranks import full_shape
+from fasttrain_kernels import linear_logprob, linear_logprob_and_unit, with_unit_gradient
 
 
 class LogprobHead(nn.Linear):
@@ -19,18 +20,31 @@ class LogprobHead(nn.Linear):
 
     softcap: float | None = None
     logit_scale: float = 1.0
+    sharded = False  # its weight is gathered for the module's forward only
 
-    def forward(self, hidden: Tensor, target_N: Tensor | None = None, **wants: bool) -> Any:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, target_N: Tensor | None = None, unit: bool = False, **wants: bool
+    ) -> Any:
         """hidden (..., D) -> logits; with target_N (N,): hidden (N, D) -> object with .logprob (N,) fp32.
 
-        `wants` are `linear_logprob`'s: log_p2, entropy, top1.
+        `wants` are `linear_logprob`'s: log_p2, entropy, top1. With `unit` the result has no history and comes with the
+        unit gradients (N, D).
         """
         if target_N is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
-        return linear_logprob(
+        function = linear_logprob_and_unit if unit else linear_logprob
+        return function(
             hidden, self.weight, target_N, bias=self.bias, logit_scale=self.logit_scale, softcap=self.softcap,
             **wants,
         )  # fmt: skip
+
+    def score(self, hidden_ND: Tensor, target_N: Tensor, **wants: bool) -> Any:
+        """The same log-probs; a frozen head whose weight is sharded is not gathered again for the backward."""
+        if not self.sharded or self.weight.requires_grad or not torch.is_grad_enabled():
+            return self(hidden_ND, target_N, **wants)
+        # ZeRO-3 gathers a module's weights when the gradient of its output arrives: this output has none
+        out, unit_ND = self(hidden_ND.detach(), target_N, unit=True, **wants)
+        return out._replace(logprob=with_unit_gradient(hidden_ND, out.logprob, unit_ND))
 
 
 def install_head(model: Any) -> LogprobHead:
@@ -52,7 +66,7 @@ def install_head(model: Any) -> LogprobHead:
 @torch.no_grad()
 def check_head(model: Any, head: LogprobHead, device: torch.device) -> None:
     """Compare our log-probs with the model's own logits on a few tokens; UserError if the head does something else."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = full_shape(model.get_input_embeddings().weight)[0]
     ids = torch.arange(1, 9, device=device)[None] % vocabulary
     logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
     theirs = logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]

@@ -125,10 +125,11 @@ def load_model(
     model_config: Any,
     device: torch.device,
     dtype: torch.dtype | None = None,
+    zero3: bool = False,
 ) -> Any:
     """The model on its device, in evaluation mode, every weight found in its files; UserError if one is missing.
 
-    `dtype` is what the recipe says when it is None.
+    `dtype` is what the recipe says when it is None. With `zero3` every rank keeps its part of the weights.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -143,7 +144,11 @@ def load_model(
                 dtype=dtype,
                 attn_implementation=attention,
                 quantization_config=_quantization(config, dtype, device),
-                device_map={"": device} if device.type == "cuda" or config.quantize else None,
+                device_map=None
+                if zero3
+                else {"": device}
+                if device.type == "cuda" or config.quantize
+                else None,
                 use_safetensors=True,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +43,7 @@ class Policy(nn.Module):
         self.head: LogprobHead
         object.__setattr__(self, "head", install_head(model))  # registered once, inside the model
         self.counts = Counts()
+        self.blank: dict[str, Tensor] | None = None  # set where several ranks train a model that takes images
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +73,7 @@ class Policy(nn.Module):
         hidden_ND = self._hidden_shared(batch) if batch.shared else self._hidden_separate(batch)
         self.counts.head_rows += len(batch.target_N)
         self.counts.passes += 1
-        return self.head(hidden_ND, batch.target_N, **wants)
+        return self.head.score(hidden_ND, batch.target_N, **wants)
 
     def _hidden_shared(self, batch: PackBatch) -> Tensor:
         layout = SharedPrefixLayout.from_groups(batch.layout, batch.both_ways)
@@ -83,6 +86,7 @@ class Policy(nn.Module):
             batch.input_ids_T,
             inputs,
             batch.images,
+            blank=batch.pack.images and not batch.images,
             shared_prefix_layout=layout,
             shared_prefix_backend=backend,
         )
@@ -96,18 +100,57 @@ class Policy(nn.Module):
         ):
             length = prompt + completions[0]
             self.counts.images += images
-            hidden_TD = self._decode(batch.input_ids_T[start : start + length], inputs, images)
+            ids_T = batch.input_ids_T[start : start + length]
+            hidden_TD = self._decode(ids_T, inputs, images, blank=batch.pack.images and not images)
             rows.append(hidden_TD[prompt - 1 : length - 1])
             start += length
-        return torch.cat(rows)
+        return torch.cat(rows) + self._idle_passes(batch)
 
-    def _decode(self, ids_T: Tensor, inputs: dict[str, Tensor], images: int, **extra: Any) -> Tensor:
+    def _idle_passes(self, batch: PackBatch) -> Tensor | float:
+        """The passes that another rank's pack has more, at weight zero."""
+        idle: Tensor | float = 0.0
+        for _ in range(batch.pack.passes - len(batch.layout)):
+            ids_T = torch.zeros_like(batch.input_ids_T[:1])
+            idle = idle + self._decode(ids_T, {}, 0, blank=batch.pack.images).sum() * 0
+        return idle
+
+    @contextlib.contextmanager
+    def _blank_image(self) -> Iterator[None]:
+        """Run vision tower and projector on a blank image, at weight zero, as other ranks run them on theirs.
+
+        What comes out is added to the embeddings, where features are put in place of image tokens: DeepSpeed expects
+        gradients in the same order on all ranks.
+        """
+        assert self.blank is not None
+        dtype, device = self.model.dtype, self.device
+        inputs = {
+            name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            for name, value in self.blank.items()
+        }
+
+        def add_nothing(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
+            hook.remove()
+            found = self.model.base_model.get_image_features(**inputs, return_dict=True)
+            features = getattr(found, "pooler_output", found)
+            parts = [features] if isinstance(features, Tensor) else features
+            return embedded + torch.stack([part.sum() for part in parts]).sum() * 0
+
+        hook = self.model.get_input_embeddings().register_forward_hook(add_nothing)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _decode(
+        self, ids_T: Tensor, inputs: dict[str, Tensor], images: int, blank: bool = False, **extra: Any
+    ) -> Tensor:
         dtype = self.model.dtype
         for name, value in inputs.items():
             extra[name] = value.to(dtype) if value.is_floating_point() else value
         self.counts.decoder_tokens += len(ids_T)
         try:
-            out = self.model.base_model(input_ids=ids_T[None], use_cache=False, return_dict=True, **extra)
+            with self._blank_image() if blank else contextlib.nullcontext():
+                out = self.model.base_model(input_ids=ids_T[None], use_cache=False, return_dict=True, **extra)
         except ValueError as error:
             if not images or "image tokens" not in str(error).lower():
                 raise

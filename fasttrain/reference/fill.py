@@ -1,26 +1,30 @@
 """Fill the cache: one forward pass over every completion that is not in it yet, resumable at any instant.
 
-Packs are taken greedily in data order from what is missing. A pack is stored whole or not at all, so a run that was killed goes
-on with exactly the packs that the undisturbed run would have had, and gets the same bits.
+Packs are taken greedily in data order from what is missing, and dealt to the ranks in turn. The packs that ranks run at the same
+time are stored together or not at all, so a run that was killed goes on, with any number of ranks, with exactly the packs that
+the undisturbed run would have had, and gets the same bits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from fasttrain.data.batch import PackBatch, PackMaker, load_packs
 from fasttrain.data.groups import image_hash
-from fasttrain.data.packs import Pack, Piece, run_tokens
+from fasttrain.data.packs import Pack, Piece, in_round, run_tokens
 from fasttrain.data.prepared import PreparedData
 from fasttrain.errors import UserError
 from fasttrain.files import HashMemo
 from fasttrain.model.policy import Policy
+from fasttrain.ranks import is_node_writer, ranks
 from fasttrain.reference.cache import ReferenceCache
 from fasttrain.reference.key import CompletionKeys
 
@@ -49,7 +53,32 @@ def missing_completions(
         if any(absent):
             result.append((number, [index for index, gone in enumerate(absent) if gone]))
     memo.save()
-    return result
+    return _of_all_machines(result)
+
+
+def _of_all_machines(missing: list[tuple[int, list[int]]]) -> list[tuple[int, list[int]]]:
+    """What is missing in some machine's cache, the same list on every rank."""
+    digest = hash(
+        tuple((number, *gone) for number, gone in missing)
+    )  # of integers only: equal in every process
+    if len(set(ranks().gather(digest))) == 1:
+        return missing
+    union: dict[int, set[int]] = {}
+    for theirs in ranks().gather(missing):
+        for number, gone in theirs:
+            union.setdefault(number, set()).update(gone)
+    return [(number, sorted(gone)) for number, gone in sorted(union.items())]
+
+
+def rounds(packs: Iterable[Pack], data: PreparedData) -> Iterator[Pack]:
+    """This rank's pack of every round; a repeat of the round's first where the packs have run out."""
+    here = ranks()
+    packs = iter(packs)
+    while dealt := list(itertools.islice(packs, here.size)):
+        if here.size > 1:
+            dealt += [replace(dealt[0], fill=True)] * (here.size - len(dealt))
+            dealt = in_round(dealt, set(), data)
+        yield dealt[here.rank]
 
 
 def greedy_packs(
@@ -91,25 +120,62 @@ def fill(
     computed = tokens = 0
     dropped: set[int] = set()
     policy.eval()
-    packs = greedy_packs(data, missing, tokens_per_pack, policy.shared)
+    packs = rounds(greedy_packs(data, missing, tokens_per_pack, policy.shared), data)
     with contextlib.closing(load_packs(maker, packs, workers, policy.device.type == "cuda")) as batches:
         for batch in batches:
-            for number, problem in batch.broken:
-                if number in dropped:
-                    continue
-                if not skip_broken:
-                    raise UserError(f"{data.where(number)}: images: wanted an image, got {problem}")
-                data.drop(number, f"images: {problem}")
-                dropped.add(number)
-            if batch.sequence_ids:
-                logp_N = policy(batch.to(policy.device)).logprob.cpu().numpy()
-                _check_finite(data, batch, logp_N)
-                parts = np.split(logp_N, np.cumsum(batch.lengths_S.numpy())[:-1])
-                cache.put(zip(batch.keys, parts, strict=True))
-                computed += len(parts)
-                tokens += len(batch.input_ids_T)
-            tick(sum(len(piece.completions) for piece in batch.pack.pieces))
+            found = ranks().gather(_Round(*_run(policy, data, batch, skip_broken)))
+            mistakes = [part.mistake for part in found if part.mistake]
+            if mistakes:
+                ranks().share_mistake(UserError(mistakes[0]))
+            for part in found:
+                for number, problem in part.broken:
+                    if number not in dropped:
+                        data.drop(number, f"images: {problem}")
+                        dropped.add(number)
+                computed += len(part.rows)
+                tokens += part.tokens
+                tick(part.completions)
+            if is_node_writer():
+                cache.put(row for part in found for row in part.rows)
+    ranks().barrier()
     return FillReport(total, computed, tokens, time.perf_counter() - start)
+
+
+class _Round(NamedTuple):
+    """What one rank has of a round."""
+
+    rows: list[tuple[bytes, np.ndarray]]
+    broken: list[tuple[int, str]]
+    tokens: int
+    completions: int
+    mistake: str | None
+
+
+def _run(policy: Policy, data: PreparedData, batch: PackBatch, skip_broken: bool) -> tuple[Any, ...]:
+    """The log-probs of a pack, with what went wrong as a value: the other ranks must hear of it."""
+    if batch.broken and not skip_broken:
+        number, problem = batch.broken[0]
+        return [], [], 0, 0, f"{data.where(number)}: images: wanted an image, got {problem}"
+    seen = dict(batch.broken)
+    if not batch.sequence_ids:
+        mistake = "a pack of broken images only; run `fasttrain reference` in one process first"
+        return [], list(seen.items()), 0, 0, mistake if ranks().size > 1 else None
+    logp_N = policy(batch.to(policy.device)).logprob.cpu().numpy()
+    if batch.pack.fill:
+        return [], [], 0, 0, None
+    try:
+        _check_finite(data, batch, logp_N)
+    except UserError as error:
+        return [], [], 0, 0, str(error)
+    parts = np.split(logp_N, np.cumsum(batch.lengths_S.numpy())[:-1])
+    completions = sum(len(piece.completions) for piece in batch.pack.pieces)
+    return (
+        list(zip(batch.keys, parts, strict=True)),
+        list(seen.items()),
+        len(batch.input_ids_T),
+        completions,
+        None,
+    )
 
 
 def _check_finite(data: PreparedData, batch: PackBatch, logp_N: np.ndarray) -> None:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from fasttrain.errors import UserError
 from fasttrain.files import atomic_folder, remove_leftovers, write_json
-from fasttrain.train.optimizer import MasterOptimizer
+from fasttrain.ranks import ranks
+from fasttrain.train.engine import TrainedState
 
 
 def checkpoint_name(step: int) -> str:
@@ -28,22 +29,35 @@ def list_checkpoints(folder: Path) -> list[Path]:
     )  # step-1000000 is newer than step-999999
 
 
-def save_checkpoint(folder: Path, step: int, optimizer: MasterOptimizer, keep: int) -> Path:
-    """Write `step-000050/` under `folder` atomically, then delete all but the newest `keep`."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_checkpoint(folder: Path, step: int, optimizer: TrainedState, keep: int) -> Path:
+    """Write `step-000050/` under `folder` atomically, then delete all but the newest `keep`.
+
+    Every rank calls; the first writes for all, so the folder serves any number of ranks.
+    """
     path = folder / checkpoint_name(step)
     tensors, plain = optimizer.state()
-    random = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
-    with atomic_folder(path) as temporary:
-        _save(optimizer.weights(), temporary / "weights.safetensors")
-        _save(tensors, temporary / "optimizer.safetensors")
-        _save(random, temporary / "random.safetensors")
-        write_json(temporary / "state.json", {"step": step, "optimizer": plain})
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    weights = optimizer.weights()
+    random = {
+        f"{kind}.{rank}": state
+        for rank, own in enumerate(ranks().gather(_random()))
+        for kind, state in own.items()
+    }
+    if ranks().main:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(path) as temporary:
+            _save(weights, temporary / "weights.safetensors")
+            _save(tensors, temporary / "optimizer.safetensors")
+            _save(random, temporary / "random.safetensors")
+            write_json(temporary / "state.json", {"step": step, "ranks": ranks().size, "optimizer": plain})
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    ranks().barrier()
     return path
+
+
+def _random() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -51,7 +65,7 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
 
 
-def restore_checkpoint(path: Path, optimizer: MasterOptimizer) -> int:
+def restore_checkpoint(path: Path, optimizer: TrainedState) -> int:
     """Load weights, optimizer and random states; the step they belong to. UserError names a damaged file."""
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
@@ -67,10 +81,19 @@ def restore_checkpoint(path: Path, optimizer: MasterOptimizer) -> int:
         raise UserError(f"{path}: the checkpoint is of another model: {min(missing)} is in only one of them")
     optimizer.load_weights(weights)
     optimizer.load_state(tensors, state["optimizer"])
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random["cuda"])
+    _restore_random(random, int(state["step"]))
     return int(state["step"])
+
+
+def _restore_random(random: dict[str, torch.Tensor], step: int) -> None:
+    """This rank's generators; a rank that the saved run did not have draws its own from here."""
+    rank = ranks().rank
+    if f"cpu.{rank}" not in random:
+        torch.manual_seed((step + 1) * 1_000_003 + rank)
+        return
+    torch.set_rng_state(random[f"cpu.{rank}"])
+    if f"cuda.{rank}" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random[f"cuda.{rank}"])
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -2,25 +2,82 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from fasttrain.config import TrainConfig
+from fasttrain.config import DPOConfig, TrainConfig
 from fasttrain.data.batch import PackBatch
 from fasttrain.model.checkpointing import checkpoint_decoder
 from fasttrain.model.policy import Policy
+from fasttrain.ranks import start_ranks
 from fasttrain.train.optimizer import MasterOptimizer
 
 
+class TrainedState(Protocol):
+    """The trained weights and the optimizer's state as whole tensors by name; with several ranks, on the first."""
+
+    names: list[str]
+
+    def weights(self) -> dict[str, Tensor]: ...
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+    def load_weights(self, tensors: dict[str, Tensor]) -> None: ...
+    def load_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None: ...
+
+
+class Engine(Protocol):
+    """What runs a policy's passes and its optimizer. Every rank makes the same calls in the same order."""
+
+    policy: Policy
+    optimizer: TrainedState
+
+    def forward(self, batch: PackBatch, **wants: bool) -> Any: ...
+    def backward(self, loss: Tensor) -> None: ...
+    def step(self, factor: float) -> Tensor: ...
+
+
+def make_engine(policy: Policy, config: DPOConfig, checkpointing: bool) -> Engine:
+    """Plain torch, or DeepSpeed when the recipe names a ZeRO stage."""
+    if config.distributed.zero_stage is None:
+        return TorchEngine(policy, config.train, checkpointing)
+    from fasttrain.train.zero_engine import ZeroEngine
+
+    engine = ZeroEngine(policy, config, checkpointing)
+    policy.check()
+    return engine
+
+
+def join_ranks(config: DPOConfig) -> None:
+    """Join the processes that a launcher started; DeepSpeed wants a group even of one."""
+    if config.distributed.zero_stage is not None:
+        from fasttrain.train.zero_engine import alone_as_a_rank, import_deepspeed
+
+        alone_as_a_rank()
+        import_deepspeed()
+    start_ranks()
+
+
+def partitioned_loading(config: DPOConfig, dtype: torch.dtype) -> Any:
+    """While the result lives, transformers builds and loads models as ZeRO-3 parts, a file at a time."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from fasttrain.train.zero_engine import deepspeed_settings
+
+    return HfDeepSpeedConfig(deepspeed_settings(config, dtype))
+
+
 class TorchEngine:
-    """One process, plain torch."""
+    """Plain torch; several ranks hold the same weights and add up their gradients before the update."""
+
+    optimizer: TrainedState
 
     def __init__(self, policy: Policy, config: TrainConfig, checkpointing: bool) -> None:
         self.policy = policy
         if checkpointing:
             checkpoint_decoder(policy.model)
-        self.optimizer = MasterOptimizer(policy, config)
+        self._masters = MasterOptimizer(policy, config)
+        self.optimizer = self._masters
 
     def forward(self, batch: PackBatch, **wants: bool) -> Any:
         """The head's output for the batch's rows."""
@@ -28,8 +85,8 @@ class TorchEngine:
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.gather_gradients()
+        self._masters.gather_gradients()
 
     def step(self, factor: float) -> Tensor:
         """Update with the gathered gradients; their norm before clipping, on the device."""
-        return self.optimizer.step(factor)
+        return self._masters.step(factor)

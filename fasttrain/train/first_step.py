@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from fasttrain.data.batch import load_packs, whole
+from fasttrain.data.batch import PackBatch, load_packs, whole
 from fasttrain.data.packs import Pack, Piece
 from fasttrain.errors import UserError
 from fasttrain.model.attention import CannotShare
 from fasttrain.progress import say
-from fasttrain.train.engine import TorchEngine
+from fasttrain.ranks import ranks
+from fasttrain.train.engine import Engine
 from fasttrain.train.job import Job
 from fasttrain.train.step import StepResult
 from fasttrain_kernels import sequence_sums
@@ -70,26 +71,34 @@ def _sums_of(job: Job, piece: Piece, shared: bool) -> tuple[Tensor, Tensor]:
     return sequence_sums(job.policy(batch).logprob, batch.lengths_S), batch.lengths_S
 
 
-def check_first_step(job: Job, engine: TorchEngine, result: StepResult) -> None:
+def check_first_step(job: Job, engine: Engine, result: StepResult) -> None:
     """Every log-ratio of the first step must be rounding: else template, processor, dtype or cache do not match."""
     dropout = job.config.lora is not None and job.config.lora.dropout > 0
-    for batch, seen_N in result.seen:
+    mistake: UserError | None = None
+    for batch, seen_N in result.seen:  # all of them: every rank runs the same passes
         logp_N = _without_dropout(job, engine, batch) if dropout else seen_N
-        assert batch.reference_N is not None
-        ratio_S = sequence_sums(logp_N - batch.reference_N, batch.lengths_S)
-        excess_S = ratio_S.abs() / tolerance(job, batch.lengths_S)
-        worst = int(torch.nan_to_num(excess_S, nan=math.inf).argmax())
-        if not excess_S[worst] <= 1:
-            group, completion = batch.sequence_ids[worst]
-            raise UserError(
-                f"{job.train.where(group)}: before the first update the policy differs from its cached reference: "
-                f"log-ratio {ratio_S[worst]:.4g} over {int(batch.lengths_S[worst])} tokens (completion {completion + 1} "
-                f"of its prompt); chat template, processor, dtype or the cache {job.cache.path} do not belong to this run"
-            )
+        if not batch.pack.fill:
+            mistake = mistake or _mismatch(job, batch, logp_N)
+    ranks().share_mistake(mistake)
+
+
+def _mismatch(job: Job, batch: PackBatch, logp_N: Tensor) -> UserError | None:
+    assert batch.reference_N is not None
+    ratio_S = sequence_sums(logp_N - batch.reference_N, batch.lengths_S)
+    excess_S = ratio_S.abs() / tolerance(job, batch.lengths_S)
+    worst = int(torch.nan_to_num(excess_S, nan=math.inf).argmax())
+    if excess_S[worst] <= 1:
+        return None
+    group, completion = batch.sequence_ids[worst]
+    return UserError(
+        f"{job.train.where(group)}: before the first update the policy differs from its cached reference: "
+        f"log-ratio {ratio_S[worst]:.4g} over {int(batch.lengths_S[worst])} tokens (completion {completion + 1} "
+        f"of its prompt); chat template, processor, dtype or the cache {job.cache.path} do not belong to this run"
+    )
 
 
 @torch.no_grad()
-def _without_dropout(job: Job, engine: TorchEngine, batch: object) -> Tensor:
+def _without_dropout(job: Job, engine: Engine, batch: object) -> Tensor:
     job.policy.eval()
     logp_N: Tensor = engine.forward(batch).logprob  # type: ignore[arg-type]
     job.policy.train()

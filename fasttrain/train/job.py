@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 
 from fasttrain.config import DPOConfig
 from fasttrain.data.batch import PackMaker
+from fasttrain.data.images import blank_image
 from fasttrain.data.prepared import PreparedData, prepare
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
@@ -37,8 +40,10 @@ from fasttrain.model.policy import Policy
 from fasttrain.model.positions import why_too_long
 from fasttrain.plan.run_memory import RunMemory
 from fasttrain.progress import say, ticker
+from fasttrain.ranks import full_shape, ranks
 from fasttrain.reference.cache import ReferenceCache, cache_folder
 from fasttrain.reference.key import CompletionKeys, identity_hash, model_identity
+from fasttrain.train.engine import partitioned_loading
 from fasttrain.train.losses import PairLoss
 from fasttrain.train.objective import Objective
 from fasttrain.train.watch import Watch, open_watches, split_eval
@@ -93,10 +98,22 @@ class Job:
 def build_job(config: DPOConfig, loss: Objective | None = None) -> Job:
     """Check and load everything, cheap things first; UserError at the first mistake. `loss` is the recipe's if not given."""
     objective: Objective = loss or PairLoss(config.loss)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "training on several ranks is not available in this version of fasttrain; start one process"
-        )
+    with all_or_none():
+        return _build_job(config, objective)
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """What is a mistake for one rank stops all of them, with one message."""
+    mistake: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        mistake = error
+    ranks().share_mistake(mistake)
+
+
+def _build_job(config: DPOConfig, objective: Objective) -> Job:
     torch.manual_seed(config.train.seed)
     device = pick_device()
     folder = find_folder(config.model)
@@ -106,14 +123,28 @@ def build_job(config: DPOConfig, loss: Objective | None = None) -> Job:
     chat = ChatTokenizer(processor, stop_token_ids(processor, folder))
     memo = HashMemo(cache_root() / "hashes.sqlite")
     pair_files, folders = split_eval(config.data.eval)
+    if folders and ranks().size > 1:
+        raise UserError(
+            "data.eval: wanted pair files with several ranks, got a benchmark folder, which one process can watch; "
+            "use `fasttrain eval` on the checkpoints"
+        )
     watches = open_watches(folders, config.data, memo)
     train, evaluation = _prepare_data(config, pair_files, objective, chat, memo)
-    model = load_model(folder, config.model, model_config, device)
+    zero3 = config.distributed.zero_stage == 3
+    if zero3:
+        _refuse_quantized(config)
+    partition = partitioned_loading(config, pick_dtype(config.model.dtype, device)) if zero3 else None
+    model = load_model(folder, config.model, model_config, device, zero3=zero3)
+    del partition
     _check_vocabulary(chat, model)
     _check_image_token(chat, model)
     silence_dropout(model)
     policy = Policy(model, config.model.attention)
-    policy.check()
+    if not zero3:  # the weights are not whole here: make_engine checks
+        policy.check()
+    if chat.pixels is not None and ranks().size > 1:
+        policy.blank = blank_image(chat.pixels)
+    torch.manual_seed(config.train.seed)  # a new adapter is the same however the model was loaded
     adapted = attach_lora(model, config.lora, config.model.train_projector) if config.lora else None
     choose_trainable(model, adapted, config.model.train_projector)
     if adapted is not None and config.distributed.zero_stage != 3:
@@ -177,8 +208,16 @@ def _prepare_data(
     return train, evaluation
 
 
+def _refuse_quantized(config: DPOConfig) -> None:
+    if config.model.quantize is not None:
+        raise UserError(
+            f"distributed.zero_stage: wanted 2 with model.quantize {config.model.quantize}: quantised weights cannot be "
+            "partitioned, got 3"
+        )
+
+
 def _check_vocabulary(chat: ChatTokenizer, model: Any) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = full_shape(model.get_input_embeddings().weight)[0]
     if len(chat.tokenizer) > rows:
         raise UserError(
             f"model.name: wanted an embedding for all {len(chat.tokenizer)} tokens, got {rows} rows"

@@ -8,7 +8,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,17 +19,19 @@ import torch
 from fasttrain.config import DPOConfig, LossConfig
 from fasttrain.data.batch import PackBatch, load_packs, whole
 from fasttrain.data.packs import Order, Pack, Step, plan_step
+from fasttrain.data.prepared import PreparedData
 from fasttrain.environment import collect_facts
 from fasttrain.model.attention import attention_facts
 from fasttrain.model.flops import pass_flops
 from fasttrain.model.load import stop_token_ids
 from fasttrain.progress import Progress, say
+from fasttrain.ranks import ranks
 from fasttrain.reference.fill import FillReport, fill, missing_completions
 from fasttrain.train.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
-from fasttrain.train.engine import TorchEngine
+from fasttrain.train.engine import Engine, join_ranks, make_engine
 from fasttrain.train.final import write_final
 from fasttrain.train.first_step import check_first_step, check_sharing
-from fasttrain.train.job import Job, build_job
+from fasttrain.train.job import Job, all_or_none, build_job
 from fasttrain.train.losses import PairLoss
 from fasttrain.train.metrics import (
     MetricsFile,
@@ -74,11 +76,14 @@ OBJECTIVES: dict[str, Callable[[LossConfig], Objective]] = {"dpo": PairLoss, "sf
 
 def train(config: DPOConfig, loss: Objective, *, resume: bool = False, overwrite: bool = False) -> RunResult:
     """Run a recipe with an objective."""
-    check_output(config, loss.command, resume=resume, overwrite=overwrite)
+    join_ranks(config)
+    with all_or_none():
+        check_output(config, loss.command, resume=resume, overwrite=overwrite)
     with contextlib.closing(build_job(config, loss)) as job:
-        folder = open_run_folder(
-            config, overwrite=overwrite
-        )  # only now: a mistake in the data leaves no folder
+        with all_or_none():  # only now: a mistake in the data leaves no folder
+            folder = (
+                open_run_folder(config, overwrite=overwrite) if ranks().main else Path(config.train.output)
+            )
         return Trainer(job, folder, resume).run()
 
 
@@ -113,7 +118,8 @@ class Trainer:
         )
 
     def run(self) -> RunResult:
-        job, config = self.job, self.config.train
+        job, config, main = self.job, self.config.train, ranks().main
+        engine = make_engine(job.policy, self.config, job.checkpointing)
         check_sharing(job)
         if self.loss.needs_reference:
             report = fill_references(job)
@@ -121,24 +127,26 @@ class Trainer:
                 f"reference: {report.completions:,} completions, {report.computed:,} computed now "
                 f"({report.tokens:,} tokens in {report.seconds:.1f} s), cache {job.cache.path}"
             )
-        write_skipped(self.folder, [line for data in job.datasets for line in data.skipped_lines()])
+        if main:
+            write_skipped(self.folder, [line for data in job.datasets for line in data.skipped_lines()])
         order = Order(job.train, config.pairs_per_step, config.shuffle, config.seed)
         total = config.max_steps or order.total_steps(config.epochs)
         peak_flops, peak_source = peak_rate(job.device, job.policy.model.dtype)
-        write_environment(self.folder, collect_facts() | self._facts(total, peak_flops, peak_source))
+        if main:
+            write_environment(self.folder, collect_facts() | self._facts(total, peak_flops, peak_source))
         job.policy.train()
-        engine = TorchEngine(job.policy, config, job.checkpointing)
         self._watcher.open(self.folder)
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed + ranks().rank)  # every rank drops out units of its own
         done = self._restore(engine)
-        metrics = MetricsFile(self.folder / "metrics.jsonl", keep_through=done)
-        trackers = Trackers(self.config.track, self.folder, self.config.to_dict(), done + 1)
+        metrics = MetricsFile(self.folder / "metrics.jsonl", keep_through=done) if main else None
+        trackers = Trackers(self.config.track if main else [], self.folder, self.config.to_dict(), done + 1)
         say(self._account(total, done))
         try:
             with self._signals(), Progress(self.loss.command, total, "steps", initial=done) as progress:
                 done = self._steps(engine, order, done, total, metrics, trackers, progress, peak_flops)
         finally:
-            metrics.close()
+            if metrics is not None:
+                metrics.close()
             trackers.close()
         if done < total:
             say(f"stopped by SIGTERM after step {done} of {total}; checkpoint saved, go on with --resume")
@@ -147,7 +155,7 @@ class Trainer:
         return RunResult(self.folder, read_metrics(self.folder / "metrics.jsonl"), self.folder / "final")
 
     def _steps(
-        self, engine: TorchEngine, order: Order, done: int, total: int, metrics: MetricsFile, trackers: Trackers,
+        self, engine: Engine, order: Order, done: int, total: int, metrics: MetricsFile | None, trackers: Trackers,
         progress: Progress, peak_flops: float,
     ) -> int:  # fmt: skip
         job, config = self.job, self.config.train
@@ -171,28 +179,35 @@ class Trainer:
                     check_first_step(job, engine, result)
                 factor = learning_rate_factor(config.schedule, number, total, config.warmup_ratio)
                 norm = engine.step(factor)
-                last = number == total or self._stop
+                stop = ranks().any(self._stop)
+                last = number == total or stop
                 due = bool(config.eval_every and number % config.eval_every == 0)
                 # after SIGTERM there may be seconds left: they belong to the checkpoint
-                evaluates = bool(job.eval or job.watches) and (number == total or (due and not self._stop))
+                evaluates = bool(job.eval or job.watches) and (number == total or (due and not stop))
                 note = ""
                 if number % config.log_every == 0 or last or evaluates:
                     line: dict[str, Any] = {"step": number, "epoch": round(step.epoch, 6)}
-                    check_finite(number, result.sums, norm)
-                    line |= step_metrics(self.loss, result.sums, norm, step.pairs)
+                    sums, work = self._of_all_ranks(
+                        result, self._work(step, result, time.perf_counter() - start)
+                    )
+                    check_finite(number, sums, norm)
+                    line |= step_metrics(self.loss, sums, norm, step.pairs)
                     line["learning_rate"] = config.learning_rate * factor
-                    work = self._work(step, result, time.perf_counter() - start)
                     line |= speed_metrics(work, self.loss.unit, peak_flops, peak_memory(job.device))
                     line |= self._evaluate(engine, final=number == total) if evaluates else {}
-                    metrics.write(line)
-                    trackers.log(line, number)
+                    if metrics is not None:
+                        metrics.write(line)
+                        trackers.log(line, number)
                     note = self.loss.note(line)
                 progress.tick(1, note)
                 done = number
-                last = last or self._stop  # told meanwhile: the run must not end without a checkpoint
+                last = last or ranks().any(
+                    self._stop
+                )  # told meanwhile: a run must not end without a checkpoint
                 if last or (config.checkpoint_every and number % config.checkpoint_every == 0):
-                    check_finite(number, result.sums, norm)
-                    metrics.sync()
+                    check_finite(number, torch.tensor(ranks().sum(result.sums.tolist())), norm)
+                    if metrics is not None:
+                        metrics.sync()
                     save_checkpoint(
                         self.folder / "checkpoints", number, engine.optimizer, config.keep_checkpoints
                     )
@@ -206,14 +221,28 @@ class Trainer:
 
         def packs() -> Iterator[Pack]:
             for number, epoch, groups in order.steps(first, last):
-                step = plan_step(job.train, number, epoch, groups, job.tokens_per_pack, job.policy.shared)
+                step = self._plan(job.train, number, epoch, groups)
                 planned.append(step)
                 yield from step.packs
 
         maker = job.maker(job.train, self.loss.needs_reference)
         return whole(load_packs(maker, packs(), job.workers, job.device.type == "cuda"), job.train)
 
-    def _evaluate(self, engine: TorchEngine, final: bool) -> dict[str, float]:
+    def _plan(self, data: PreparedData, number: int, epoch: float, groups: np.ndarray) -> Step:
+        """This rank's share of a step."""
+        job, here = self.job, ranks()
+        step = plan_step(data, number, epoch, groups, job.tokens_per_pack, job.policy.shared, here.size)
+        return step.for_rank(here.rank)
+
+    def _of_all_ranks(self, result: StepResult, work: StepWork) -> tuple[torch.Tensor, StepWork]:
+        """Sums, tokens and operations of a step over all ranks, in one exchange."""
+        if ranks().size == 1:
+            return result.sums, work
+        *sums, tokens, flops = ranks().sum([*result.sums.tolist(), work.tokens, work.flops])
+        whole = torch.tensor(sums, dtype=torch.float64, device=result.sums.device)
+        return whole, replace(work, tokens=int(tokens), flops=int(flops))
+
+    def _evaluate(self, engine: Engine, final: bool) -> dict[str, float]:
         """Metrics of the evaluation pairs and benchmarks; none when SIGTERM comes before the last step is done."""
         job, data = self.job, self.job.eval
 
@@ -223,12 +252,12 @@ class Trainer:
         if data is None:
             return self._watcher.metrics(stopped)
         groups = np.array([number for number in range(len(data)) if data.pair_count(number)])
-        step = plan_step(data, 0, 0.0, groups, job.tokens_per_pack, job.policy.shared)
+        step = self._plan(data, 0, 0.0, groups)
         maker = job.maker(data, self.loss.needs_reference)
         batches = whole(load_packs(maker, step.packs, job.workers, job.device.type == "cuda"), data)
         return evaluate(engine, self.loss, data, step, batches, stopped) | self._watcher.metrics(stopped)
 
-    def _restore(self, engine: TorchEngine) -> int:
+    def _restore(self, engine: Engine) -> int:
         path = latest_checkpoint(self.folder / "checkpoints") if self.resume else None
         if path is None:
             return 0

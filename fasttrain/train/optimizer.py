@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from fasttrain.config import TrainConfig
 from fasttrain.errors import UserError
 from fasttrain.model.lora import in_projector
+from fasttrain.ranks import full_shape, ranks
 
 
 def learning_rate_factor(schedule: str, step: int, total: int, warmup_ratio: float) -> float:
@@ -31,6 +33,27 @@ def learning_rate_factor(schedule: str, step: int, total: int, warmup_ratio: flo
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
+def trainable_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What trains, by name; UserError if nothing does."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    if not named:
+        raise UserError("lora: wanted at least one trainable parameter, got none")
+    return named
+
+
+def parameter_groups(named: Iterable[tuple[str, Tensor]], config: TrainConfig) -> list[dict[str, Any]]:
+    """The optimizer's groups: projectors have their own rate; vectors, norms and embeddings do not decay."""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in named:
+        rate = config.projector_learning_rate if in_projector(name) else config.learning_rate
+        plain = len(full_shape(parameter)) < 2 or "norm" in name or "embed" in name
+        groups.setdefault((rate, 0.0 if plain else config.weight_decay), []).append(parameter)
+    return [
+        {"params": params, "lr": rate, "peak_lr": rate, "weight_decay": decay}
+        for (rate, decay), params in groups.items()
+    ]
+
+
 class MasterOptimizer:
     """An optimizer over the trainable parameters, with an fp32 master of every parameter that is not fp32 itself.
 
@@ -38,27 +61,15 @@ class MasterOptimizer:
     """
 
     def __init__(self, module: nn.Module, config: TrainConfig) -> None:
-        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        if not named:
-            raise UserError("lora: wanted at least one trainable parameter, got none")
+        named = trainable_parameters(module)
         self.names = [name for name, _ in named]
         self.live = [parameter for _, parameter in named]
         self.masters: list[Tensor] = [
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.live
         ]
         self.grad_clip = config.grad_clip
-        self.optimizer = _make_optimizer(self._groups(config), config.optimizer, self.live[0].device)
-
-    def _groups(self, config: TrainConfig) -> list[dict[str, Any]]:
-        groups: dict[tuple[float, float], list[Tensor]] = {}
-        for name, master in zip(self.names, self.masters):
-            rate = config.projector_learning_rate if in_projector(name) else config.learning_rate
-            plain = master.dim() < 2 or "norm" in name or "embed" in name
-            groups.setdefault((rate, 0.0 if plain else config.weight_decay), []).append(master)
-        return [
-            {"params": params, "lr": rate, "peak_lr": rate, "weight_decay": decay}
-            for (rate, decay), params in groups.items()
-        ]
+        groups = parameter_groups(zip(self.names, self.masters), config)
+        self.optimizer = make_optimizer(groups, config.optimizer)
 
     def gather_gradients(self) -> None:
         """Add the live gradients of a backward pass to the masters'."""
@@ -70,6 +81,7 @@ class MasterOptimizer:
 
     def step(self, factor: float) -> Tensor:
         """Clip, update at `factor` times the peak rates, clear gradients; the norm before clipping, on the device."""
+        _sum_over_ranks([master.grad for master in self.masters if master.grad is not None])
         gradients = [master.grad for master in self.masters if master.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.grad_clip is not None:
@@ -121,7 +133,27 @@ class MasterOptimizer:
                 self.optimizer.state[master] = state
 
 
-def _make_optimizer(groups: list[dict[str, Any]], kind: str, device: torch.device) -> torch.optim.Optimizer:
+def _sum_over_ranks(gradients: list[Tensor]) -> None:
+    """Add up equally shaped lists of every rank, in buffers of some 64 MB."""
+    if ranks().size == 1:
+        return
+    start = 0
+    while start < len(gradients):
+        stop, held = start + 1, gradients[start].numel()
+        while stop < len(gradients) and held + gradients[stop].numel() < 1 << 24:
+            held += gradients[stop].numel()
+            stop += 1
+        flat = torch.cat([gradient.flatten() for gradient in gradients[start:stop]])
+        torch.distributed.all_reduce(flat)
+        for gradient, part in zip(
+            gradients[start:stop], flat.split([g.numel() for g in gradients[start:stop]])
+        ):
+            gradient.copy_(part.view_as(gradient))
+        start = stop
+
+
+def make_optimizer(groups: list[dict[str, Any]], kind: str) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' with its state in 8 bits."""
     if kind == "adamw":
         return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
     try:

@@ -20,6 +20,7 @@ OURS = (
 MAY_CHANGE = {
     "train.max_steps", "train.epochs", "train.log_every", "train.eval_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.output", "data.workers", "track",
+    "distributed.zero_stage", "distributed.deepspeed_config",
 }  # fmt: skip
 
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fasttrain.data.batch import PackBatch
+from fasttrain.data.batch import NOBODY, PackBatch
 from fasttrain.data.packs import Step
 from fasttrain.data.prepared import PreparedData
-from fasttrain.train.engine import TorchEngine
+from fasttrain.ranks import ranks
+from fasttrain.train.engine import Engine
 from fasttrain.train.objective import Objective, PairResult
 
 
 @dataclass
 class StepResult:
-    """Sums over the step's pairs, on the device, and per-pack log-probs if they were asked for."""
+    """Sums over this rank's pairs of the step, on the device, and per-pack log-probs if they were asked for."""
 
     sums: Tensor
     layouts: list[tuple[list[tuple[int, list[int]]], int, bool]] = field(default_factory=list)
@@ -42,7 +44,7 @@ class StepRunner:
     loss by each of them.
     """
 
-    def __init__(self, engine: TorchEngine, loss: Objective, data: PreparedData) -> None:
+    def __init__(self, engine: Engine, loss: Objective, data: PreparedData) -> None:
         self.engine, self.loss, self.data = engine, loss, data
 
     def run(self, step: Step, batches: Iterator[PackBatch], keep: bool = False) -> StepResult:
@@ -53,13 +55,17 @@ class StepRunner:
         for _ in step.packs:
             batch = next(batches)
             batch = batch.to(device)
-            split = not self.loss.single and any(p.group in step.split for p in batch.pack.pieces)
-            whole = not (self.loss.couples_pairs or split)
+            whole = not (self.loss.couples_pairs or (batch.pack.twice and not self.loss.single))
             result.layouts.append((batch.layout, batch.images, not whole))
             if not whole:
                 deferred.append(self._values(batch))
                 continue
             out = self.engine.forward(batch, **self.loss.wants)
+            if keep:
+                result.seen.append((batch, out.logprob.detach()))
+            if batch.pack.fill:
+                self.engine.backward(out.logprob.sum() * 0)
+                continue
             pairs = self.loss(
                 out.logprob,
                 batch.reference_N,
@@ -70,8 +76,6 @@ class StepRunner:
             )
             self.engine.backward(pairs.total / step.pairs)
             result.sums += pairs.sums
-            if keep:
-                result.seen.append((batch, out.logprob.detach()))
         if deferred:
             result.sums += self._finish(step, deferred)
             if keep:
@@ -89,7 +93,9 @@ class StepRunner:
         leaf_N = torch.cat([entry.value_N for entry in deferred]).requires_grad_()
         packs = [(entry.batch, entry.side_N) for entry in deferred]
         pairs = pairs_across(leaf_N, packs, self.data, self.loss, step.mean_chosen_length)
-        (slope_N,) = torch.autograd.grad(pairs.total / step.pairs, leaf_N)
+        (slope_N,) = torch.autograd.grad(
+            pairs.total / step.pairs, leaf_N, allow_unused=True, materialize_grads=True
+        )
         after = random_state()
         for entry, slope in zip(deferred, slope_N.split([len(e.value_N) for e in deferred])):
             set_random_state(entry.random)  # the same dropout as in the first pass
@@ -103,24 +109,63 @@ def pairs_across(
     logp_N: Tensor, packs: list[tuple[PackBatch, Tensor | None]], data: PreparedData, loss: Objective,
     mean_chosen_length: float,
 ) -> PairResult:  # fmt: skip
-    """The loss of all pairs of the groups in `packs`; logp_N are the packs' log-probs in turn."""
-    index: dict[tuple[int, int], int] = {}
-    for batch, _ in packs:
-        for sequence in batch.sequence_ids:
-            index[sequence] = len(index)
+    """The loss of all pairs of the groups in `packs`; logp_N are the packs' log-probs in turn.
+
+    With several ranks and a loss that couples pairs, the losses are those of all ranks' pairs and the sums this rank's share.
+    """
+    ids = [sequence for batch, _ in packs for sequence in batch.sequence_ids]
+    index = {sequence: position for position, sequence in enumerate(ids) if sequence[0] != NOBODY}
     groups = dict.fromkeys(group for group, _ in index)
     pairs = [(index[g, c], index[g, r]) for g in groups for c, r in data.pairs(g).tolist()]
+    if not pairs and not loss.couples_pairs:  # nothing but repeats of other ranks' work
+        return PairResult(logp_N.sum().reshape(1) * 0, torch.zeros(len(loss.names), device=logp_N.device))
     lengths_S = torch.cat([batch.lengths_S for batch, _ in packs])
     references = [batch.reference_N for batch, _ in packs if batch.reference_N is not None]
     sides = [side for _, side in packs if side is not None]
     pairs_P2 = torch.tensor(pairs, dtype=torch.int64, device=logp_N.device).reshape(-1, 2)
     reference_N, side_N = (torch.cat(parts) if parts else None for parts in (references, sides))
-    return loss(logp_N, reference_N, lengths_S, pairs_P2, side_N, mean_chosen_length)
+    here = _Sequences(logp_N, reference_N, lengths_S, pairs_P2, side_N)
+    if not (loss.couples_pairs and ranks().size > 1):
+        return loss(*here, mean_chosen_length)
+    result = loss(*_of_all_ranks(here), mean_chosen_length)
+    return PairResult(result.loss_P, result.sums / ranks().size)
+
+
+class _Sequences(NamedTuple):
+    """An objective's arguments."""
+
+    logp_N: Tensor
+    reference_N: Tensor | None
+    lengths_S: Tensor
+    pairs_P2: Tensor
+    side_N: Tensor | None
+
+
+def _of_all_ranks(here: _Sequences) -> _Sequences:
+    """All ranks' sequences, in order of rank; this rank's log-probs keep their history."""
+    device = here.logp_N.device
+    found = ranks().gather([None if part is None else part.detach().cpu() for part in here])
+    parts: list[list[Tensor | None]] = [[], [], [], [], []]
+    sequences = 0
+    for rank, theirs in enumerate(found):
+        moved = [None if part is None else part.to(device) for part in theirs]
+        if rank == ranks().rank:
+            moved[0] = here.logp_N
+        lengths_S, pairs_P2 = moved[2], moved[3]
+        assert lengths_S is not None and pairs_P2 is not None
+        moved[3] = pairs_P2 + sequences
+        sequences += len(lengths_S)
+        for column, part in zip(parts, moved):
+            column.append(part)
+    joined = [
+        None if column[0] is None else torch.cat([p for p in column if p is not None]) for column in parts
+    ]
+    return _Sequences(*joined)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
 def evaluate(
-    engine: TorchEngine, loss: Objective, data: PreparedData, step: Step, batches: Iterator[PackBatch],
+    engine: Engine, loss: Objective, data: PreparedData, step: Step, batches: Iterator[PackBatch],
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:  # fmt: skip
     """Means over all pairs of an evaluation set, by metric name; nothing if it was `stopped` on the way."""
@@ -129,7 +174,7 @@ def evaluate(
     policy.eval()
     values, packs = [], []
     for batch in batches:
-        if stopped():
+        if ranks().any(stopped()):
             break
         moved = batch.to(policy.device)
         out = engine.forward(moved, **loss.wants)
@@ -140,7 +185,8 @@ def evaluate(
     if len(packs) < len(step.packs):
         return {}
     sums = pairs_across(torch.cat(values), packs, data, loss, step.mean_chosen_length).sums
-    return {f"eval_{name}": value for name, value in loss.metrics(sums.tolist(), step.pairs).items()}
+    means = loss.metrics(ranks().sum(sums.tolist()), step.pairs)
+    return {f"eval_{name}": value for name, value in means.items()}
 
 
 def random_state() -> list[Tensor]:

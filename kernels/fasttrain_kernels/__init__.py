@@ -3,7 +3,13 @@
 from .backends import backend_for
 from .fused_linear_preference import FusedLinearPreferenceLoss
 from .label_logprob import label_logprob, label_logprob_ref
-from .linear_logprob import LinearLogprob, linear_logprob, linear_logprob_ref
+from .linear_logprob import (
+    LinearLogprob,
+    linear_logprob,
+    linear_logprob_and_unit,
+    linear_logprob_ref,
+    with_unit_gradient,
+)
 from .preference_kinds import COUPLE_PAIRS, F_DIVERGENCES, KINDS, REFERENCE_FREE
 from .preference_loss import PreferenceLoss, preference_loss, preference_loss_ref
 from .sequence_logprob import pair_sums, preference_logps, sequence_sums, wpo_weights
@@ -34,6 +40,7 @@ __all__ = [
     "label_logprob",
     "label_logprob_ref",
     "linear_logprob",
+    "linear_logprob_and_unit",
     "linear_logprob_ref",
     "pair_sums",
     "preference_logps",
@@ -43,5 +50,6 @@ __all__ = [
     "shared_prefix_attention",
     "shared_prefix_attention_ref",
     "why_not_attention",
+    "with_unit_gradient",
     "wpo_weights",
 ]

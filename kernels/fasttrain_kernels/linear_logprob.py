@@ -119,6 +119,59 @@ class _TrainedHead(torch.autograd.Function):
         return dh, dw, None, db, None
 
 
+class _UnitGradient(torch.autograd.Function):
+    """Log-probs that exist already, with the gradient that was made with them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, logprob: Tensor, unit: Tensor) -> Tensor:
+        ctx.save_for_backward(unit)
+        return logprob.view_as(logprob)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (unit,) = ctx.saved_tensors
+        out = torch.empty_like(unit)
+        torch.mul(unit, grad[:, None], out=out)
+        return out, None, None
+
+
+def with_unit_gradient(hidden_ND: Tensor, logprob_N: Tensor, unit_ND: Tensor) -> Tensor:
+    """`logprob_N`, differentiable in hidden_ND by the unit gradient that `linear_logprob_and_unit` returned with it.
+
+    For heads whose weight is only there inside a module's forward, as under ZeRO-3: the module returns numbers without
+    history, so that nothing asks for the weight again in the backward.
+    """
+    return _UnitGradient.apply(hidden_ND, logprob_N, unit_ND)  # type: ignore[no-any-return]
+
+
+@torch.compiler.disable(reason="linear_logprob cuts its own tiles; N differs from batch to batch")
+@torch.no_grad()
+def linear_logprob_and_unit(
+    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, bias: Tensor | None = None, temperature: float = 1.0,
+    logit_scale: float = 1.0, softcap: float | None = None, entropy: bool = False, backend: str | None = None, *,
+    log_p2: bool = False, top1: bool = False, mean_logit: bool = False, validate: bool = True,
+) -> tuple[LinearLogprob, Tensor]:  # fmt: skip
+    """`linear_logprob` without history, and the unit gradients d logprob / d hidden (N, D) in the dtype of hidden_ND.
+
+    Arguments as there, without ignored rows. Join them again with `with_unit_gradient`.
+    """
+    tr = LogitTransform(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
+    _check(hidden_ND, weight_VD, target_N, bias)
+    if validate and _has_ignored(target_N, weight_VD.shape[0]):
+        _refuse("target_N", f"ids in [0, {weight_VD.shape[0]})", IGNORED)
+    name = resolve_backend(backend, hidden_ND, "linear_logprob")
+    call = HeadCall(tr, _product_dtype(hidden_ND, weight_VD), name, entropy=entropy, log_p2=log_p2, top1=top1,
+                    mean_logit=mean_logit, entropy_grad=False)  # fmt: skip
+    if name == "triton":
+        hidden_ND, weight_VD, bias = (_rows_in_memory(x) for x in (hidden_ND, weight_VD, bias))
+    with _no_autocast(hidden_ND.device):
+        scores = score_rows(hidden_ND, weight_VD, target_N.contiguous(), bias, call, unit=True)
+    assert scores.unit is not None
+    out = LinearLogprob(scores.logprob, scores.entropy, scores.log_p2, scores.top1, scores.mean_logit)
+    return out, scores.unit
+
+
 @torch.compiler.disable(reason="linear_logprob cuts its own tiles; N differs from batch to batch")
 def linear_logprob(
     hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, bias: Tensor | None = None, temperature: float = 1.0,

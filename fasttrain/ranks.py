@@ -1,0 +1,125 @@
+"""The processes of one run: who this one is, and the few things that all of them decide together.
+
+Started by `torchrun` (or `deepspeed`), each process is a rank with a device of its own. What is said here travels over gloo between
+CPUs, so that asking never waits for a device.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.errors import SharedMistake, UserError
+from fasttrain.progress import be_quiet
+from fasttrain.watch import leave_watch, start_watch
+
+_PATIENCE = datetime.timedelta(hours=2)  # a rank may tokenize, or write a large model, while the others wait
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `size`; `control` is the gloo group, None for a single process."""
+
+    rank: int = 0
+    size: int = 1
+    control: Any = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank writes the run folder and speaks."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.control is not None:
+            torch.distributed.barrier(group=self.control)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on some rank."""
+        return bool(self.sum([float(flag)])[0])
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over the ranks, in fp64, the same on all of them."""
+        if self.control is None:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in order of rank, on all of them; tensors on the CPU, or what JSON could hold."""
+        if self.control is None:
+            return [value]
+        found: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(found, value, group=self.control)
+        return found
+
+    def share_mistake(self, mistake: UserError | None) -> None:
+        """Raise on all ranks the first mistake that any of them found."""
+        if self.control is None:
+            if mistake is not None:
+                raise mistake
+            return
+        found = [text for text in self.gather(str(mistake) if mistake else None) if text is not None]
+        if found:
+            raise SharedMistake(found[0])
+
+
+_here = Ranks()
+
+
+def ranks() -> Ranks:
+    """The ranks of this process: itself alone until `start_ranks`."""
+    return _here
+
+
+def start_ranks() -> Ranks:
+    """Join the other processes if a launcher started several; the same answer when called again."""
+    global _here
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or _here.size > 1:
+        return _here
+    if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE is {size} but RANK or MASTER_ADDR is not set: start with torchrun --nproc_per_node={size}"
+        )
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
+    control = (
+        torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        if cuda
+        else torch.distributed.group.WORLD
+    )
+    _here = Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), control)
+    start_watch(_here.rank, _here.size, _here.gather)
+    if not _here.main:
+        be_quiet()
+    return _here
+
+
+def leave_ranks() -> None:
+    """Take down the connections at the end of a command."""
+    global _here
+    leave_watch()
+    if _here.control is not None:
+        torch.distributed.destroy_process_group()
+    _here = Ranks()
+
+
+def is_node_writer() -> bool:
+    """Whether this rank writes what every machine keeps for itself, such as caches."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" or ranks().size == 1
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter, also where ZeRO-3 has left only this rank's part of it."""
+    return getattr(parameter, "ds_shape", parameter.shape)

@@ -1,0 +1,138 @@
+"""When one rank of a run fails, all end, and one message names the rank and the cause; the last checkpoint goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fasttrain.errors import UserError
+from fasttrain.model.policy import Policy
+
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture
+def recipe(tiny_text: Path, text_pairs: Callable[..., Path], tmp_path: Path) -> Path:
+    """21 pairs, three steps an epoch, a checkpoint after every second step."""
+    text_pairs(tmp_path / "pairs.jsonl", 21)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        json.dumps(
+            {
+                "model": {"name": str(tiny_text)},
+                "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
+                "data": {"train": str(tmp_path / "pairs.jsonl"), "workers": 0},
+                "train": {"output": str(tmp_path / "run"), "epochs": 3, "pairs_per_step": 8, "learning_rate": 1e-3,
+                          "tokens_per_pack": 150, "checkpoint_every": 2},
+                "track": [],
+            }
+        )
+    )  # fmt: skip
+    return path
+
+
+def strike(rank: int, after: int, blow: Callable[[], None]) -> Callable[[], None]:
+    """Makes `blow` hit a rank at its `after`-th pass with a gradient: in the third step, after the first checkpoint."""
+
+    def install() -> None:
+        if os.environ["RANK"] != str(rank):
+            return
+        forward, passes = Policy.forward, 0
+
+        def struck(self: Policy, *args: Any, **wants: bool) -> Any:
+            nonlocal passes
+            passes += torch.is_grad_enabled()
+            if passes == after:
+                blow()
+            return forward(self, *args, **wants)
+
+        Policy.forward = struck  # type: ignore[method-assign]
+
+    return install
+
+
+def raising(error: Exception) -> Callable[[], None]:
+    def blow() -> None:
+        raise error
+
+    return blow
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def numbers(folder: Path) -> list[tuple[float, ...]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"], line["rewards/margins"]) for line in lines]
+
+
+def test_killed_rank_stops_the_run_which_resumes_to_the_same_numbers(
+    recipe: Path, run_ranks: Any, command: Any, tmp_path: Path
+) -> None:
+    undisturbed = run_ranks(command("dpo", "-c", recipe, "-s", f"train.output={tmp_path / 'whole'}"))
+    assert undisturbed.codes == [0, 0], undisturbed.stderr
+    ended = run_ranks(command("dpo", "-c", recipe, before=strike(1, 12, killed)))
+    assert ended.codes == [1, KILLED], ended.stderr
+    (message,) = ended.messages
+    assert message.startswith("fasttrain: error: rank 1 (") and "killed (SIGKILL" in message
+    assert "Traceback" not in ended.stderr
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())[-1] < "step-000008"
+    again = run_ranks(command("dpo", "-c", recipe, "--resume"))
+    assert again.codes == [0, 0], again.stderr
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+
+
+def test_death_of_the_first_rank_is_told_by_the_second(recipe: Path, run_ranks: Any, command: Any) -> None:
+    ended = run_ranks(command("dpo", "-c", recipe, before=strike(0, 9, killed)), size=3)
+    assert ended.codes == [KILLED, 1, 1], ended.stderr
+    (message,) = ended.messages
+    assert message.startswith("fasttrain: error: rank 0 (") and "SIGKILL" in message
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "code", "words"),
+    [
+        (1, torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), 1, "out of memory: CUDA out of memory. Tried 2 GiB; lower"),
+        (0, UserError("pairs.jsonl, line 3: images: wanted an image, got rubbish"), 2, "pairs.jsonl, line 3: images"),
+    ],
+)  # fmt: skip
+def test_failing_rank_is_named_once_with_its_cause(
+    recipe: Path, run_ranks: Any, command: Any, rank: int, error: Exception, code: int, words: str
+) -> None:
+    ended = run_ranks(command("dpo", "-c", recipe, before=strike(rank, 9, raising(error))))
+    assert ended.codes == [code, code], ended.stderr
+    (message,) = ended.messages
+    assert message.startswith(f"fasttrain: error: rank {rank} (") and words in message
+    assert "Traceback" not in ended.stderr
+
+
+def test_bug_shows_the_traceback_of_the_rank_that_has_it(recipe: Path, run_ranks: Any, command: Any) -> None:
+    ended = run_ranks(command("dpo", "-c", recipe, before=strike(1, 9, raising(KeyError("lost")))))
+    assert ended.codes == [1, 1], ended.stderr
+    assert ended.stderr.count("Traceback (most recent call last)") == 1
+    assert "in struck" in ended.stderr and "rank 1" in ended.messages[0] and len(ended.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.typo=1", "train.typo"),
+        ("data.max_length=3", "line 1"),
+        ("data.train=absent.jsonl", "absent.jsonl"),
+    ],
+)
+def test_mistake_that_every_rank_finds_is_told_once(
+    recipe: Path, run_ranks: Any, command: Any, override: str, words: str
+) -> None:
+    ended = run_ranks(command("dpo", "-c", recipe, "-s", override))
+    assert ended.codes == [2, 2], ended.stderr
+    (message,) = ended.messages
+    assert words in message and "rank 0" not in message and "rank 1" not in message

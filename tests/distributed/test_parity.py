@@ -1,0 +1,121 @@
+"""However many ranks share a step, and whatever ZeRO partitions, loss and gradient are those of one process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasttrain.config import config_from_dict
+from fasttrain.train.loop import train_dpo
+
+MIXED = "llava"  # its pairs: prompts with one image, two and none
+
+CASES: dict[str, tuple[str, list[str]]] = {
+    "text": ("text", []),
+    "images": (MIXED, []),
+    "full": (MIXED, ["lora=null", "model.train_projector=true", "train.learning_rate=1e-4"]),
+    "split": (MIXED, ["train.tokens_per_pack=40", "train.gradient_checkpointing=true", "model.train_projector=true"]),
+    "unshared": (MIXED, ["train.share_prefix=false"]),
+    "coupled": ("text", ["loss.kind=aot"]),
+    "few": ("text", ["train.pairs_per_step=1", "data.limit_pairs=5", "train.epochs=4"]),  # a group a step
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipes(
+    tiny_text: Path,
+    tiny_llava: Path,
+    text_pairs: Callable[..., Path],
+    vision_pairs: Callable[..., Path],
+    tmp_path: Path,
+) -> Callable[[str, str], Any]:
+    models = {"text": tiny_text, MIXED: tiny_llava}
+    files = {"text": text_pairs(tmp_path / "text.jsonl", 21), MIXED: vision_pairs(tmp_path / "images", 21)}
+
+    def make(case: str, tag: str, *overrides: str) -> Any:
+        kind, changes = CASES[case]
+        raw = {
+            "model": {"name": str(models[kind])},
+            "lora": {"rank": 4, "alpha": 8},
+            "data": {"train": str(files[kind]), "eval": str(files[kind]), "workers": 0},
+            "train": {
+                "output": str(tmp_path / f"{case}-{tag}"), "epochs": 3, "pairs_per_step": 8, "learning_rate": 1e-2,
+                "tokens_per_pack": 150, "warmup_ratio": 0.0, "schedule": "constant", "checkpoint_every": 4,
+            },
+            "track": [],
+        }  # fmt: skip
+        return config_from_dict(raw, [*changes, *overrides])
+
+    return make
+
+
+def lines(config: Any) -> list[dict[str, Any]]:
+    path = Path(config.train.output) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_same(ours: list[dict[str, Any]], truth: list[dict[str, Any]]) -> None:
+    assert len(ours) == len(truth) >= 9
+    for a, b in zip(ours, truth, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5 if a["step"] == 1 else 1e-4), a[
+            "step"
+        ]
+        assert a["pairs"] == b["pairs"]
+    assert ours[-1]["eval_loss"] == pytest.approx(truth[-1]["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "cases"),
+    [
+        ("null", ["images", "unshared", "coupled"]),
+        ("2", ["text", "full", "split"]),
+        ("3", ["full", "few"]),
+    ],
+)
+def test_two_ranks_take_the_steps_of_one_process(
+    recipes: Callable[..., Any], run_ranks: Callable[..., Any], stage: str, cases: list[str]
+) -> None:
+    truth = {}
+    for case in cases:
+        config = recipes(case, "one")
+        train_dpo(config)
+        truth[case] = lines(config)
+        assert truth[case][-1]["loss"] != pytest.approx(truth[case][0]["loss"], rel=1e-3), (
+            "nothing was learned"
+        )
+    shared = [recipes(case, "two", f"distributed.zero_stage={stage}") for case in cases]
+
+    def body() -> None:
+        for config in shared:
+            train_dpo(config)
+
+    ended = run_ranks(body)
+    assert ended.codes == [0, 0], ended.stderr
+    for case, config in zip(cases, shared, strict=True):
+        assert_same(lines(config), truth[case])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_stage_and_another_number_of_ranks(
+    recipes: Callable[..., Any], run_ranks: Callable[..., Any]
+) -> None:
+    """One process, then ZeRO-3 on two ranks, then ZeRO-2 on two, then one process: the losses of one process throughout."""
+    truth = recipes("split", "one")
+    train_dpo(truth)
+
+    def leg(steps: int, stage: str) -> Any:
+        return recipes("split", "legs", f"train.max_steps={steps}", f"distributed.zero_stage={stage}")
+
+    train_dpo(leg(2, "null"))
+    for steps, stage in ((4, "3"), (6, "2")):
+        config = leg(steps, stage)
+        ended = run_ranks(lambda config=config: train_dpo(config, resume=True))
+        assert ended.codes == [0, 0], ended.stderr
+    train_dpo(recipes("split", "legs"), resume=True)
+    assert_same(lines(recipes("split", "legs")), lines(truth))
