@@ -28,6 +28,12 @@ def line(step: int, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+SHORT = [
+    {"step": 1, "loss": 0.7},
+    {"step": 2, "loss": 0.5},
+]  # one panel: drawing takes most of a report's time
+
+
 @pytest.fixture
 def make_run(tmp_path: Path, draw_image: Callable[..., Path]) -> Callable[..., Path]:
     def make(name: str = "first", lines: list[dict[str, Any]] | None = None, **settings: Any) -> Path:
@@ -36,7 +42,7 @@ def make_run(tmp_path: Path, draw_image: Callable[..., Path]) -> Callable[..., P
         draw_image(tmp_path / "one.png", 1)
         evil = "<script>alert('x')</script> & <img src=http://e.test/a.png>"
         rows = [
-            {"id": f"row-{n}", "image": "one.png", "prompt": f"What is {n}? {evil}", "chosen": f"good {n}",
+            {"id": f"row-{n}", "image": "one.png", "prompt": f"What is {n}? {evil}", "chosen": f"good {n} {evil}",
              "rejected": "bad" * 900}
             for n in range(9)
         ]  # fmt: skip
@@ -95,13 +101,15 @@ def test_the_page_tells_the_runs_figures(make_run: Callable[..., Path]) -> None:
 
 
 def test_the_page_loads_nothing_and_shows_the_data_inert(make_run: Callable[..., Path]) -> None:
-    folder = make_run()
+    folder = make_run(lines=SHORT)
     page = write_report([read_run(folder)], folder, examples=3).read_text()
     assert "<script" not in page and "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;" in page
     sources = re.findall(r"""\b(?:src|href)="([^"]*)""", page)
     assert sources and all(
         source.startswith(("data:image/png;base64,", "data:image/jpeg;base64,")) for source in sources
     )
+    # the prompts' and the chosen answers'
+    assert page.count("&lt;script&gt;") == 6
     assert page.count('<div class="pair">') == 3 and page.count("data:image/jpeg") == 3
     assert "rejected, 2,700 characters" in page and "… (2,700 characters)" in page
 
@@ -119,7 +127,7 @@ def test_several_runs_stand_side_by_side_with_what_differs(
 
 
 def test_a_run_under_way_and_a_torn_last_line_are_told(make_run: Callable[..., Path]) -> None:
-    folder = make_run(lines=[line(1), line(2)])
+    folder = make_run(lines=SHORT)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
     page = write_report([read_run(folder)], folder).read_text()
@@ -143,7 +151,9 @@ def test_sft_and_unknown_metrics_have_their_panels(make_run: Callable[..., Path]
 
 
 def test_values_that_are_no_numbers_are_not_drawn(make_run: Callable[..., Path]) -> None:
-    folder = make_run(lines=[line(1, loss=float("nan")), line(2, loss=None), line(3, loss=0.5)])
+    folder = make_run(
+        lines=[{"step": 1, "loss": float("nan")}, {"step": 2, "loss": None}, {"step": 3, "loss": 0.5}]
+    )
     run = read_run(folder)
     assert run.series("loss") == ([3.0], [0.5])
     assert write_report([run], folder).exists()
@@ -152,14 +162,24 @@ def test_values_that_are_no_numbers_are_not_drawn(make_run: Callable[..., Path])
 def test_a_pair_file_that_is_gone_leaves_a_page_without_examples(
     make_run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = make_run()
+    folder = make_run(lines=SHORT)
     (tmp_path / "pairs.jsonl").unlink()
     page = write_report([read_run(folder)], folder).read_text()
     assert "No examples:" in page and "pairs.jsonl" in page
 
 
+def test_rows_that_are_no_pairs_are_passed_over(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_run(lines=SHORT)
+    rows = (tmp_path / "pairs.jsonl").read_text().splitlines()
+    (tmp_path / "pairs.jsonl").write_text(
+        "\n".join(["{", '{"prompt": "x"}', *rows[:2], '{"chosen": 3}']) + "\n"
+    )
+    page = write_report([read_run(folder)], folder, examples=5).read_text()
+    assert page.count('<div class="pair">') == 2
+
+
 def test_an_image_that_is_gone_is_told_beside_its_pair(make_run: Callable[..., Path], tmp_path: Path) -> None:
-    folder = make_run()
+    folder = make_run(lines=SHORT)
     (tmp_path / "one.png").write_bytes(b"no image")
     page = write_report([read_run(folder)], folder, examples=2).read_text()
     assert page.count('<div class="pair">') == 2 and "one.png:" in page
@@ -195,7 +215,7 @@ def test_a_broken_run_folder_is_named_in_one_line(
 def test_the_command_writes_beside_the_run_and_wants_a_folder_for_several(
     make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = make_run("a")
+    folder = make_run("a", lines=SHORT)
     monkeypatch.setattr(sys, "argv", ["fasttrain", "report", str(folder)])
     cli.main()
     assert capsys.readouterr().out == f"page: {folder / 'report.html'}\n"
