@@ -249,9 +249,6 @@ def test_a_quantised_model_cannot_be_tuned_in_full(tmp_path: Path) -> None:
     [
         "model.quantize=int8",
         "train.compile=true",
-        "distributed.zero_stage=2",
-        "distributed.zero_stage=3",
-        "distributed.deepspeed_config=ds.json",
     ],
 )
 def test_a_capability_that_does_not_exist_yet_is_refused_by_name(override: str, tmp_path: Path) -> None:
