@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -175,6 +176,23 @@ def test_the_generic_way_answers_about_images_as_the_shared_one_does(
     for question in questions:
         ((replies),) = generic.answer([question], Decoding(max_new_tokens=7))
         assert replies == shared[question.id]
+
+
+def test_another_vision_family_answers_about_images_whatever_the_batch(
+    tiny_models: ModuleType, picture_questions: Path, tmp_path: Path
+) -> None:
+    families = runpy.run_path(str(Path(__file__).with_name("tiny_families.py")))
+    folder = families["save"](tiny_models, tmp_path / "qwen2-vl", "Qwen2-VL")
+    questions = read_questions(picture_questions)
+    found = {}
+    for rows in (1, 4):
+        model = LocalModel(ModelConfig(name=str(folder)), rows=rows)
+        found[rows] = answers_of(model, questions, Decoding(max_new_tokens=6))
+        assert isinstance(model.generator, GenericGenerator)
+    assert found[1] == found[4]
+    for question in questions[:4]:
+        truth = plain_answer(model, model.generator.model, question, 6)
+        assert [reply.text for reply in found[1][question.id]] == truth
 
 
 def test_an_adapter_with_a_trained_projector_answers_as_peft_loads_it(

@@ -55,9 +55,9 @@ class GenericGenerator:
         self, questions: list[Question], messages: list[tuple[Message, ...]], turn: int, decoding: Decoding
     ) -> list[Reply]:
         chats = [self._with_images(q, said) for q, said in zip(questions, messages)]
-        inputs = self._render(
-            chats, questions[0], tokenize=True, return_dict=True, padding=True, return_tensors="pt"
-        )
+        padded: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
+        options = {"processor_kwargs": padded} if self.takes_images else padded
+        inputs = self._render(chats, questions[0], tokenize=True, return_dict=True, **options)
         moved = {
             key: value.to(self.model.device, self.model.dtype)
             if value.is_floating_point()

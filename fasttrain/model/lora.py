@@ -207,7 +207,8 @@ def read_adapter(model: Any, folder: Path, config: Any, *, trainable: bool) -> A
                 f"lora.init_from: wanted an adapter of this model, got none in {folder} for {missing[0]} "
                 f"({len(missing)} weights in all)"
             )
-        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        if not issubclass(warning.category, FutureWarning):  # what other packages tell each other
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return adapted
 
 

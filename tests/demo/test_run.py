@@ -90,7 +90,6 @@ def test_the_habit_of_saying_yes_is_gone_in_popes_form_through_the_real_command(
     assert before["yes_ratio"] > 0.85 and before["accuracy"] < 0.65
     assert 0.3 < after["yes_ratio"] < 0.7 and after["accuracy"] > before["accuracy"] + 0.2
     assert after["f1"] > before["f1"] + 0.1
-    assert after["mean_answer_chars"] < before["mean_answer_chars"]
 
 
 @pytest.mark.slow
