@@ -6,6 +6,7 @@ import json
 import os
 import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -304,6 +305,28 @@ def test_a_model_with_a_table_of_positions_stops_at_its_end(tmp_path: Path, tiny
         UserError, match=r"long.jsonl line 1: question: wanted fewer than the model's 40 positions"
     ):
         answers_of(model, read_questions(long), Decoding(max_new_tokens=5))
+
+
+def test_a_model_that_cannot_answer_is_a_mistake_in_one_line(
+    tiny_llava: Path, picture_questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from safetensors.torch import load_file, save_file
+
+    for name in ("nan", "grid"):
+        shutil.copytree(tiny_llava, tmp_path / name)
+    weights = load_file(tmp_path / "nan" / "model.safetensors")
+    weights[next(key for key in weights if key.endswith("layers.1.mlp.up_proj.weight"))].fill_(float("nan"))
+    save_file(weights, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
+    settings = tmp_path / "grid" / "processor_config.json"
+    settings.write_text(settings.read_text().replace('"patch_size": 7', '"patch_size": 14'))
+    for name, message in (("nan", "its logits are not numbers"), ("grid", "another number of image tokens")):
+        words = ("answer", "-m", tmp_path / name, picture_questions, "-o", tmp_path / f"{name}.jsonl")
+        assert run_command(monkeypatch, *words, "--max-new-tokens", 3) == 2
+        assert (
+            f"--model: {message}"
+            in capsys.readouterr().err.replace("the processor writes ", "").splitlines()[-1]
+        )
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from fasttrain.data.images import hash_bytes, join_inputs
 from fasttrain.data.pairs import Message
 from fasttrain.data.sources import BadRow
 from fasttrain.data.tokens import ChatTokenizer
+from fasttrain.errors import UserError
 
 
 @dataclass
@@ -101,14 +102,21 @@ class Generator:
         self.images_encoded += sum(len(ask.contents) for ask in different.values())
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         cache = RoomyCache()
-        self.model.base_model(
-            input_ids=ids_PT,
-            attention_mask=mask_PT,
-            position_ids=_positions(mask_PT),
-            past_key_values=cache,
-            use_cache=True,
-            **{name: value.to(self.model.device) for name, value in inputs.items()},
-        )
+        try:
+            self.model.base_model(
+                input_ids=ids_PT,
+                attention_mask=mask_PT,
+                position_ids=_positions(mask_PT),
+                past_key_values=cache,
+                use_cache=True,
+                **{name: value.to(self.model.device) for name, value in inputs.items()},
+            )
+        except ValueError as error:
+            if "image tokens" not in str(error).lower():
+                raise
+            raise UserError(
+                f"--model: the processor writes another number of image tokens than the model makes features: {error}"
+            ) from None
         return _Prefix(cache, mask_PT, {key: row for row, key in enumerate(different)})
 
     def _pixels(self, ask: _Ask) -> dict[str, Tensor]:
@@ -160,6 +168,10 @@ class Generator:
                 input_ids=ids_ST, attention_mask=mask_ST, position_ids=position_ST, past_key_values=cache,
                 use_cache=True, logits_to_keep=1,
             )  # fmt: skip
+            if step == 1 and bool(out.logits.isnan().any()):
+                raise UserError(
+                    "--model: its logits are not numbers: the weights hold nan, or overflow in this dtype"
+                )
             token_S = picker.pick(out.logits[:, -1])
             for row, token, done in zip(running, token_S.tolist(), done_S.tolist()):
                 if not done:

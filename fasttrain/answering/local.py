@@ -72,6 +72,12 @@ class LocalModel:
     @cached_property
     def generator(self) -> Generator | GenericGenerator:
         model = loading.load_model(self.folder, self.config, self.model_config, self.device)
+        tokens, rows = (
+            len(getattr(self.processor, "tokenizer", self.processor)),
+            len(model.get_input_embeddings().weight),
+        )
+        if tokens > rows:
+            raise UserError(f"--model: wanted an embedding for all {tokens} tokens, got {rows} rows")
         if self.adapter is not None:
             model = load_adapter(model, self.adapter)
         return make_generator(model, self.processor, self.stops)
