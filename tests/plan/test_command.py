@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parents[2] / "recipes"
 NAMES = (
     "llava15_13b_paper", "llava15_7b_lora", "llava15_7b_full_zero3", "qwen25vl_7b_lora", "llava15_7b_qlora_24gb",
 )  # fmt: skip
-RECIPES = [FOLDER / f"{name}.yaml" for name in NAMES if (FOLDER / f"{name}.yaml").exists()]
+RECIPES = [FOLDER / f"{name}.yaml" for name in NAMES]
 
 
 def plan(*arguments: str) -> str:
