@@ -152,7 +152,7 @@ def _build_job(config: DPOConfig, objective: Objective) -> Job:
         fuse_layers(language_model(model))
     policy.set_shared(_may_share(config, model, [train, *([evaluation] if evaluation else [])]))
     shape = measure_shape(model)
-    memory = RunMemory(config, model_config, model.dtype, train, device)
+    memory = RunMemory(config, model_config, model.dtype, train, device, ranks().size)
     longest = max(int(train.lengths(number).sum()) for number in range(len(train)))
     checkpointing, tokens = memory.settings(longest)
     adapter = config.lora.init_from if config.lora else None
