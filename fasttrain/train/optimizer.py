@@ -81,8 +81,13 @@ class MasterOptimizer:
 
     def step(self, factor: float) -> Tensor:
         """Clip, update at `factor` times the peak rates, clear gradients; the norm before clipping, on the device."""
-        _sum_over_ranks([master.grad for master in self.masters if master.grad is not None])
+        for master in self.masters:
+            if (
+                master.grad is None
+            ):  # a projector in a step without images: a zero, as ZeRO's flat tensors have it
+                master.grad = torch.zeros_like(master)
         gradients = [master.grad for master in self.masters if master.grad is not None]
+        _sum_over_ranks(gradients)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.masters, self.grad_clip, norm)

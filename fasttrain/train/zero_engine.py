@@ -153,6 +153,8 @@ class ZeroEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         self.engine.step()
+        if self.stage == 3:  # what the next step gives no gradient would keep this one's
+            self.engine.optimizer.grad_partitions_flat_buffer.zero_()
         return torch.as_tensor(
             self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.policy.device
         )
