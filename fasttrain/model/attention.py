@@ -56,10 +56,12 @@ def _attention(
 AttentionInterface.register(SHARED, _attention)
 
 
-def check_attention(wanted: str, config: Any, device: torch.device, dtype: torch.dtype) -> None:
+def check_attention(
+    wanted: str, config: Any, device: torch.device, dtype: torch.dtype, bidirectional: bool = False
+) -> None:
     """UserError if the backend that a recipe asks for cannot run a model of this configuration there."""
     for size in [] if wanted == "auto" else _head_sizes(config):
-        reason = why_not_attention(wanted, AttentionCase(device, dtype, size))
+        reason = why_not_attention(wanted, AttentionCase(device, dtype, size, bidirectional))
         if reason:
             raise UserError(f"model.attention: wanted a backend that can run here, got {wanted}: {reason}")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fasttrain.data.batch import PackBatch
 from fasttrain.errors import UserError
-from fasttrain.model.attention import SHARED
+from fasttrain.model.attention import SHARED, check_attention
 from fasttrain.model.head import LogprobHead, check_head, install_head
 from fasttrain_kernels import SharedPrefixLayout
 
@@ -77,6 +77,10 @@ class Policy(nn.Module):
 
     def _hidden_shared(self, batch: PackBatch) -> Tensor:
         layout = SharedPrefixLayout.from_groups(batch.layout, batch.both_ways)
+        if layout.bidirectional:
+            check_attention(
+                self.attention, self.model.config, self.device, self.model.dtype, bidirectional=True
+            )
         inputs = dict(batch.inputs[0])
         if "position_ids" not in inputs:
             inputs["position_ids"] = layout.position_ids(self.device)[None]

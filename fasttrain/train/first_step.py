@@ -40,10 +40,7 @@ def check_sharing(job: Job) -> None:
     kinds = {policy.model.config.model_type, policy.model.config.get_text_config().model_type}
     if not policy.shared or kinds <= VERIFIED:
         return
-    number = min(  # with images if any group has some: there is more to go wrong
-        (n for n in range(len(job.train)) if job.train.pair_count(n)),
-        key=lambda n: (not job.train.image_count(n), int(job.train.lengths(n).sum())),
-    )
+    number = _telling_group(job)
     piece = Piece(number, tuple(range(len(job.train.lengths(number)) - 1)))
     try:
         shared, lengths_S = _sums_of(job, piece, shared=True)
@@ -60,6 +57,18 @@ def check_sharing(job: Job) -> None:
             f"warning: sharing prefixes changes the log-probs of {type(policy.model).__name__} (by {off.max():.3g}); "
             "every completion runs as its own sequence"
         )
+
+
+def _telling_group(job: Job) -> int:
+    """The smallest group with a pair; one with images if any has some, and one that reaches beyond the layers' window."""
+    window = getattr(job.policy.model.config.get_text_config(), "sliding_window", None) or 0
+
+    def order(number: int) -> tuple[bool, bool, int]:
+        lengths = job.train.lengths(number)
+        within = int(lengths[0] + lengths[1:].max()) <= window
+        return not job.train.image_count(number), within, int(lengths.sum())
+
+    return min((n for n in range(len(job.train)) if job.train.pair_count(n)), key=order)
 
 
 def _sums_of(job: Job, piece: Piece, shared: bool) -> tuple[Tensor, Tensor]:
