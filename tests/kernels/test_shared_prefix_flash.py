@@ -300,6 +300,18 @@ def test_flash_attn_gets_packed_segments_and_fewer_heads_for_keys() -> None:
     assert out.transpose(1, 2).is_contiguous()
 
 
+def test_under_a_window_a_completion_gets_only_the_end_of_its_prompt() -> None:
+    CALLS.clear()
+    layout = SharedPrefixLayout.from_groups([(33, [5, 7, 1]), (4, [9, 2])])
+    q, k, v = (heads_of(layout.tokens, h, 16, h) for h in (4, 2, 2))
+    plan = flash_plan(layout, 7, torch.device("cpu"))
+    PartsAttention.apply(q, k, v, None, plan, DOUBLES["flash-attn 2"], Scores(1.0))
+    (call,) = CALLS
+    assert call["cu_seqlens_q"].diff().tolist() == [38, 7, 1, 13, 2]
+    assert call["cu_seqlens_k"].diff().tolist() == [38, 6 + 7, 6 + 1, 13, 4 + 2]
+    assert (call["window_size_left"], call["window_size_right"], call["causal"]) == (6, 0, True)
+
+
 def test_a_single_group_is_attended_without_any_copy() -> None:
     CALLS.clear()
     layout = SharedPrefixLayout.from_groups([(33, [5, 7])])
