@@ -35,6 +35,7 @@ class LogprobHead(nn.Linear):
         function = linear_logprob_and_unit if unit else linear_logprob
         return function(
             hidden, self.weight, target_N, bias=self.bias, logit_scale=self.logit_scale, softcap=self.softcap,
+            validate=False,  # ids come from the model's own tokenizer, whose size was checked; asking would wait for the device
             **wants,
         )  # fmt: skip
 

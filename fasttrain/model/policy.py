@@ -14,6 +14,7 @@ from fasttrain.data.batch import PackBatch
 from fasttrain.errors import UserError
 from fasttrain.model.attention import SHARED, check_attention
 from fasttrain.model.head import LogprobHead, check_head, install_head
+from fasttrain.model.no_waiting import trust_placeholders
 from fasttrain_kernels import SharedPrefixLayout
 
 
@@ -164,4 +165,8 @@ class Policy(nn.Module):
                 "the processor's settings (vision_feature_select_strategy, patch_size, num_additional_image_tokens, image sizes) "
                 "do not fit config.json"
             ) from None
+        if pixel_ICHW is not None and self.counts.images == len(
+            pixel_ICHW
+        ):  # the first pass with images agreed
+            trust_placeholders(self.model)
         return out.last_hidden_state[0]

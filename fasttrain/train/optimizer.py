@@ -133,7 +133,7 @@ class MasterOptimizer:
             for key, value in tensors.items():
                 if key.startswith(prefix):
                     short = key.removeprefix(prefix)
-                    state[short] = value if short == "step" else value.to(master.device)
+                    state[short] = value.to(master.device)
             if state:
                 self.optimizer.state[master] = state
 
@@ -160,7 +160,8 @@ def _sum_over_ranks(gradients: list[Tensor]) -> None:
 def make_optimizer(groups: list[dict[str, Any]], kind: str) -> torch.optim.Optimizer:
     """AdamW, or bitsandbytes' with its state in 8 bits."""
     if kind == "adamw":
-        return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+        # fused: one pass over the weights, and the step count stays on the device
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
     try:
         import bitsandbytes
     except ImportError:
