@@ -85,9 +85,10 @@ def group_rows(
     memo: HashMemo,
     on_bad: Callable[[BadRow], None],
     tick: Callable[[int], object] = lambda n: None,
+    seen: Callable[[Pair], object] = lambda pair: None,
 ) -> GroupIndex:
-    """Index every usable row by its group; rows that cannot be used go to `on_bad`."""
-    finder = _GroupFinder(files, memo)
+    """Index every usable row by its group; rows that cannot be used go to `on_bad`, each that could be read to `seen`."""
+    finder = _GroupFinder(files, memo, seen)
     row_numbers, row_groups = array("I"), array("I")
     for number in files:
         tick(1)
@@ -108,8 +109,8 @@ def group_rows(
 class _GroupFinder:
     """Groups by prompt and image sizes; where two rows agree in both but not in paths, by image contents."""
 
-    def __init__(self, files: PairFiles, memo: HashMemo) -> None:
-        self.files, self.memo = files, memo
+    def __init__(self, files: PairFiles, memo: HashMemo, seen: Callable[[Pair], object]) -> None:
+        self.files, self.memo, self.seen = files, memo, seen
         self.first_rows = array("I")
         self._by_size: dict[bytes, int] = {}
         self._by_content: dict[bytes, int] = {}
@@ -117,6 +118,7 @@ class _GroupFinder:
     def group_of(self, number: int) -> int:
         """The group of a row, a new one if no row before belongs with it; BadRow if the row cannot be used."""
         pair = self.files.pair(number)
+        self.seen(pair)
         key = _key(pair)
         group = self._by_size.get(key)
         if group is None:

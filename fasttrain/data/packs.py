@@ -101,7 +101,7 @@ class Order:
         return [part for part in np.split(groups, cuts) if len(part)]
 
     def _counts(self) -> np.ndarray:
-        return np.fromiter((self.data.pair_count(n) for n in range(len(self.data))), np.int64, len(self.data))
+        return self.data.pair_counts()
 
     def total_steps(self, epochs: float) -> int:
         """Optimizer steps in so many epochs; a part of an epoch is that part of its steps, rounded up."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import tempfile
 from array import array
@@ -51,13 +52,30 @@ class Account:
 
 
 class PreparedData:
-    """Groups by number. Token ids are int32 in an unlinked temporary file; the index is a few flat arrays."""
+    """Groups by number. Token ids are int32 in a mapped file; the index is a few flat arrays.
+
+    `key` names the entry of the prepared cache that holds this data, None if none does.
+    """
+
+    ARRAYS = (
+        "tokens",
+        "lengths",
+        "pairs",
+        "token_starts",
+        "length_starts",
+        "pair_starts",
+        "rows",
+        "images",
+        "order",
+    )
+    key: str | None = None
 
     def __init__(self, files: PairFiles, account: Account) -> None:
         self.files, self.account = files, account
         folder = cache_root() / "spool"
         folder.mkdir(parents=True, exist_ok=True)
         self._spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by seal)
+        self._tokens: np.ndarray = np.zeros(0, np.int32)
         self._lengths, self._pairs = array("i"), array("i")
         self._token_starts, self._length_starts, self._pair_starts = (
             array("q", [0]),
@@ -88,8 +106,46 @@ class PreparedData:
         self._spool.close()  # the mapping keeps the unlinked file
         self._order = np.arange(len(self._rows)) if order is None else order
         self.account.groups = len(self._rows)
-        self.account.pairs = self._pair_starts[-1]
+        self.account.pairs = int(self._pair_starts[-1])
         self.account.images = sum(self._images)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything but files and account, as flat arrays."""
+        return {name: np.asarray(getattr(self, f"_{name}")) for name in self.ARRAYS}
+
+    @classmethod
+    def from_arrays(cls, files: PairFiles, account: Account, arrays: dict[str, np.ndarray]) -> PreparedData:
+        """Data as `arrays` gave it, perhaps mapped from files; ValueError if the arrays do not belong together."""
+        data = cls(files, account)
+        data.discard()
+        for name in cls.ARRAYS:
+            setattr(data, f"_{name}", arrays[name])
+        groups = len(data._rows)
+        ends = (data._token_starts[-1], data._length_starts[-1], 2 * data._pair_starts[-1])
+        starts = {len(arrays[name]) for name in ("token_starts", "length_starts", "pair_starts")}
+        if starts != {groups + 1} or ends != (len(data._tokens), len(data._lengths), len(data._pairs)):
+            raise ValueError("arrays of different data")
+        return data
+
+    def pair_counts(self) -> np.ndarray:
+        """int64 (groups,): pairs of every group, 0 for a dropped one."""
+        counts = np.diff(np.asarray(self._pair_starts))[self._order]
+        counts[list(self._dropped)] = 0
+        return counts
+
+    def longest(self) -> tuple[int, int]:
+        """Tokens of the longest group, and of the longest prompt with one completion."""
+        lengths, starts = np.asarray(self._lengths, np.int64), np.asarray(self._length_starts)
+        answers = lengths.copy()
+        answers[starts[:-1]] = 0
+        sequences = lengths[starts[:-1]] + np.maximum.reduceat(answers, starts[:-1])
+        return int(np.diff(np.asarray(self._token_starts)).max()), int(sequences.max())
+
+    def completions(self) -> int:
+        """Distinct completions of all groups that are not dropped."""
+        counts = np.diff(np.asarray(self._length_starts))[self._order] - 1
+        counts[list(self._dropped)] = 0
+        return int(counts.sum())
 
     def discard(self) -> None:
         """Close the temporary file of data that is not sealed after all."""
@@ -108,7 +164,7 @@ class PreparedData:
 
     def pair_count(self, number: int) -> int:
         at = self._order[number]
-        return 0 if number in self._dropped else self._pair_starts[at + 1] - self._pair_starts[at]
+        return 0 if number in self._dropped else int(self._pair_starts[at + 1] - self._pair_starts[at])
 
     def pairs(self, number: int) -> np.ndarray:
         """(P, 2) chosen and rejected, as indices into the group's completions; empty for a dropped group.
@@ -129,15 +185,15 @@ class PreparedData:
 
     def where(self, number: int) -> str:
         """File and line of the row that first held this prompt."""
-        return self.files.where(self._rows[self._order[number]])
+        return self.files.where(int(self._rows[self._order[number]]))
 
     def images(self, number: int) -> tuple[ImageRef, ...]:
         """The images of a group's prompt, read again from the row that first held it."""
         at = self._order[number]
-        return self.files.pair(self._rows[at]).images if self._images[at] else ()
+        return self.files.pair(int(self._rows[at])).images if self._images[at] else ()
 
     def image_count(self, number: int) -> int:
-        return self._images[self._order[number]]
+        return int(self._images[self._order[number]])
 
     def drop(self, number: int, reason: str) -> None:
         """Leave a group out after all (its image turned out broken); its number stays, with no pairs."""
@@ -194,7 +250,33 @@ def prepare(
     read: Callable[..., Pair] = read_pair,
 ) -> PreparedData:
     """Read, group and tokenize pair files; UserError at the first bad row unless data.on_bad_row is skip."""
-    files = PairFiles([paths] if isinstance(paths, str) else paths, data.image_root, read)
+    from fasttrain.data import prepared_cache
+
+    names = [paths] if isinstance(paths, str) else paths
+    files = PairFiles(names, data.image_root, read)
+    key = None
+    if len(files) >= prepared_cache.SMALLEST:
+        how = f"{getattr(read, '__module__', '')}.{getattr(read, '__qualname__', read)}"
+        key = prepared_cache.entry_key(
+            names, data, chat, memo, limit=limit_pairs, seed=limit_pairs and seed, read=how
+        )
+    if key is not None and (held := prepared_cache.load(key, files, chat)) is not None:
+        return held
+    with contextlib.closing(prepared_cache.ImageWitness()) as witness, prepared_cache.counted(chat) as notes:
+        prepared = _read(files, chat, data, memo, witness.see, seed, limit_pairs, progress)
+        if not prepared.account.pairs:
+            reasons = {entry.reason for entry in prepared.account.skipped}
+            why = f" ({min(reasons)})" if reasons else ""
+            raise UserError(f"{paths}: wanted at least one usable pair, got none{why}")
+        if key is not None:
+            prepared_cache.store(key, prepared, witness, notes())
+    return prepared
+
+
+def _read(
+    files: PairFiles, chat: ChatTokenizer, data: DataConfig, memo: HashMemo, seen: Callable[[Pair], object], seed: int,
+    limit_pairs: int | None, progress: Callable[[str, int], Callable[[int], object]],
+) -> PreparedData:  # fmt: skip
     account = Account(rows=len(files))
     for source in files.sources:
         account.skipped += [Skipped(where, None, reason) for where, reason in source.passed_over]
@@ -204,7 +286,7 @@ def prepare(
             raise error
         account.skipped.append(Skipped(error.where, None, error.reason))
 
-    index = group_rows(files, memo, on_bad, progress("reading pairs", len(files)))
+    index = group_rows(files, memo, on_bad, progress("reading pairs", len(files)), seen)
     prepared = PreparedData(files, account)
     try:
         order = _tokenize(prepared, index, chat, data, on_bad, seed, limit_pairs, progress)
@@ -212,11 +294,6 @@ def prepare(
     except BaseException:
         prepared.discard()
         raise
-    if not account.pairs:
-        reasons = {entry.reason for entry in account.skipped}
-        raise UserError(
-            f"{paths}: wanted at least one usable pair, got none" + (f" ({min(reasons)})" if reasons else "")
-        )
     return prepared
 
 

@@ -100,6 +100,22 @@ class ReferenceCache:
         except sqlite3.DatabaseError as error:
             raise self._damaged(error) from None
 
+    def is_complete(self, name: str) -> bool:
+        """Whether `mark_complete` was told that this cache holds all of `name`."""
+        query = "SELECT 1 FROM about WHERE name = ?"
+        try:
+            return self._open().execute(query, (f"complete {name}",)).fetchone() is not None
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from None
+
+    def mark_complete(self, name: str) -> None:
+        """Remember that every completion of `name` is here, so that the next run need not look for each."""
+        try:
+            with self._open() as database:
+                database.execute("INSERT OR IGNORE INTO about VALUES (?, 'yes')", (f"complete {name}",))
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from None
+
     def __len__(self) -> int:
         return int(self._open().execute("SELECT COUNT(*) FROM logps").fetchone()[0])
 

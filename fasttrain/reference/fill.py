@@ -40,11 +40,15 @@ class FillReport:
 
 
 def missing_completions(
-    data: PreparedData, keys: CompletionKeys, cache: ReferenceCache, memo: HashMemo
+    data: PreparedData,
+    keys: CompletionKeys,
+    cache: ReferenceCache,
+    memo: HashMemo,
+    groups: Iterable[int] | None = None,
 ) -> list[tuple[int, list[int]]]:
-    """(group, completions) that are not cached, in data order."""
+    """(group, completions) that are not cached, in data order, of all groups or of `groups`."""
     result = []
-    for number in range(len(data)):
+    for number in range(len(data)) if groups is None else sorted(groups):
         if not data.pair_count(number):
             continue
         group = data.group(number)
@@ -116,7 +120,7 @@ def fill(
 ) -> FillReport:  # fmt: skip
     """Compute and store `missing` with the policy as it is now; a broken image stops, or drops its group."""
     start = time.perf_counter()
-    total = sum(len(data.lengths(n)) - 1 for n in range(len(data)) if data.pair_count(n))
+    total = data.completions()
     computed = tokens = 0
     dropped: set[int] = set()
     policy.eval()

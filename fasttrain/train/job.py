@@ -153,7 +153,7 @@ def _build_job(config: DPOConfig, objective: Objective) -> Job:
     policy.set_shared(_may_share(config, model, [train, *([evaluation] if evaluation else [])]))
     shape = measure_shape(model)
     memory = RunMemory(config, model_config, model.dtype, train, device, ranks().size)
-    longest = max(int(train.lengths(number).sum()) for number in range(len(train)))
+    longest, _ = train.longest()
     checkpointing, tokens = memory.settings(longest)
     adapter = config.lora.init_from if config.lora else None
     dtype = str(pick_dtype(config.model.dtype, device)).removeprefix("torch.")
@@ -237,11 +237,7 @@ def _check_image_token(chat: ChatTokenizer, model: Any) -> None:
 
 
 def _may_share(config: DPOConfig, model: Any, datasets: list[PreparedData]) -> bool:
-    longest = max(
-        int(lengths[0] + lengths[1:].max(initial=0))
-        for data in datasets
-        for lengths in (data.lengths(number) for number in range(len(data)))
-    )
+    longest = max(data.longest()[1] for data in datasets)
     problem = why_too_long(model, longest)
     if problem:
         raise UserError(

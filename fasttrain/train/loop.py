@@ -87,11 +87,19 @@ def train(config: DPOConfig, loss: Objective, *, resume: bool = False, overwrite
         return Trainer(job, folder, resume).run()
 
 
-def fill_references(job: Job) -> FillReport:
-    """Compute the reference log-probs that are not cached yet, of training and evaluation pairs."""
+def fill_references(job: Job, max_steps: int | None = None) -> FillReport:
+    """Compute the reference log-probs that are not cached yet: of training pairs, perhaps only those of the first `max_steps`
+    steps, and of evaluation pairs.
+    """
     reports = []
     for data in job.datasets:
-        missing = missing_completions(data, job.keys, job.cache, job.memo)
+        whole = f"{data.key} {job.keys.pixel_hash}" if data.key else None
+        if whole and job.cache.is_complete(whole):
+            reports.append(FillReport(data.completions(), 0, 0, 0.0))
+            continue
+        groups = _groups_of_steps(job, max_steps) if data is job.train and max_steps else None
+        usable = data.account.groups
+        missing = missing_completions(data, job.keys, job.cache, job.memo, groups)
         with Progress(
             "reference log-probs", sum(len(gone) for _, gone in missing), "completions"
         ) as progress:
@@ -102,7 +110,22 @@ def fill_references(job: Job) -> FillReport:
                     skip_broken=job.config.data.on_bad_row == "skip", tick=progress.tick,
                 )
             )  # fmt: skip
+        if data.account.groups != usable and groups is not None:
+            reports.append(
+                fill_references(job, max_steps)
+            )  # without the dropped groups the steps hold others
+        elif whole and groups is None and data.account.groups == usable:
+            job.cache.mark_complete(whole)
     return FillReport(*(sum(values) for values in zip(*[vars(report).values() for report in reports])))
+
+
+def _groups_of_steps(job: Job, steps: int) -> list[int] | None:
+    """Groups that the first `steps` steps hold; None where that is all of them."""
+    config = job.config.train
+    order = Order(job.train, config.pairs_per_step, config.shuffle, config.seed)
+    if steps >= len(order.steps_in(0)):
+        return None
+    return sorted({int(group) for _, _, groups in order.steps(1, steps) for group in groups})
 
 
 class Trainer:
@@ -122,7 +145,7 @@ class Trainer:
         engine = make_engine(job.policy, self.config, job.checkpointing)
         check_sharing(job)
         if self.loss.needs_reference:
-            report = fill_references(job)
+            report = fill_references(job, config.max_steps)
             say(
                 f"reference: {report.completions:,} completions, {report.computed:,} computed now "
                 f"({report.tokens:,} tokens in {report.seconds:.1f} s), cache {job.cache.path}"

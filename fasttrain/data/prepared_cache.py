@@ -1,0 +1,149 @@
+"""Prepared data on disk: a second start over the same files reads no row and tokenizes nothing.
+
+An entry is a folder under `prepared/` of the cache root, named by a hash of everything that the tokens depend on: contents of
+the pair files, the settings of `data`, tokenizer, template, image settings, versions. Image files may change beside a pair
+file that does not: their sizes and modification times are compared when an entry is opened. An entry that does not fit, or is
+damaged, is made again; the newest `KEPT` stay.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fasttrain import __version__
+from fasttrain.config import DataConfig
+from fasttrain.data.groups import PairFiles, Skipped
+from fasttrain.data.pairs import Pair
+from fasttrain.data.prepared import Account, PreparedData
+from fasttrain.data.tokens import ChatTokenizer
+from fasttrain.files import HashMemo, atomic_folder, cache_root
+
+VERSION = 1  # raised when the same rows become other tokens, groups or pairs
+KEPT = 8
+SMALLEST = 2000  # rows; fewer are prepared in about a second
+
+
+def entry_key(
+    paths: list[str], data: DataConfig, chat: ChatTokenizer, memo: HashMemo, **more: Any
+) -> str | None:
+    """Name of the entry; None where what decides the tokens cannot be seen (a tokenizer without a fast form)."""
+    fast = getattr(chat.tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        return None
+    what = {
+        "version": [VERSION, __version__, *(importlib.metadata.version(n) for n in ("transformers", "tokenizers", "jinja2"))],
+        "files": [[path, *_contents(Path(path).expanduser(), memo)] for path in paths],
+        "root": data.image_root and os.path.realpath(Path(data.image_root).expanduser()),
+        "data": [data.max_length, data.overflow, data.on_bad_row],
+        "tokenizer": [fast.to_str(), str(getattr(chat.processor, "chat_template", None)), chat.end_tokens],
+        "images": [chat.fingerprint(), chat.image_token_id, chat.processor.__class__.__name__],
+        "more": more,
+    }  # fmt: skip
+    memo.save()
+    return blake2b(json.dumps(what, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+def _contents(path: Path, memo: HashMemo) -> list[str]:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [memo(file) for file in files if file.is_file()]
+
+
+class ImageWitness:
+    """The image files that rows name, with sizes and modification times, folded into one hash as the rows go by."""
+
+    def __init__(self) -> None:
+        self._digest = blake2b(digest_size=16)
+        self._last = ""
+        self._file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+
+    def see(self, pair: Pair) -> None:
+        for ref in pair.images:
+            if ref.path is not None and str(ref.path) != self._last:
+                self._last = str(ref.path)
+                self._file.write(json.dumps(self._last) + "\n")
+                self._digest.update(_state_of(self._last))
+
+    def written(self, folder: Path) -> str:
+        """Write the names into `folder`; the hash over them."""
+        self._file.seek(0)
+        with (folder / "images.jsonl").open("w", encoding="utf-8") as out:
+            shutil.copyfileobj(self._file, out)
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _state_of(path: str) -> bytes:
+    try:
+        found = os.stat(path)  # noqa: PTH116 (a million times: a Path would cost more than the call)
+    except OSError:
+        return b"gone"
+    return f"{path} {found.st_size} {found.st_mtime_ns}".encode("utf-8", "surrogatepass")
+
+
+def _images_now(folder: Path) -> str:
+    digest = blake2b(digest_size=16)
+    with (folder / "images.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            digest.update(_state_of(json.loads(line)))
+    return digest.hexdigest()
+
+
+def load(key: str, files: PairFiles, chat: ChatTokenizer) -> PreparedData | None:
+    """The data of an entry; None if there is none, an image changed since, or the entry is not whole."""
+    folder = cache_root() / "prepared" / key
+    try:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        if about["images"] != _images_now(folder):
+            return None
+        account = Account(
+            **about["account"] | {"skipped": [Skipped(**s) for s in about["account"]["skipped"]]}
+        )
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in PreparedData.ARRAYS}
+        prepared = PreparedData.from_arrays(files, account, arrays)
+        os.utime(folder)  # the newest stay
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    prepared.key = key
+    chat.appended_end += about["appended_end"]
+    chat.split_boundary += about["split_boundary"]
+    return prepared
+
+
+def store(key: str, prepared: PreparedData, witness: ImageWitness, notes: dict[str, int]) -> None:
+    """Write an entry and remove the oldest; a full or read-only disk only costs the next start its time."""
+    if any(skipped.reason.startswith("image") for skipped in prepared.account.skipped):
+        return  # that file may appear, or open, tomorrow
+    folder = cache_root() / "prepared" / key
+    try:
+        with atomic_folder(folder) as temporary:
+            for name, array in prepared.arrays().items():
+                np.save(temporary / f"{name}.npy", array)
+            about = {"account": asdict(prepared.account), "images": witness.written(temporary), **notes}
+            (temporary / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        entries = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+        for old in entries[KEPT:]:
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError:
+        return
+    prepared.key = key
+
+
+@contextmanager
+def counted(chat: ChatTokenizer) -> Iterator[Callable[[], dict[str, int]]]:
+    """What the tokenizer had to note about answers while the block ran."""
+    before = {"appended_end": chat.appended_end, "split_boundary": chat.split_boundary}
+    yield lambda: {name: getattr(chat, name) - value for name, value in before.items()}

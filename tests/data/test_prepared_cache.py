@@ -1,0 +1,156 @@
+"""A second start over the same files reads and tokenizes nothing, and gives the same data; any change is noticed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fasttrain.config import DataConfig
+
+
+@pytest.fixture
+def prepared(
+    tiny_llava: Path, vision_pairs: Callable[..., Path], tmp_path: Path, fresh_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Any]:  # fmt: skip
+    """Prepares 21 pairs of `tmp_path`/data; counts the rows that were tokenized in `.tokenized`."""
+    from fasttrain.config import ModelConfig
+    from fasttrain.data import prepared as module
+    from fasttrain.data import prepared_cache
+    from fasttrain.data.tokens import ChatTokenizer
+    from fasttrain.files import HashMemo
+    from fasttrain.model.load import load_processor, stop_token_ids
+
+    monkeypatch.setattr(prepared_cache, "SMALLEST", 1)
+    vision_pairs(tmp_path / "data", 21)
+    original = module._tokenize_group
+
+    def counted(*args: Any, **options: Any) -> Any:
+        run.tokenized += 1  # type: ignore[attr-defined]
+        return original(*args, **options)
+
+    monkeypatch.setattr(module, "_tokenize_group", counted)
+
+    def run(limit: int | None = None, seed: int = 0, **settings: Any) -> Any:
+        processor = load_processor(tiny_llava, ModelConfig(name=str(tiny_llava)), True)
+        chat = ChatTokenizer(processor, stop_token_ids(processor, tiny_llava))
+        memo = HashMemo(fresh_cache / "hashes.sqlite")
+        run.tokenized = 0  # type: ignore[attr-defined]
+        file = tmp_path / "data" / "pairs.jsonl"
+        config = DataConfig(train=str(file), **settings)
+        data = module.prepare(str(file), config, chat, memo, seed=seed, limit_pairs=limit)
+        memo.close()
+        return data
+
+    return run
+
+
+def described(data: Any) -> list[Any]:
+    groups = [
+        (g.where, g.prompt_ids.tolist(), [c.tolist() for c in g.completion_ids], g.pairs.tolist(),
+         [str(ref.path) for ref in data.images(g.number)], data.image_count(g.number), data.lengths(g.number).tolist())
+        for g in data
+    ]  # fmt: skip
+    return [groups, data.account, data.pair_counts().tolist(), data.longest(), data.completions()]
+
+
+@pytest.mark.parametrize("settings", [{}, {"limit": 8, "seed": 3}, {"overflow": "drop", "max_length": 65}])
+def test_a_second_start_tokenizes_nothing_and_is_the_same(
+    prepared: Callable[..., Any], settings: dict[str, Any]
+) -> None:
+    first = prepared(**settings)
+    assert prepared.tokenized and first.key  # type: ignore[attr-defined]
+    second = prepared(**settings)
+    assert prepared.tokenized == 0  # type: ignore[attr-defined]
+    assert described(second) == described(first)
+
+
+def _another_row(folder: Path) -> None:
+    rows = (folder / "pairs.jsonl").read_text().splitlines()
+    (folder / "pairs.jsonl").write_text("\n".join(rows[1:]) + "\n")
+
+
+def _touched_image(folder: Path) -> None:
+    os.utime(folder / "images" / "2.png", (1, 1))
+
+
+def _gone_image(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    keep = {name for row in rows if row["prompt"] != rows[0]["prompt"] for name in row.get("images", [])}
+    gone = next(name for name in rows[0]["images"] if name not in keep)
+    (folder / gone).unlink()
+
+
+@pytest.mark.parametrize("change", [_another_row, _touched_image, _gone_image])
+def test_changed_rows_and_images_are_prepared_again(
+    prepared: Callable[..., Any], change: Callable[[Path], None], tmp_path: Path
+) -> None:
+    prepared(on_bad_row="skip")
+    change(tmp_path / "data")
+    prepared(on_bad_row="skip")
+    assert prepared.tokenized  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_length": 2000}, {"overflow": "drop"}, {"limit": 5}, {"limit": 5, "seed": 1}]
+)
+def test_other_settings_have_entries_of_their_own(
+    prepared: Callable[..., Any], change: dict[str, Any]
+) -> None:
+    prepared()
+    prepared(**change)
+    assert prepared.tokenized  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("file", ["about.json", "tokens.npy", "pair_starts.npy", "images.jsonl"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_entry_is_made_again(
+    prepared: Callable[..., Any], file: str, damage: str, fresh_cache: Path
+) -> None:
+    truth = described(prepared())
+    path = next((fresh_cache / "prepared").iterdir()) / file
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        path.unlink()
+    assert described(prepared()) == truth
+    assert prepared.tokenized  # type: ignore[attr-defined]
+
+
+def test_rows_left_out_for_their_images_are_looked_at_again(
+    prepared: Callable[..., Any], tmp_path: Path
+) -> None:
+    _gone_image(tmp_path / "data")
+    assert prepared(on_bad_row="skip").account.skipped
+    assert prepared(on_bad_row="skip").key is None
+    assert prepared.tokenized  # type: ignore[attr-defined]
+
+
+def test_only_the_newest_entries_are_kept(
+    prepared: Callable[..., Any], fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fasttrain.data import prepared_cache
+
+    monkeypatch.setattr(prepared_cache, "KEPT", 2)
+    for length in (2000, 2001, 2002):
+        prepared(max_length=length)
+    assert len(list((fresh_cache / "prepared").iterdir())) == 2
+    prepared(max_length=2002)
+    assert prepared.tokenized == 0  # type: ignore[attr-defined]
+
+
+def test_flat_counts_are_the_groups_own(prepared: Callable[..., Any]) -> None:
+    data = prepared()
+    data.drop(1, "for the test")
+    assert data.pair_counts().tolist() == [data.pair_count(n) for n in range(len(data))]
+    lengths = [data.lengths(n) for n in range(len(data))]
+    sequence = max(int(one[0] + one[1:].max()) for one in lengths)
+    assert data.longest() == (max(int(one.sum()) for one in lengths), sequence)
+    assert data.completions() == sum(len(one) - 1 for n, one in enumerate(lengths) if n != 1)
+    assert data.pair_counts().dtype == np.int64
