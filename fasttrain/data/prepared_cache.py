@@ -48,11 +48,16 @@ def entry_key(
         "root": data.image_root and os.path.realpath(Path(data.image_root).expanduser()),
         "data": [data.max_length, data.overflow, data.on_bad_row],
         "tokenizer": [fast.to_str(), str(getattr(chat.processor, "chat_template", None)), chat.end_tokens],
-        "images": [chat.fingerprint(), chat.image_token_id, chat.processor.__class__.__name__],
+        "images": [chat.fingerprint(), chat.image_token_id, _settings(chat.processor)],
         "more": more,
     }  # fmt: skip
     memo.save()
     return blake2b(json.dumps(what, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+def _settings(processor: Any) -> Any:
+    """What a vision model's processor is set to; a tokenizer is hashed whole."""
+    return [type(processor).__name__, processor.to_dict() if hasattr(processor, "image_processor") else None]
 
 
 def _contents(path: Path, memo: HashMemo) -> list[str]:

@@ -165,8 +165,6 @@ class Policy(nn.Module):
                 "the processor's settings (vision_feature_select_strategy, patch_size, num_additional_image_tokens, image sizes) "
                 "do not fit config.json"
             ) from None
-        if pixel_ICHW is not None and self.counts.images == len(
-            pixel_ICHW
-        ):  # the first pass with images agreed
+        if images:  # in this pass they agreed
             trust_placeholders(self.model)
         return out.last_hidden_state[0]
