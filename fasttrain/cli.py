@@ -145,7 +145,7 @@ def reference(recipe: str, overrides: tuple[str, ...]) -> None:
         if config.distributed.zero_stage == 3:  # its hooks gather the weights
             make_engine(job.policy, config, checkpointing=False)
         check_sharing(job)
-        report = fill_references(job)
+        report = fill_references(job, everything=True)
     _tell(f"completions: {report.completions:,}, computed now: {report.computed:,}")
     _tell(f"cache: {job.cache.path}")
 

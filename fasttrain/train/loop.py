@@ -87,9 +87,10 @@ def train(config: DPOConfig, loss: Objective, *, resume: bool = False, overwrite
         return Trainer(job, folder, resume).run()
 
 
-def fill_references(job: Job, max_steps: int | None = None) -> FillReport:
-    """Compute the reference log-probs that are not cached yet: of training pairs, perhaps only those of the first `max_steps`
-    steps, and of evaluation pairs.
+def fill_references(job: Job, everything: bool = False) -> FillReport:
+    """Compute the reference log-probs that are not cached yet, of evaluation and training pairs.
+
+    Where train.max_steps visits a small part of the training pairs, theirs only, unless `everything` is asked for.
     """
     reports = []
     for data in job.datasets:
@@ -97,7 +98,7 @@ def fill_references(job: Job, max_steps: int | None = None) -> FillReport:
         if whole and job.cache.is_complete(whole):
             reports.append(FillReport(data.completions(), 0, 0, 0.0))
             continue
-        groups = _groups_of_steps(job, max_steps) if data is job.train and max_steps else None
+        groups = None if everything or data is not job.train else _groups_of_short_run(job)
         usable = data.account.groups
         missing = missing_completions(data, job.keys, job.cache, job.memo, groups)
         with Progress(
@@ -111,19 +112,18 @@ def fill_references(job: Job, max_steps: int | None = None) -> FillReport:
                 )
             )  # fmt: skip
         if data.account.groups != usable and groups is not None:
-            reports.append(
-                fill_references(job, max_steps)
-            )  # without the dropped groups the steps hold others
+            reports.append(fill_references(job))  # without the dropped groups the steps hold others
         elif whole and groups is None and data.account.groups == usable:
             job.cache.mark_complete(whole)
     return FillReport(*(sum(values) for values in zip(*[vars(report).values() for report in reports])))
 
 
-def _groups_of_steps(job: Job, steps: int) -> list[int] | None:
-    """Groups that the first `steps` steps hold; None where that is all of them."""
+def _groups_of_short_run(job: Job) -> list[int] | None:
+    """Groups of the steps that train.max_steps allows, where these are less than a tenth of all."""
     config = job.config.train
     order = Order(job.train, config.pairs_per_step, config.shuffle, config.seed)
-    if steps >= len(order.steps_in(0)):
+    steps = config.max_steps
+    if steps is None or 10 * steps * config.pairs_per_step > job.train.account.pairs:
         return None
     return sorted({int(group) for _, _, groups in order.steps(1, steps) for group in groups})
 
@@ -145,7 +145,7 @@ class Trainer:
         engine = make_engine(job.policy, self.config, job.checkpointing)
         check_sharing(job)
         if self.loss.needs_reference:
-            report = fill_references(job, config.max_steps)
+            report = fill_references(job)
             say(
                 f"reference: {report.completions:,} completions, {report.computed:,} computed now "
                 f"({report.tokens:,} tokens in {report.seconds:.1f} s), cache {job.cache.path}"

@@ -154,3 +154,35 @@ def test_flat_counts_are_the_groups_own(prepared: Callable[..., Any]) -> None:
     assert data.longest() == (max(int(one.sum()) for one in lengths), sequence)
     assert data.completions() == sum(len(one) - 1 for n, one in enumerate(lengths) if n != 1)
     assert data.pair_counts().dtype == np.int64
+
+
+def test_a_short_run_over_a_large_file_computes_only_its_own_references(
+    tiny_text: Path,
+    text_pairs: Callable[..., Path],
+    tmp_path: Path,
+    fresh_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One step of one pair out of 40; later all of them; then the next start asks for none."""
+    from fasttrain.config import config_from_dict
+    from fasttrain.data import prepared_cache
+    from fasttrain.train import loop
+    from fasttrain.train.job import build_job
+
+    monkeypatch.setattr(prepared_cache, "SMALLEST", 1)
+    raw = {
+        "model": {"name": str(tiny_text)},
+        "data": {"train": str(text_pairs(tmp_path / "pairs.jsonl", 40, per_prompt=(1,))), "workers": 0},
+        "train": {"output": str(tmp_path / "run"), "max_steps": 1, "pairs_per_step": 1, "seed": 3},
+        "track": [],
+    }
+    run = loop.train_dpo(config_from_dict(raw))
+    assert len(run.metrics) == 1
+    job = build_job(config_from_dict(raw))
+    with job.cache._open():
+        assert len(job.cache) == 2
+    assert loop.fill_references(job, everything=True).computed == 78
+    monkeypatch.setattr(loop, "missing_completions", None)  # not asked any more
+    again = loop.fill_references(build_job(config_from_dict(raw)))
+    assert (again.completions, again.computed) == (80, 0)
+    job.close()
