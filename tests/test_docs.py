@@ -41,3 +41,16 @@ def test_models_page_is_current(repository: Path) -> None:
     text = (repository / "docs" / "models.md").read_text()
     version = re.search(r"Last made with transformers (\S+)\.\n", text)
     assert version and text == models_page.models_page(version[1])
+
+
+def test_the_readmes_step_table_is_made_from_the_newest_results(repository: Path) -> None:
+    spec = importlib.util.spec_from_file_location("readme_table", repository / "bench" / "readme_table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    results = module.newest_results(repository / "bench" / "results")
+    readme = (repository / "README.md").read_text(encoding="utf-8")
+    if results is None:  # nothing measured, nothing claimed
+        assert module.BEGIN not in readme
+        return
+    assert readme == module.with_table(readme, module.table(results)), "run python bench/readme_table.py"
