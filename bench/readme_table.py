@@ -33,12 +33,14 @@ def table(path: Path) -> str:
 
 
 def _lines(rows: list[dict[str, str]], path: Path, threads: int) -> Iterator[str]:
+    count = min(int(row["turns"]) for row in rows)
+    turns = f"medians of {count} turns" if count > 1 else "one turn"
     yield (
-        f"SmolLM2-135M, fp32 on CPU, {threads} thread{'s' if threads > 1 else ''}, LoRA rank 16, medians of turns on the same pairs "
+        f"SmolLM2-135M, fp32 on CPU, {threads} thread{'s' if threads > 1 else ''}, LoRA rank 16, {turns} on the same pairs "
         f"with equal losses ([{path.stem}](bench/results/{path.stem}.md); how: [docs/performance.md](docs/performance.md)):"
     )
     yield ""
-    yield "| case | fasttrain, processor s a step | plain loop | TRL 1.16 | operations: plain, TRL | peak memory of TRL's |"
+    yield "| case | fasttrain, processor s a step | plain loop | TRL 1.16 | operations: plain, TRL | peak memory, of TRL's |"
     yield "|---|---|---|---|---|---|"
     for case, about in ABOUT.items():
         mine = {row["contender"]: row for row in rows if row["case"] == case}
@@ -56,7 +58,9 @@ def _times(row: dict[str, str], ours: dict[str, str], column: str) -> str:
 
 
 def with_table(readme: str, made: str) -> str:
-    """The README with the table between its two marks."""
+    """The README with the table between its two marks, before the section on use if there are none yet."""
+    if BEGIN not in readme:
+        readme = readme.replace("## Use it", f"{BEGIN}\n{END}\n\n## Use it", 1)
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{made}\n{END}{after}"
