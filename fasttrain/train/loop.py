@@ -95,7 +95,8 @@ def fill_references(job: Job, everything: bool = False) -> FillReport:
     reports = []
     for data in job.datasets:
         whole = f"{data.key} {job.keys.pixel_hash}" if data.key else None
-        if whole and job.cache.is_complete(whole):
+        complete = whole is not None and job.cache.is_complete(whole)
+        if not ranks().any(not complete):  # asked of all ranks: each may look into a cache of its own
             reports.append(FillReport(data.completions(), 0, 0, 0.0))
             continue
         groups = None if everything or data is not job.train else _groups_of_short_run(job)
