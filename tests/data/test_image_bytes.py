@@ -168,7 +168,7 @@ def test_pixels_are_those_of_the_models_processor(tiny_llava: Path) -> None:
     contents = [
         encode(picture(size, seed), "PNG") for seed, size in enumerate([(37, 23), (20, 61), (3, 50), (1, 1)])
     ]
-    ours = PixelMaker(processor.image_processor)(contents)
+    ours = PixelMaker(processor)(contents)["pixel_values"]
     truth = processor(
         images=[Image.open(io.BytesIO(content)) for content in contents],
         text=["<image>"] * 4,

@@ -43,6 +43,9 @@ class _Data:
     def pair_count(self, number: int) -> int:
         return self.shape[number][2]
 
+    def pair_counts(self) -> np.ndarray:
+        return np.array([count for _, _, count in self.shape], np.int64)
+
     def pairs(self, number: int) -> np.ndarray:
         _, completions, count = self.shape[number]
         every = itertools.cycle(itertools.permutations(range(len(completions)), 2))
