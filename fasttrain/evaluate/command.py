@@ -238,8 +238,10 @@ def _score(benchmark: Benchmark, data: Path, out: Path, files: dict[str, Path], 
 def _tell_unjudged(benchmark: Benchmark, answers: Path, data: Path, out: Path) -> None:
     given: AnswerFile = benchmark.read_answers(answers)
     chars = [len(text) for text in given.texts.values()]
+    if not chars:
+        raise UserError(f"{answers}: wanted at least one answer, got none")
     click.echo(
-        f"{len(chars):,} answers of {given.model}, mean length {sum(chars) / max(1, len(chars)):,.0f} characters"
+        f"{len(chars):,} answers of {given.model}, mean length {sum(chars) / len(chars):,.0f} characters"
     )
     click.echo(
         f"to score them: fasttrain eval {benchmark.name} --data {data} --answers {answers} -o {out} --judge MODEL"

@@ -91,6 +91,25 @@ def test_mm_vet_and_llava_bench_and_alpaca_eval_write_their_official_answers(
     assert {output["generator"] for output in outputs} == {"tiny-llava"}
 
 
+def test_an_empty_answer_file_is_a_mistake_before_any_judge(
+    shared_data: Path, tmp_path: Path, fasttrain: Callable[..., Any]
+) -> None:
+    answers = tmp_path / "answers.jsonl"
+    answers.touch()
+    words = (
+        "eval",
+        "mt-bench",
+        "--data",
+        shared_data / "mt_bench",
+        "--answers",
+        answers,
+        "-o",
+        tmp_path / "e",
+    )
+    code, _, err = fasttrain(*words)
+    assert code == 2 and "wanted at least one answer" in err
+
+
 def test_a_judge_scores_at_the_end_and_length_stands_beside_the_score(
     shared_data: Path, tmp_path: Path, tiny_text: Path, fasttrain: Callable[..., Any], judge_double: Any,
     monkeypatch: pytest.MonkeyPatch,
