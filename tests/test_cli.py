@@ -261,7 +261,7 @@ def spoil_model(folder: Path, how: str) -> None:
         ("broken config", "model.name: cannot read "),
         (
             "unknown type",
-            "model.name: wanted LLaVA-1.5 or a text-only causal language model, got model type 't5'",
+            "model.name: wanted a causal language model or a vision-language model around one, got model type 't5'",
         ),
         ("no tokenizer", "model.name: cannot load a tokenizer from "),
         ("no template", "model.name: wanted a model with a chat template"),

@@ -56,6 +56,11 @@ class Histogram:
     def pair_count(self, number: int) -> int:
         return len(self._shape(number).pairs)
 
+    def pair_counts(self) -> np.ndarray:
+        """int64 (groups,): pairs of every group."""
+        pairs = np.array([len(shape.pairs) for shape in self.shapes], np.int64)
+        return np.repeat(pairs, [shape.count for shape in self.shapes])
+
     def image_count(self, number: int) -> int:
         return self._shape(number).images
 

@@ -56,9 +56,9 @@ def test_sigterm_within_an_evaluation_ends_it_and_saves_the_step(
     tiny_text: Path, text_pairs: Callable[..., Path], train: Callable[..., Any], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from fasttrain.train import step
+    from fasttrain.train import engine
 
-    forward = step.TorchEngine.forward
+    forward = engine.TorchEngine.forward
     evaluated = []
 
     def interrupted(self: Any, batch: Any, *rest: Any, **options: Any) -> Any:
@@ -67,7 +67,7 @@ def test_sigterm_within_an_evaluation_ends_it_and_saves_the_step(
             os.kill(os.getpid(), signal.SIGTERM)
         return forward(self, batch, *rest, **options)
 
-    monkeypatch.setattr(step.TorchEngine, "forward", interrupted)
+    monkeypatch.setattr(engine.TorchEngine, "forward", interrupted)
     result = train(tiny_text, text_pairs(tmp_path / "pairs.jsonl", 18), "train.eval_every=2")
     assert len(evaluated) == 1
     assert [line["step"] for line in result.metrics] == [1, 2]
