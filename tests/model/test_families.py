@@ -54,7 +54,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
     ),
     "GptOss": ({"head_dim": 16, "num_local_experts": 4, "sliding_window": 14}, None),
     "Falcon": ({}, "does not take attention functions"),
-    "Mamba": ({"state_size": 4}, "does not take attention functions"),
+    "Mamba": ({"state_size": 4}, "it has layers of type linear_attention"),
     "Qwen3Next": (
         {
             "num_experts": 4,
