@@ -158,6 +158,7 @@ def test_twenty_pairs_by_keyboard_alone_in_under_a_minute(page, pairs, command):
 
 def test_buttons_undo_and_reload_keep_what_was_done(page, pairs, command):
     page.goto(command("--rater", "anna").url)
+    count(page, 0)  # the page has its first pair
     first = page.text_content("#prompt")
     for done, label in enumerate(("Left is better", "No difference", "Right is better", "Skip")):
         count(page, done)
