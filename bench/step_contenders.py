@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,8 @@ class Fasttrain(Contender):
         from fasttrain.train.step import StepRunner
 
         raw = recipe(files.model, files.pairs, files.folder, files.rank, files.case.pairs)
-        job = build_job(config_from_dict(raw))
+        with contextlib.nullcontext() if own_lora else _peft_layers():
+            job = build_job(config_from_dict(raw))
         fill_references(job)
         job.policy.train()
         set_adapter(job.policy, files.adapter)
@@ -89,6 +90,19 @@ class Fasttrain(Contender):
         result = self.runner.run(self.plan, iter(self.batches))
         self.engine.step(1.0)
         return float(result.sums[0]) / self.plan.pairs
+
+
+@contextlib.contextmanager
+def _peft_layers() -> Iterator[None]:
+    """Models built meanwhile keep peft's LoRA layers and transformers' norms and MLPs."""
+    from fasttrain.train import job
+
+    ours = job.fuse_lora, job.fuse_layers
+    job.fuse_lora = job.fuse_layers = lambda model: 0
+    try:
+        yield
+    finally:
+        job.fuse_lora, job.fuse_layers = ours
 
 
 def _plain_head(head: Any) -> Callable[..., Any]:

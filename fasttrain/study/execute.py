@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 from fasttrain.errors import UserError
 from fasttrain.files import write_json
+from fasttrain.signals import on_sigterm
 from fasttrain.study.tasks import Task, environment, executable
 
 
@@ -23,7 +21,7 @@ def execute(tasks: list[Task], logs: Path, echo: Callable[[str], object]) -> Non
     if waiting < len(tasks):
         echo(f"{len(tasks) - waiting} of {len(tasks)} steps are done")
     logs.mkdir(parents=True, exist_ok=True)
-    with _terminable():
+    with on_sigterm(_leave):
         for number, task in enumerate(tasks, start=1):
             if task.is_done():  # asked again: what it uses may have been made anew meanwhile
                 continue
@@ -32,22 +30,9 @@ def execute(tasks: list[Task], logs: Path, echo: Callable[[str], object]) -> Non
             echo(f"{'':10}done in {seconds:.1f} s")
 
 
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the block with exit code 143, so that the running command is told too."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(143)
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _leave() -> None:
+    """End with exit code 143, so that the running command is told too."""
+    raise SystemExit(143)
 
 
 def _run(task: Task, log: Path) -> float:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -27,6 +25,7 @@ from fasttrain.model.load import stop_token_ids
 from fasttrain.progress import Progress, say
 from fasttrain.ranks import ranks
 from fasttrain.reference.fill import FillReport, fill, missing_completions
+from fasttrain.signals import on_sigterm
 from fasttrain.train.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
 from fasttrain.train.engine import Engine, join_ranks, make_engine
 from fasttrain.train.final import write_final
@@ -166,7 +165,10 @@ class Trainer:
         trackers = Trackers(self.config.track if main else [], self.folder, self.config.to_dict(), done + 1)
         say(self._account(total, done))
         try:
-            with self._signals(), Progress(self.loss.command, total, "steps", initial=done) as progress:
+            with (
+                on_sigterm(self._finish_this_step),
+                Progress(self.loss.command, total, "steps", initial=done) as progress,
+            ):
                 done = self._steps(engine, order, done, total, metrics, trackers, progress, peak_flops)
         finally:
             if metrics is not None:
@@ -343,19 +345,6 @@ class Trainer:
             f"prompts {'shared' if policy.shared else 'not shared'}, {self.job.tokens_per_pack:,} tokens per pack"
         )
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM finishes the running step; only the main thread may listen for it."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self._stop = True
-
-        try:
-            before = signal.signal(signal.SIGTERM, stop)
-        except ValueError:  # not the main thread
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    def _finish_this_step(self) -> None:
+        """SIGTERM: end the run after the step that is running, with a checkpoint."""
+        self._stop = True

@@ -33,20 +33,11 @@ def plan(*arguments: str) -> str:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads_names_a_known_model_and_shows_its_plan(recipe: Path) -> None:
-    config = load(recipe)
+    config = load_config(recipe)
     assert config.model.name in KNOWN
     comment = [line for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert any(line.startswith(f"#   fasttrain plan -c recipes/{recipe.name} --gpu ") for line in comment)
     assert any("bound by" in line for line in comment)
-
-
-def load(recipe: Path) -> Any:
-    try:
-        return load_config(recipe)
-    except UserError as error:
-        if "distributed.zero_stage" in str(error) and "not available" in str(error):
-            pytest.skip(f"this version has no ZeRO: {error}")
-        raise
 
 
 def _shrunk(name: str) -> dict[str, Any]:
@@ -85,7 +76,7 @@ def _shrunk(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_plan_runs_on_every_recipe_from_a_config_alone(recipe: Path, tmp_path: Path) -> None:
-    sizes = _shrunk(load(recipe).model.name)
+    sizes = _shrunk(load_config(recipe).model.name)
     (tmp_path / "config.json").write_text(json.dumps(sizes), encoding="utf-8")
     text = plan(
         "-c", str(recipe), "-s", f"model.name={tmp_path}", "--gpus", "4", "--lengths", "600,50,300", "--json"
