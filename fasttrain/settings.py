@@ -50,7 +50,7 @@ def _is_pattern(text: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    name: str = setting("", "Hub id or folder of a LLaVA-1.5 model or a text-only causal language model.")
+    name: str = setting("", "Hub id or folder of a language or vision-language model (docs/models.md).")
     revision: str | None = setting(None, "Hub revision: branch, tag or commit.")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "Weight type; auto is bfloat16 on CUDA and float32 on CPU."
@@ -290,6 +290,10 @@ class DPOConfig:
             require(name in TRACKERS, "track", f"any of {', '.join(TRACKERS)}", name)
         if self.lora is None and self.model.quantize:
             raise UserError("model.quantize: a quantised model cannot be fine-tuned in full (lora is null)")
+        if self.distributed.zero_stage is not None and self.train.optimizer == "adamw_8bit":
+            raise UserError(
+                "train.optimizer: wanted adamw with distributed.zero_stage, which shards its state already, got adamw_8bit"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -240,6 +240,11 @@ def test_model_and_pairs_must_be_given() -> None:
         config_from_dict({"model": {"name": "m"}, "data": {"train": []}})
 
 
+def test_8_bit_states_are_refused_where_zero_shards_them(tmp_path: Path) -> None:
+    told = mistake("", tmp_path, "train.optimizer=adamw_8bit", "distributed.zero_stage=2")
+    assert "train.optimizer: wanted adamw with distributed.zero_stage" in told
+
+
 def test_a_quantised_model_cannot_be_tuned_in_full(tmp_path: Path) -> None:
     assert "model.quantize" in mistake("", tmp_path, "lora=null", "model.quantize=nf4")
 
