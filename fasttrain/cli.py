@@ -14,8 +14,8 @@ from fasttrain import __version__
 from fasttrain.answering.command import answer_command
 from fasttrain.errors import SharedMistake, UserError
 from fasttrain.evaluate.command import eval_command
+from fasttrain.rank_watch import fail_all, is_consequence
 from fasttrain.study.command import study_command
-from fasttrain.watch import fail_all, is_consequence
 
 RECIPE_OPTIONS = (
     click.option("-c", "--config", "recipe", required=True, metavar="RECIPE.yaml", help="The recipe."),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fasttrain.errors import SharedMistake, UserError
 from fasttrain.progress import be_quiet
-from fasttrain.watch import leave_watch, start_watch
+from fasttrain.rank_watch import leave_watch, start_watch
 
 _PATIENCE = datetime.timedelta(hours=2)  # a rank may tokenize, or write a large model, while the others wait
 

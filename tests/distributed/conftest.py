@@ -58,7 +58,7 @@ def _child(rank: int, size: int, port: int, log: Path, body: Callable[[], None])
 
         traceback.print_exc()
     finally:
-        from fasttrain.watch import leave_watch
+        from fasttrain.rank_watch import leave_watch
 
         leave_watch()
         sys.stderr.flush()
