@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fasttrain.config import config_from_dict
+from fasttrain.ranks import ranks
 from fasttrain.train.loop import train_dpo
 
 MIXED = "llava"  # its pairs: prompts with one image, two and none
@@ -122,3 +123,48 @@ def test_a_run_goes_on_with_another_stage_and_another_number_of_ranks(
         assert ended.codes == [0, 0], ended.stderr
     train_dpo(recipes("split", "legs"), resume=True)
     assert_same(lines(recipes("split", "legs")), lines(truth))
+
+
+@pytest.mark.slow
+def test_zero_3_gathers_a_frozen_head_once_a_pass_and_never_in_the_backward(
+    recipes: Callable[..., Any], run_ranks: Callable[..., Any], tmp_path: Path
+) -> None:
+    # the cache is full: from here on passes are steps
+    train_dpo(recipes("images", "one", "train.max_steps=1", "data.eval=null"))
+    config = recipes("images", "two", "train.max_steps=2", "data.eval=null", "distributed.zero_stage=3")
+
+    def body() -> None:
+        from deepspeed.runtime.zero.partitioned_param_coordinator import (
+            PartitionedParameterCoordinator as Gathers,
+        )
+
+        from fasttrain.model.head import LogprobHead
+        from fasttrain.train.zero_engine import ZeroEngine
+
+        fetch, passes, backward = Gathers.fetch_sub_module, ZeroEngine.forward, ZeroEngine.backward
+        seen: list[str] = []
+
+        def counted(self: Any, module: Any, forward: bool) -> Any:
+            if isinstance(module, LogprobHead):
+                seen.append("gathered forward" if forward else "gathered backward")
+            return fetch(self, module, forward)
+
+        def told(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*arguments: Any, **options: Any) -> Any:
+                seen.append(name)
+                return call(*arguments, **options)
+
+            return wrapped
+
+        Gathers.fetch_sub_module = counted
+        ZeroEngine.forward, ZeroEngine.backward = told("pass", passes), told("backward", backward)
+        train_dpo(config)
+        first = seen.index("pass")  # before it the head was compared with the model's own logits
+        (tmp_path / f"seen{ranks().rank}.json").write_text(json.dumps(seen[first:]))
+
+    ended = run_ranks(body)
+    assert ended.codes == [0, 0], ended.stderr
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"seen{rank}.json").read_text())
+        assert seen.count("backward") >= 4 and "gathered backward" not in seen
+        assert seen.count("gathered forward") == seen.count("pass")  # a split group's packs pass twice

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fasttrain_kernels import cpu_workers, linear_logprob, linear_logprob_ref
+from fasttrain_kernels import (
+    cpu_workers,
+    linear_logprob,
+    linear_logprob_and_unit,
+    linear_logprob_ref,
+    with_unit_gradient,
+)
 
 OPTIONS = [
     {},
@@ -189,6 +195,28 @@ def test_no_backward_of_a_frozen_head_reads_its_weight() -> None:
     weight.fill_(float("nan"))
     out.logprob.sum().backward()
     assert worst(hidden.grad, true.grad) < 1e-5
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", list(BAR))
+def test_unit_gradients_made_apart_give_the_same_gradient(dtype: torch.dtype, options: dict) -> None:
+    hidden, weight, target, bias = problem(61, 57, 507, dtype)
+    scale = torch.linspace(-1, 2, 61)
+    true = hidden.double().requires_grad_()
+    truth = linear_logprob_ref(true, weight.double(), target, bias.double(), **options)
+    (truth.logprob * scale).sum().backward()
+    hidden.requires_grad_()
+    out, unit = linear_logprob_and_unit(hidden, weight, target, bias, log_p2=True, **options)
+    assert not out.logprob.requires_grad and not unit.requires_grad and unit.dtype == dtype
+    weight.fill_(float("nan"))
+    joined = with_unit_gradient(hidden, out.logprob, unit)
+    (joined * scale).sum().backward()
+    forward, backward = BAR[dtype]
+    assert worst(joined, truth.logprob) < forward and worst(hidden.grad, true.grad) < backward
+    assert worst(out.log_p2, truth.log_p2) < forward
+    target[3] = -100
+    with pytest.raises(ValueError, match=r"target_N: wanted ids in \[0, 507\), got -100"):
+        linear_logprob_and_unit(hidden, torch.ones_like(weight), target)
 
 
 @pytest.mark.parametrize("trained", [False, True])
