@@ -64,6 +64,7 @@ class Worker:
     def __init__(self, name: str, described: Path, threads: int) -> None:
         environment = os.environ | {
             "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+            "THP_MEM_ALLOC_ENABLE": "1",  # as the fasttrain command sets it; here for all
             "FASTTRAIN_CACHE": str(described.parent / "cache"),
         }  # fmt: skip
         command = [sys.executable, str(HERE / "step_worker.py"), name, str(described), str(threads)]

@@ -353,6 +353,9 @@ def _prepare_torch() -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we fork workers after tokenizing
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault(
+        "THP_MEM_ALLOC_ENABLE", "1"
+    )  # tensors in huge pages, where the kernel gives them on request
     for name in ("bitsandbytes", "kernels"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\.")

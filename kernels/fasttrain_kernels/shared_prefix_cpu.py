@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from .shared_prefix_merge import statistics_dtype
 from .shared_prefix_parts import Scores
 from .shared_prefix_plan import Visible
+
+# Rows below which a piece is not worth a batch of its own.
+SHORTEST_PIECE = 32
 
 
 class CpuFlash:
@@ -32,12 +36,49 @@ class CpuFlash:
         how: Visible,
         scores: Scores,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-        mask = additive_mask(q, k, how)
-        grads: tuple[Tensor, Tensor, Tensor] = flash(
-            grad, q, k, v, out, lse, 0.0, how.causal, attn_mask=mask, scale=scores.scale
-        )
-        return grads
+        pieces = _row_pieces(q, k, how)
+        if pieces > 1:
+            return _in_row_pieces(pieces, grad, q, k, v, out, lse, scores)
+        return _flash_backward(grad, q, k, v, out, lse, how, scores)
+
+
+def _flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, how: Visible, scores: Scores
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    mask = additive_mask(q, k, how)
+    grads: tuple[Tensor, Tensor, Tensor] = flash(
+        grad, q, k, v, out, lse, 0.0, how.causal, attn_mask=mask, scale=scores.scale
+    )
+    return grads
+
+
+def _row_pieces(q: Tensor, k: Tensor, how: Visible) -> int:
+    """In how many pieces the rows of a rectangle give every thread as much to do: the kernel shares out key heads only."""
+    threads, heads = torch.get_num_threads(), k.shape[0] * k.shape[1]
+    pieces = threads // math.gcd(threads, heads)
+    plain = not how.causal and how.above is None and q.shape[0] == 1
+    return pieces if plain and q.shape[2] >= pieces * SHORTEST_PIECE else 1
+
+
+def _in_row_pieces(
+    pieces: int, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The backward of a rectangle with its rows cut into equal pieces, as a batch over the same keys."""
+    rows, everything = q.shape[2], Visible()
+    even = rows - rows % pieces
+
+    def cut(x: Tensor) -> Tensor:
+        return x[0, :, :even].unflatten(1, (pieces, -1)).transpose(0, 1)
+
+    keys, values = (x.expand(pieces, -1, -1, -1) for x in (k, v))
+    dq, dk, dv = _flash_backward(cut(grad), cut(q), keys, values, cut(out), cut(lse), everything, scores)
+    dq, dk, dv = dq.transpose(0, 1).flatten(1, 2)[None], dk.sum(0, True), dv.sum(0, True)
+    if even == rows:
+        return dq, dk, dv
+    last_grad, last_q, last_out, last_lse = (x[:, :, even:] for x in (grad, q, out, lse))
+    last = _flash_backward(last_grad, last_q, k, v, last_out, last_lse, everything, scores)
+    return torch.cat([dq, last[0]], 2), dk + last[1], dv + last[2]
 
 
 def additive_mask(q: Tensor, k: Tensor, how: Visible) -> Tensor | None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
-from fasttrain_kernels import SharedPrefixLayout, shared_prefix_attention, shared_prefix_attention_ref
+from fasttrain_kernels import (
+    SharedPrefixLayout,
+    shared_prefix_attention,
+    shared_prefix_attention_ref,
+    shared_prefix_cpu,
+)
 from fasttrain_kernels.shared_prefix_cpu import CpuFlash
 from fasttrain_kernels.shared_prefix_plan import BLOCK
 
@@ -45,6 +52,39 @@ def test_the_cpu_kernels_do_the_visible_pairs_and_at_most_half_a_block_more_a_ro
     bound = visible + layout.tokens * 3 * BLOCK // 4
     assert visible <= sum(done["forward"]) <= bound < 0.8 * layout.tokens**2
     assert done["forward"] == done["backward"]
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("length", [128, 131])
+def test_the_backward_of_a_rectangle_gives_every_thread_the_same_number_of_batches(
+    length: int, four_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = []
+    real = shared_prefix_cpu._flash_backward
+
+    def spy(grad: Tensor, q: Tensor, k: Tensor, *rest: object) -> object:
+        batches.append((q.shape[0] * k.shape[1], q.shape[2]))
+        return real(grad, q, k, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shared_prefix_cpu, "_flash_backward", spy)
+    layout = SharedPrefixLayout.from_groups([(64, [1, length])])
+    ours = [heads_of(layout.tokens, h, 16, h) for h in (9, 3, 3)]
+    true = [x.detach().double().requires_grad_() for x in ours]
+    grad = torch.randn(1, 9, layout.tokens, 16, generator=torch.Generator().manual_seed(5))
+    shared_prefix_attention(*ours, layout).backward(grad)
+    shared_prefix_attention_ref(*true, layout).backward(grad.double())
+    assert (3 * 4, length // 4) in batches  # 3 heads of keys, rows in 4 pieces
+    assert ((3, length % 4) in batches) == bool(length % 4)
+    for mine, theirs in zip(ours, true):
+        assert mine.grad is not None and theirs.grad is not None
+        assert (mine.grad.double() - theirs.grad).abs().max() <= 3e-6 * theirs.grad.abs().max().clamp(min=1)
 
 
 def peak_bytes(groups: list, **options: float) -> tuple[int, int]:
