@@ -213,7 +213,9 @@ class TrainConfig:
     gradient_checkpointing: bool | Literal["auto"] = setting(
         "auto", "Recompute activations in the backward pass; auto: only when memory needs it."
     )
-    compile: bool = setting(False, "torch.compile the decoder layers.")
+    compile: bool = setting(
+        False, "torch.compile the elementwise parts of the decoder: norms and activations. Not with ZeRO-3."
+    )
     seed: int = setting(0, "Seed of order, adapter and dropout.")
     log_every: int = setting(1, "Steps between lines of metrics.jsonl.")
     eval_every: int | None = setting(None, "Steps between evaluations; the end of training always evaluates.")
@@ -244,7 +246,6 @@ class TrainConfig:
             self.tokens_per_pack == "auto" or int(self.tokens_per_pack) >= 1,
             "train.tokens_per_pack", "auto or at least 1", self.tokens_per_pack,
         )  # fmt: skip
-        refuse(self.compile, "train.compile", "compiling the decoder layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,6 +291,10 @@ class DPOConfig:
             require(name in TRACKERS, "track", f"any of {', '.join(TRACKERS)}", name)
         if self.lora is None and self.model.quantize:
             raise UserError("model.quantize: a quantised model cannot be fine-tuned in full (lora is null)")
+        if self.train.compile and self.distributed.zero_stage == 3:
+            raise UserError(
+                "train.compile: wanted false with distributed.zero_stage 3, which swaps the weights under the layers, got true"
+            )
         if self.distributed.zero_stage is not None and self.train.optimizer == "adamw_8bit":
             raise UserError(
                 "train.optimizer: wanted adamw with distributed.zero_stage, which shards its state already, got adamw_8bit"

@@ -245,6 +245,11 @@ def test_8_bit_states_are_refused_where_zero_shards_them(tmp_path: Path) -> None
     assert "train.optimizer: wanted adamw with distributed.zero_stage" in told
 
 
+def test_compiled_layers_are_refused_where_zero_3_swaps_their_weights(tmp_path: Path) -> None:
+    told = mistake("", tmp_path, "train.compile=true", "distributed.zero_stage=3")
+    assert "train.compile: wanted false with distributed.zero_stage 3" in told
+
+
 def test_a_quantised_model_cannot_be_tuned_in_full(tmp_path: Path) -> None:
     assert "model.quantize" in mistake("", tmp_path, "lora=null", "model.quantize=nf4")
 
@@ -253,7 +258,6 @@ def test_a_quantised_model_cannot_be_tuned_in_full(tmp_path: Path) -> None:
     "override",
     [
         "model.quantize=int8",
-        "train.compile=true",
     ],
 )
 def test_a_capability_that_does_not_exist_yet_is_refused_by_name(override: str, tmp_path: Path) -> None:

@@ -1,12 +1,17 @@
-"""RMS norm and SwiGLU of frozen fp32 decoders in few passes over the activations, forward and backward.
+"""RMS norm and SwiGLU of frozen decoders in few passes over the activations, forward and backward.
 
 As transformers writes them, a norm is four passes forward and about eight back, and autograd keeps three tensors for it;
-SwiGLU keeps four. Here a norm keeps its input and a number per row, SwiGLU its two inputs. The modules stay transformers' own:
-only their class changes, and only where the formula is known.
+SwiGLU keeps four. Here a norm keeps its input and a number per row, SwiGLU its two inputs; their outputs say how to make them
+again, so that the linears behind them need not keep them. The modules stay transformers' own: only their class changes, and
+only where the formula is known.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +19,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-# x / sqrt(mean(x^2) + eps) * weight, and down(silu(gate(x)) * up(x)), whatever the family calls them.
-NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
-MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+from fasttrain.model.remade import remade
+
+NORM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _scale(wide: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) of every row of fp32 x, (..., 1)."""
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return norm.square_().div_(wide.shape[-1]).add_(eps).rsqrt_()
+
+
+def _normed(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Statistics in fp32, the weight applied in x's dtype, as transformers does."""
+    wide = x.float()
+    return (wide * _scale(wide, eps)).to(x.dtype).mul_(weight_D)
+
+
+def _silu_times(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -25,18 +47,19 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        wide = x.float()
+        scale = _scale(wide, eps)
         ctx.save_for_backward(x, weight_D, scale)
-        return (x * scale).mul_(weight_D)
+        return (wide * scale).to(x.dtype).mul_(weight_D)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight_D, scale = ctx.saved_tensors
-        dx = grad * weight_D
-        along = torch.linalg.vecdot(dx, x).unsqueeze(-1)
-        return dx.mul_(scale).addcmul_(x, along * scale**3, value=-1 / x.shape[-1]), None, None
+        wide, dx = x.float(), grad.float() * weight_D
+        along = torch.linalg.vecdot(dx, wide).unsqueeze(-1)
+        dx.mul_(scale).addcmul_(wide, along * scale**3, value=-1 / x.shape[-1])
+        return dx.to(x.dtype), None, None
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -45,7 +68,7 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return _silu_times(gate, up)
 
     @staticmethod
     @once_differentiable
@@ -62,9 +85,11 @@ class _Norm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         out: Tensor
-        if hidden_states.dtype == self.weight.dtype == torch.float32 and not self.weight.requires_grad:
+        dtype = hidden_states.dtype
+        if dtype == self.weight.dtype and dtype in NORM_DTYPES and not self.weight.requires_grad:
             out = _RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)
-            return out
+            make = functools.partial(_normed, eps=self.variance_epsilon)
+            return remade(out, make, hidden_states, self.weight)
         out = super().forward(hidden_states)
         return out
 
@@ -77,20 +102,24 @@ class _Mlp(nn.Module):
     down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(_SwiGlu.apply(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        out: Tensor = self.down_proj(remade(_SwiGlu.apply(gate, up), _silu_times, gate, up))
         return out
 
 
 def fuse_layers(decoder: nn.Module) -> int:
-    """Swap in the fused forwards where the module is of a known class; how many there were."""
+    """Swap in the fused forwards where the module is of a known class; how many there were.
+
+    Known are the classes whose forward reads as Llama's does: transformers copies it from family to family.
+    """
     fused = 0
     made: dict[type, type] = {}
     for module in decoder.modules():
         kind = type(module)
         mixed: type
-        if kind.__name__ in NORMS:
+        if reads_like(kind, LlamaRMSNorm):
             mixed = _Norm
-        elif kind.__name__ in MLPS and isinstance(getattr(module, "act_fn", None), SiLUActivation):
+        elif reads_like(kind, LlamaMLP) and isinstance(getattr(module, "act_fn", None), SiLUActivation):
             mixed = _Mlp
         else:
             continue
@@ -99,3 +128,22 @@ def fuse_layers(decoder: nn.Module) -> int:
         module.__class__ = made[kind]
         fused += 1
     return fused
+
+
+def reads_like(kind: Any, model: Any) -> bool:
+    """Whether two classes have the same source of forward."""
+    return _same_source(kind.forward, model.forward)
+
+
+@functools.cache
+def _same_source(mine: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    try:
+        return _bare(inspect.getsource(mine)) == _bare(inspect.getsource(other))
+    except (OSError, TypeError):  # made at run time, or built in
+        return False
+
+
+def _bare(source: str) -> str:
+    """Code without annotations of its signature and without line breaks."""
+    signature, _, body = source.partition(":\n")
+    return re.sub(r"\s+", " ", re.sub(r"(: [\w.]+)|( -> .*)", "", signature) + body)

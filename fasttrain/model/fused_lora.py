@@ -8,6 +8,8 @@ size forward and as many back, and each of q, k and v (or gate and up) reads the
 
 for all linears of a family that get the same input. peft's modules, parameters and names stay as they are; only the way their
 forward runs changes, and only where it is plain LoRA over a frozen nn.Linear. Everything else goes peft's own way.
+
+Of x nothing is kept for the backward where it says how to make it again from tensors that are kept anyway (`remade`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fasttrain.model.remade import Source, source_of
+
 # Linears that transformers' decoder layers call with the same input, one after the other.
 FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -28,7 +32,7 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, scales: tuple[float, ...], *weights: Tensor | None
+        ctx: Any, x_TD: Tensor, scales: tuple[float, ...], source: Source | None, *weights: Tensor | None
     ) -> tuple[Tensor, ...]:
         base, biases, low, high = (weights[i::4] for i in range(4))
         low_RD = _stack(low)
@@ -38,15 +42,18 @@ class _Linears(torch.autograd.Function):
             assert weight is not None and up is not None
             out = x_TD @ weight.t() if bias is None else torch.addmm(bias, x_TD, weight.t())
             outputs.append(out.addmm_(part, up.t(), alpha=scale))
-        ctx.scales = scales
-        ctx.save_for_backward(x_TD, inner_TR, low_RD, *base, *low, *high)
+        ctx.scales, ctx.make = scales, source and source.make
+        kept = (x_TD,) if source is None else source.kept
+        ctx.kept = len(kept)
+        ctx.save_for_backward(*kept, inner_TR, low_RD, *base, *low, *high)
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        x_TD, inner_TR, low_RD, *rest = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        kept, (inner_TR, low_RD, *rest) = saved[: ctx.kept], saved[ctx.kept :]
         count = len(ctx.scales)
         base, low, high = rest[:count], rest[count : 2 * count], rest[2 * count :]
         wants = ctx.needs_input_grad
@@ -61,14 +68,15 @@ class _Linears(torch.autograd.Function):
                 back.mul_(scale)
                 if wants[0]:
                     dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
-                d_up = torch.mm(grad.t(), inner).mul_(scale) if wants[2 + 4 * i + 3] else None
+                d_up = torch.mm(grad.t(), inner).mul_(scale) if wants[3 + 4 * i + 3] else None
             result += [None, None, None, d_up]
+        x_TD = kept[0] if ctx.make is None else ctx.make(*kept).view(-1, low_RD.shape[1])
         d_low = back_TR.t() @ x_TD
         for i, part in enumerate(d_low.split([a.shape[0] for a in low])):
-            result[4 * i + 2] = part if wants[2 + 4 * i + 2] else None
+            result[4 * i + 2] = part if wants[3 + 4 * i + 2] else None
         if dx is not None:
             dx.addmm_(back_TR, low_RD)
-        return dx, None, *result
+        return dx, None, None, *result
 
 
 def _stack(low: tuple[Tensor | None, ...]) -> Tensor:
@@ -110,7 +118,7 @@ def _run(members: list[FusedLoraLinear], x: Tensor) -> list[Tensor]:
         base, name = module.get_base_layer(), module.active_adapters[0]
         weights += [base.weight, base.bias, module.lora_A[name].weight, module.lora_B[name].weight]
     scales = tuple(float(module.scaling[module.active_adapters[0]]) for module in members)
-    outputs = _Linears.apply(x.reshape(-1, x.shape[-1]), scales, *weights)
+    outputs = _Linears.apply(x.reshape(-1, x.shape[-1]), scales, source_of(x), *weights)
     return [out.view(*x.shape[:-1], out.shape[-1]) for out in outputs]
 
 

@@ -21,6 +21,7 @@ from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
 from fasttrain.files import HashMemo, cache_root
 from fasttrain.model.attention import attention_facts, check_attention, silence_dropout, why_unshared
+from fasttrain.model.compiled_layers import compile_layers
 from fasttrain.model.families import FamilyInputs
 from fasttrain.model.flops import ModelShape, measure_shape
 from fasttrain.model.fused_layers import fuse_layers
@@ -149,7 +150,12 @@ def _build_job(config: DPOConfig, objective: Objective) -> Job:
     choose_trainable(model, adapted, config.model.train_projector)
     if adapted is not None and config.distributed.zero_stage != 3:
         fuse_lora(model)
-        fuse_layers(language_model(model))
+        if not config.train.compile:
+            fuse_layers(language_model(model))
+    if config.train.compile:
+        say(
+            f"compiling: {compile_layers(language_model(model))} norms and activations run code made by torch.compile"
+        )
     policy.set_shared(_may_share(config, model, [train, *([evaluation] if evaluation else [])]))
     if zero3 and not policy.shared and train.account.images and ranks().size > 1:
         # one rank's gathers overtook the other's here, over gloo; not understood yet

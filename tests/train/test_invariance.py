@@ -71,6 +71,7 @@ def assert_same(ours: list[dict[str, Any]], truth: list[dict[str, Any]], relativ
         "train.share_prefix=false",
         "train.gradient_checkpointing=true",
         "data.workers=1",
+        pytest.param("train.compile=true", marks=pytest.mark.slow),
     ],
 )
 def test_how_a_step_runs_does_not_change_it(recipe: Callable[..., Any], kind: str, change: str) -> None:
