@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,6 +50,8 @@ class PackBatch:
     reference_N: Tensor | None
     keys: list[bytes]
     broken: list[tuple[int, str]]
+    pair_ids: list[tuple[int, int, int]] = field(default_factory=list)  # group, chosen, rejected of pairs_P2
+    image_tokens: int = 0  # places of the prompts that image features fill
 
     @property
     def images(self) -> int:
@@ -93,8 +95,10 @@ class PackMaker(Dataset[Any]):
         keys: CompletionKeys,
         cache: ReferenceCache | None,
         family: FamilyInputs | None = None,
+        image_token_id: int | None = None,
     ) -> None:
         self.data, self.pixels, self.keys, self.cache, self.family = data, pixels, keys, cache, family
+        self.image_token_id = image_token_id
 
     def __getitem__(self, pack: Pack) -> PackBatch | UserError:  # type: ignore[override]
         """The batch, or the user's mistake as a value: raised in a worker it would arrive as a traceback."""
@@ -104,7 +108,7 @@ class PackMaker(Dataset[Any]):
             return UserError(str(error))
 
     def _make(self, pack: Pack) -> PackBatch:
-        batch = _Builder(pack.shared, self.family, pack.fill)
+        batch = _Builder(pack.shared, self.family, pack.fill, self.image_token_id)
         for piece in pack.pieces:
             group = self.data.group(piece.group)
             try:
@@ -145,8 +149,10 @@ class PackMaker(Dataset[Any]):
 class _Builder:
     """Collects runs of a pack."""
 
-    def __init__(self, shared: bool, family: FamilyInputs | None, fill: bool) -> None:
-        self.shared, self.family = shared, family
+    def __init__(
+        self, shared: bool, family: FamilyInputs | None, fill: bool, image_token_id: int | None = None
+    ) -> None:
+        self.shared, self.family, self.image_token_id = shared, family, image_token_id
         self.fill = (
             fill  # repeats another rank's work: its sequences belong to nobody, its pairs do not count
         )
@@ -158,6 +164,7 @@ class _Builder:
         self.images: list[ImageInputs | None] = []
         self.images_per_run: list[int] = []
         self.pairs: list[tuple[int, int]] = []
+        self.pair_ids: list[tuple[int, int, int]] = []
         self.keys: list[bytes] = []
         self.where: list[str] = []
         self.broken: list[tuple[int, str]] = []
@@ -181,6 +188,7 @@ class _Builder:
         for chosen, rejected in () if self.fill else group.pairs.tolist():
             if chosen in first and rejected in first:
                 self.pairs.append((first[chosen], first[rejected]))
+                self.pair_ids.append((group.number, chosen, rejected))
 
     def finish(self, pack: Pack, reference: Tensor | None) -> PackBatch:
         empty = [np.zeros(0, np.int32)]
@@ -199,6 +207,8 @@ class _Builder:
             reference_N=reference,
             keys=self.keys,
             broken=self.broken,
+            pair_ids=self.pair_ids,
+            image_tokens=sum(int((prompt == self.image_token_id).sum()) for prompt in self.prompts),
         )
 
     def _inputs(self) -> list[ImageInputs]:

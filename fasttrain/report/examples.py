@@ -16,49 +16,79 @@ _LONGEST = 1500  # characters of one text
 _SIDE = 320  # pixels of a thumbnail
 
 
+class PairReader:
+    """The rows that a run was trained on, by number; UserError if its files cannot be read, or are others by now."""
+
+    def __init__(self, run: Run) -> None:
+        from fasttrain.data.groups import PairFiles
+        from fasttrain.data.pairs import read_example, read_pair
+
+        paths = run.config.get("data.train")
+        paths = [paths] if isinstance(paths, str) else paths
+        if not isinstance(paths, list) or not paths:
+            raise UserError("the recipe names no pair file")
+        read = read_example if run.unit == "examples" else read_pair
+        self._files = PairFiles([str(path) for path in paths], run.config.get("data.image_root"), read)
+        rows = run.environment.get("data", {}).get("train", {}).get("rows")
+        if rows is not None and rows != len(self):
+            raise UserError(
+                f"{', '.join(map(str, paths))}: changed since the run, which read {rows:,} rows; now {len(self):,}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def pair(self, number: int) -> tuple[Any, str]:
+        """A pair, or None and why there is none."""
+        from fasttrain.data.sources import BadRow
+
+        if number >= len(self):
+            return None, "is not in the file any more"
+        try:
+            return self._files.pair(number), ""
+        except BadRow as error:
+            return None, str(error)
+
+
 def example_parts(run: Run, count: int, seed: int = 0) -> list[str]:
     """HTML of up to `count` pairs spread over the training files; a sentence instead when they cannot be read."""
-    from fasttrain.data.groups import PairFiles
-    from fasttrain.data.pairs import read_example, read_pair
-    from fasttrain.data.sources import BadRow
-
-    paths = run.config.get("data.train")
-    paths = [paths] if isinstance(paths, str) else paths
-    if not isinstance(paths, list) or not paths:
-        return [paragraph("The recipe names no pair file.", "note")]
     try:
-        read = read_example if run.unit == "examples" else read_pair
-        files = PairFiles([str(path) for path in paths], run.config.get("data.image_root"), read)
-        numbers = random.Random(seed).sample(range(len(files)), min(len(files), 4 * count))
+        reader = PairReader(run)
+        numbers = random.Random(seed).sample(range(len(reader)), min(len(reader), 4 * count))
     except (UserError, OSError) as error:
         return [paragraph(f"No examples: {error}", "note")]
     parts: list[str] = []
     for number in numbers:
         if len(parts) == count:
             break
-        try:
-            parts.append(_pair(files.pair(number)))
-        except BadRow:
-            continue
-    return parts
+        pair, _ = reader.pair(number)
+        if pair is not None:
+            parts.append(pair_html(pair))
+    return parts or [paragraph("No row of the file can be shown.", "note")]
 
 
-def _pair(pair: Any) -> str:
+def pair_html(pair: Any, lead: str = "", told: dict[str, str] | None = None) -> str:
+    """A card; `lead` stands first, `told` says more of the chosen and the rejected answer."""
+    told = told or {}
     images = "".join(_thumbnail(ref) for ref in pair.images[:4])
     texts = "".join(
         f'<div class="label">{html.escape(role)}</div>'
         f'<div class="text">{html.escape(_cut("".join(text for kind, text in parts if kind == "text")))}</div>'
         for role, parts in pair.messages
     )
-    texts += _answer("chosen", pair.chosen)
+    texts += _answer("chosen", pair.chosen, told.get("chosen", ""))
     if pair.rejected is not None:
-        texts += _answer("rejected", pair.rejected)
-    where = html.escape(f"{pair.id} ({_short_place(pair.where)})")
-    return f'<div class="pair"><div>{images}</div><div><div class="label">{where}</div>{texts}</div></div>'
+        texts += _answer("rejected", pair.rejected, told.get("rejected", ""))
+    where = html.escape(_short_place(pair.where) + ("" if pair.id == pair.where else f", id {pair.id}"))
+    first = f'<div class="lead">{html.escape(lead)}</div>' if lead else ""
+    return (
+        f'<div class="pair">{f"<div>{images}</div>" if images else ""}'
+        f'<div>{first}{texts}<div class="label">{where}</div></div></div>'
+    )
 
 
-def _answer(kind: str, text: str) -> str:
-    length = f"{kind}, {len(text):,} characters"
+def _answer(kind: str, text: str, more: str) -> str:
+    length = f"{kind}, {len(text):,} characters" + (f", {more}" if more else "")
     return f'<div class="{kind}"><div class="label">{length}</div><div class="text">{html.escape(_cut(text))}</div></div>'
 
 

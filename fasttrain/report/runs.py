@@ -19,7 +19,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """config: the resolved recipe by dotted key. skipped: rows left out, by reason."""
+    """config: the resolved recipe by dotted key. skipped: rows left out, by reason. changes: lines of pair_changes.jsonl."""
 
     name: str
     folder: Path
@@ -28,6 +28,7 @@ class Run:
     environment: dict[str, Any]
     skipped: Counter[str]
     recipe: str
+    changes: list[Line] | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -103,8 +104,26 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         environment=environment,
         skipped=Counter(reasons),
         recipe=recipe,
+        changes=_read_changes(folder / "pair_changes.jsonl"),
         notes=notes,
     )
+
+
+def _read_changes(path: Path) -> list[Line] | None:
+    """None if the run kept none; UserError for a line that is no record of a step."""
+    if not path.is_file():
+        return None
+    lines = _read_lines(path)
+    for number, line in enumerate(lines, start=1):
+        pairs = line.get("pairs")
+        whole = _is_number(line.get("step")) and _is_number(line.get("epoch")) and isinstance(pairs, list)
+        if not whole or not all(
+            isinstance(pair, list) and len(pair) == 3 and all(map(_is_number, pair)) for pair in pairs or []
+        ):
+            raise UserError(
+                f"{path} line {number}: wanted step, epoch and pairs of three numbers, got {str(line)[:60]!r}"
+            )
+    return lines
 
 
 def _read_lines(path: Path) -> list[Line]:

@@ -93,7 +93,7 @@ class Job:
 
     def maker(self, data: PreparedData, with_reference: bool) -> PackMaker:
         cache = self.cache if with_reference else None
-        return PackMaker(data, self.chat.pixels, self.keys, cache, self.family)
+        return PackMaker(data, self.chat.pixels, self.keys, cache, self.family, self.chat.image_token_id)
 
 
 def build_job(config: DPOConfig, loss: Objective | None = None) -> Job:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from fasttrain.progress import Progress, say
 from fasttrain.ranks import ranks
 from fasttrain.reference.fill import FillReport, fill, missing_completions
 from fasttrain.signals import on_sigterm
+from fasttrain.train.anatomy import most_and_least
 from fasttrain.train.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
 from fasttrain.train.engine import Engine, join_ranks, make_engine
 from fasttrain.train.final import write_final
@@ -33,7 +33,6 @@ from fasttrain.train.first_step import check_first_step, check_sharing
 from fasttrain.train.job import Job, all_or_none, build_job
 from fasttrain.train.losses import PairLoss
 from fasttrain.train.metrics import (
-    MetricsFile,
     StepWork,
     check_finite,
     peak_memory,
@@ -45,9 +44,9 @@ from fasttrain.train.metrics import (
 from fasttrain.train.objective import Objective
 from fasttrain.train.optimizer import learning_rate_factor
 from fasttrain.train.run_folder import check_output, open_run_folder, write_environment, write_skipped
+from fasttrain.train.run_log import RunLog
 from fasttrain.train.sft_loss import AnswerLoss
 from fasttrain.train.step import StepResult, StepRunner, evaluate
-from fasttrain.train.trackers import Trackers
 from fasttrain.train.watch import Watcher
 
 
@@ -161,19 +160,16 @@ class Trainer:
         self._watcher.open(self.folder)
         torch.manual_seed(config.seed + ranks().rank)  # every rank drops out units of its own
         done = self._restore(engine)
-        metrics = MetricsFile(self.folder / "metrics.jsonl", keep_through=done) if main else None
-        trackers = Trackers(self.config.track if main else [], self.folder, self.config.to_dict(), done + 1)
+        log = RunLog(self.folder, self.config.to_dict(), done, main=main, changes=self.loss.needs_reference)
         say(self._account(total, done))
         try:
             with (
                 on_sigterm(self._finish_this_step),
                 Progress(self.loss.command, total, "steps", initial=done) as progress,
             ):
-                done = self._steps(engine, order, done, total, metrics, trackers, progress, peak_flops)
+                done = self._steps(engine, order, done, total, log, progress, peak_flops)
         finally:
-            if metrics is not None:
-                metrics.close()
-            trackers.close()
+            log.close()
         if done < total:
             say(f"stopped by SIGTERM after step {done} of {total}; checkpoint saved, go on with --resume")
         else:
@@ -181,8 +177,8 @@ class Trainer:
         return RunResult(self.folder, read_metrics(self.folder / "metrics.jsonl"), self.folder / "final")
 
     def _steps(
-        self, engine: Engine, order: Order, done: int, total: int, metrics: MetricsFile | None, trackers: Trackers,
-        progress: Progress, peak_flops: float,
+        self, engine: Engine, order: Order, done: int, total: int, log: RunLog, progress: Progress,
+        peak_flops: float,
     ) -> int:  # fmt: skip
         job, config = self.job, self.config.train
         runner = StepRunner(engine, self.loss, job.train)
@@ -190,7 +186,7 @@ class Trainer:
         batches = self._batches(order, done + 1, total, planned)
         with contextlib.closing(batches):
             for number in range(done + 1, total + 1):
-                start = time.perf_counter()
+                runner.clock.start()
                 first = next(batches)
                 step = planned.popleft()
                 if step.split and not self._told_split:
@@ -200,30 +196,30 @@ class Trainer:
                         f"{job.tokens_per_pack}; such groups run in parts, each with the prompt again"
                     )
                 keep = number == 1
-                result = runner.run(step, itertools.chain([first], batches), keep)
+                logged = number % config.log_every == 0 or number == total
+                result = runner.run(step, itertools.chain([first], batches), keep, changes=logged)
                 if keep and self.loss.needs_reference:
                     check_first_step(job, engine, result)
+                runner.clock.mark("other")
                 factor = learning_rate_factor(config.schedule, number, total, config.warmup_ratio)
                 norm = engine.step(factor)
+                runner.clock.mark("update")
                 stop = ranks().any(self._stop)
                 last = number == total or stop
                 due = bool(config.eval_every and number % config.eval_every == 0)
                 # after SIGTERM there may be seconds left: they belong to the checkpoint
                 evaluates = bool(job.eval or job.watches) and (number == total or (due and not stop))
                 note = ""
-                if number % config.log_every == 0 or last or evaluates:
+                if logged or last or evaluates:
                     line: dict[str, Any] = {"step": number, "epoch": round(step.epoch, 6)}
-                    sums, work = self._of_all_ranks(
-                        result, self._work(step, result, time.perf_counter() - start)
-                    )
+                    work = self._work(step, result, runner.clock.read())
+                    sums, work, changes = self._of_all_ranks(result, work)
                     check_finite(number, sums, norm)
                     line |= step_metrics(self.loss, sums, norm, step.pairs)
                     line["learning_rate"] = config.learning_rate * factor
                     line |= speed_metrics(work, self.loss.unit, peak_flops, peak_memory(job.device))
                     line |= self._evaluate(engine, final=number == total) if evaluates else {}
-                    if metrics is not None:
-                        metrics.write(line)
-                        trackers.log(line, number)
+                    log.write(line, changes)
                     note = self.loss.note(line)
                 progress.tick(1, note)
                 done = number
@@ -232,8 +228,7 @@ class Trainer:
                 )  # told meanwhile: a run must not end without a checkpoint
                 if last or (config.checkpoint_every and number % config.checkpoint_every == 0):
                     check_finite(number, torch.tensor(ranks().sum(result.sums.tolist())), norm)
-                    if metrics is not None:
-                        metrics.sync()
+                    log.sync()
                     save_checkpoint(
                         self.folder / "checkpoints", number, engine.optimizer, config.keep_checkpoints
                     )
@@ -260,13 +255,20 @@ class Trainer:
         step = plan_step(data, number, epoch, groups, job.tokens_per_pack, job.policy.shared, here.size)
         return step.for_rank(here.rank)
 
-    def _of_all_ranks(self, result: StepResult, work: StepWork) -> tuple[torch.Tensor, StepWork]:
-        """Sums, tokens and operations of a step over all ranks, in one exchange."""
+    def _of_all_ranks(
+        self, result: StepResult, work: StepWork
+    ) -> tuple[torch.Tensor, StepWork, list[list[float]]]:
+        """Sums, tokens, operations and most changed pairs of a step over all ranks, in one exchange."""
+        changes = result.changes.extremes(self.job.train)
         if ranks().size == 1:
-            return result.sums, work
-        *sums, tokens, flops = ranks().sum([*result.sums.tolist(), work.tokens, work.flops])
-        whole = torch.tensor(sums, dtype=torch.float64, device=result.sums.device)
-        return whole, replace(work, tokens=int(tokens), flops=int(flops))
+            return result.sums, work, changes
+        counts = [work.image_tokens, work.prompt_tokens, work.answer_tokens, work.flops]
+        found = ranks().gather([result.sums.tolist(), counts, changes])
+        sums = np.sum([sums for sums, _, _ in found], axis=0)
+        images, prompts, answers, flops = (sum(values) for values in zip(*[counts for _, counts, _ in found]))
+        work = replace(work, image_tokens=images, prompt_tokens=prompts, answer_tokens=answers, flops=flops)
+        changes = most_and_least([pair for _, _, theirs in found for pair in theirs])
+        return torch.tensor(sums, dtype=torch.float64, device=result.sums.device), work, changes
 
     def _evaluate(self, engine: Engine, final: bool) -> dict[str, float]:
         """Metrics of the evaluation pairs and benchmarks; none when SIGTERM comes before the last step is done."""
@@ -291,22 +293,32 @@ class Trainer:
         say(f"resumed from {path}")
         return done
 
-    def _work(self, step: Step, result: StepResult, seconds: float) -> StepWork:
+    def _work(self, step: Step, result: StepResult, seconds: dict[str, float]) -> StepWork:
         job = self.job
-        tokens = flops = 0
+        prompts = answers = flops = 0
         for layout, images, twice in result.layouts:
-            held = sum(prompt + sum(completions) for prompt, completions in layout)
+            times = 2 if twice else 1
+            prompts += times * sum(prompt for prompt, _ in layout)
+            answers += times * sum(sum(completions) for _, completions in layout)
             flops += pass_flops(job.shape, layout, images, backward=True, checkpointing=job.checkpointing)
             flops += (
                 pass_flops(job.shape, layout, images, backward=False, checkpointing=False) if twice else 0
             )
-            tokens += held * (2 if twice else 1)
-        unshared = sum(
-            self.loss.unshared_tokens(job.train.lengths(group), job.train.pairs(group))
-            for group in step.groups
-        )
+        unshared, lengths_2 = 0, np.zeros(2, np.int64)
+        for group in step.groups:
+            lengths, pairs = job.train.lengths(group), job.train.pairs(group)
+            unshared += self.loss.unshared_tokens(lengths, pairs)
+            lengths_2 += lengths[1:][pairs].sum(axis=0)
         return StepWork(
-            pairs=step.pairs, tokens=tokens, tokens_unshared=unshared, flops=flops, seconds=seconds
+            pairs=step.pairs,
+            image_tokens=result.image_tokens,
+            prompt_tokens=prompts - result.image_tokens,
+            answer_tokens=answers,
+            chosen_tokens=int(lengths_2[0]),
+            rejected_tokens=int(lengths_2[1]),
+            tokens_unshared=unshared,
+            flops=flops,
+            seconds=seconds,
         )
 
     def _facts(self, total: int, peak_flops: float, peak_source: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fasttrain.files import remove_leftovers, write_atomic, write_json
 OURS = (
     "config.yaml", "environment.json", "metrics.jsonl", "metrics.tmp", "skipped.jsonl", "report.html", "plots",
     "checkpoints", "final", "tensorboard", "watch_start.json",
+    "pair_changes.jsonl", "pair_changes.tmp",
 )  # fmt: skip
 MAY_CHANGE = {
     "train.max_steps", "train.epochs", "train.log_every", "train.eval_every", "train.checkpoint_every",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,17 +13,20 @@ from fasttrain.data.batch import NOBODY, PackBatch
 from fasttrain.data.packs import Step
 from fasttrain.data.prepared import PreparedData
 from fasttrain.ranks import ranks
+from fasttrain.train.anatomy import LogRatios, StepClock
 from fasttrain.train.engine import Engine
 from fasttrain.train.objective import Objective, PairResult
 
 
 @dataclass
 class StepResult:
-    """Sums over this rank's pairs of the step, on the device, and per-pack log-probs if they were asked for."""
+    """Sums over this rank's pairs of the step, on the device, and per-pack log-probs and log-ratios if they were asked for."""
 
     sums: Tensor
     layouts: list[tuple[list[tuple[int, list[int]]], int, bool]] = field(default_factory=list)
     seen: list[tuple[PackBatch, Tensor]] = field(default_factory=list)
+    changes: LogRatios = field(default_factory=LogRatios)
+    image_tokens: int = 0
 
 
 @dataclass
@@ -46,25 +49,33 @@ class StepRunner:
 
     def __init__(self, engine: Engine, loss: Objective, data: PreparedData) -> None:
         self.engine, self.loss, self.data = engine, loss, data
+        self.clock = StepClock(engine.policy.device)
 
-    def run(self, step: Step, batches: Iterator[PackBatch], keep: bool = False) -> StepResult:
-        """Add the step's gradient to the engine; `keep` also returns every pack's log-probs."""
+    def run(
+        self, step: Step, batches: Iterator[PackBatch], keep: bool = False, changes: bool = False
+    ) -> StepResult:
+        """Add the step's gradient to the engine; `keep` also returns every pack's log-probs, `changes` the pairs' log-ratios."""
         device = self.engine.policy.device
         result = StepResult(torch.zeros(len(self.loss.names), device=device))
         deferred: list[_Deferred] = []
         for _ in step.packs:
             batch = next(batches)
             batch = batch.to(device)
+            self.clock.mark("data")
             whole = not (self.loss.couples_pairs or (batch.pack.twice and not self.loss.single))
             result.layouts.append((batch.layout, batch.images, not whole))
+            result.image_tokens += batch.image_tokens * (1 if whole else 2)
             if not whole:
                 deferred.append(self._values(batch))
+                self.clock.mark("forward")
                 continue
             out = self.engine.forward(batch, **self.loss.wants)
             if keep:
                 result.seen.append((batch, out.logprob.detach()))
             if batch.pack.fill:
+                self.clock.mark("forward")
                 self.engine.backward(out.logprob.sum() * 0)
+                self.clock.mark("backward")
                 continue
             pairs = self.loss(
                 out.logprob,
@@ -74,10 +85,18 @@ class StepRunner:
                 self.loss.side(out),
                 step.mean_chosen_length,
             )
+            self.clock.mark("forward")
             self.engine.backward(pairs.total / step.pairs)
+            self.clock.mark("backward")
             result.sums += pairs.sums
+            if changes and batch.reference_N is not None:
+                result.changes.add(
+                    batch.pair_ids, out.logprob, batch.reference_N, batch.lengths_S, batch.pairs_P2
+                )
         if deferred:
             result.sums += self._finish(step, deferred)
+            if changes:
+                self._changes_of_deferred(deferred, result.changes)
             if keep:
                 result.seen += [(entry.batch, entry.value_N) for entry in deferred]
         return result
@@ -97,12 +116,25 @@ class StepRunner:
             pairs.total / step.pairs, leaf_N, allow_unused=True, materialize_grads=True
         )
         after = random_state()
+        self.clock.mark("forward")
         for entry, slope in zip(deferred, slope_N.split([len(e.value_N) for e in deferred])):
             set_random_state(entry.random)  # the same dropout as in the first pass
             out = self.engine.forward(entry.batch)
+            self.clock.mark("forward")
             self.engine.backward((out.logprob * slope).sum())
+            self.clock.mark("backward")
         set_random_state(after)
         return pairs.sums
+
+    def _changes_of_deferred(self, deferred: list[_Deferred], changes: LogRatios) -> None:
+        """Log-ratios of the pairs of split groups, whose answers lie in several packs."""
+        packs = [(entry.batch, None) for entry in deferred]
+        ids, pairs_P2 = pairs_of(packs, self.data, self.engine.policy.device)
+        references = [entry.batch.reference_N for entry in deferred if entry.batch.reference_N is not None]
+        if ids and references:
+            lengths_S = torch.cat([entry.batch.lengths_S for entry in deferred])
+            logp_N = torch.cat([entry.value_N for entry in deferred])
+            changes.add(ids, logp_N, torch.cat(references), lengths_S, pairs_P2)
 
 
 def pairs_across(
@@ -113,22 +145,30 @@ def pairs_across(
 
     With several ranks and a loss that couples pairs, the losses are those of all ranks' pairs and the sums this rank's share.
     """
-    ids = [sequence for batch, _ in packs for sequence in batch.sequence_ids]
-    index = {sequence: position for position, sequence in enumerate(ids) if sequence[0] != NOBODY}
-    groups = dict.fromkeys(group for group, _ in index)
-    pairs = [(index[g, c], index[g, r]) for g in groups for c, r in data.pairs(g).tolist()]
+    pairs, pairs_P2 = pairs_of(packs, data, logp_N.device)
     if not pairs and not loss.couples_pairs:  # nothing but repeats of other ranks' work
         return PairResult(logp_N.sum().reshape(1) * 0, torch.zeros(len(loss.names), device=logp_N.device))
     lengths_S = torch.cat([batch.lengths_S for batch, _ in packs])
     references = [batch.reference_N for batch, _ in packs if batch.reference_N is not None]
     sides = [side for _, side in packs if side is not None]
-    pairs_P2 = torch.tensor(pairs, dtype=torch.int64, device=logp_N.device).reshape(-1, 2)
     reference_N, side_N = (torch.cat(parts) if parts else None for parts in (references, sides))
     here = _Sequences(logp_N, reference_N, lengths_S, pairs_P2, side_N)
     if not (loss.couples_pairs and ranks().size > 1):
         return loss(*here, mean_chosen_length)
     result = loss(*_of_all_ranks(here), mean_chosen_length)
     return PairResult(result.loss_P, result.sums / ranks().size)
+
+
+def pairs_of(
+    packs: Sequence[tuple[PackBatch, Tensor | None]], data: PreparedData, device: torch.device
+) -> tuple[list[tuple[int, int, int]], Tensor]:
+    """(group, chosen, rejected) of all pairs of the groups in `packs`, and (P, 2) the places of their answers."""
+    held = [sequence for batch, _ in packs for sequence in batch.sequence_ids]
+    index = {sequence: position for position, sequence in enumerate(held) if sequence[0] != NOBODY}
+    groups = dict.fromkeys(group for group, _ in index)
+    ids = [(g, c, r) for g in groups for c, r in data.pairs(g).tolist()]
+    places = [(index[g, c], index[g, r]) for g, c, r in ids]
+    return ids, torch.tensor(places, dtype=torch.int64, device=device).reshape(-1, 2)
 
 
 class _Sequences(NamedTuple):

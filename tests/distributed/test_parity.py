@@ -62,6 +62,14 @@ def lines(config: Any) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def assert_same_changes(ours: Any, truth: Any) -> None:
+    """The pairs that moved most and least of all ranks' pairs."""
+    paths = [Path(config.train.output) / "pair_changes.jsonl" for config in (ours, truth)]
+    for a, b in zip(*(path.read_text().splitlines() for path in paths), strict=True):
+        moved = [[chosen - rejected for _, chosen, rejected in json.loads(line)["pairs"]] for line in (a, b)]
+        assert moved[0] == pytest.approx(moved[1], abs=1e-3)
+
+
 def assert_same(ours: list[dict[str, Any]], truth: list[dict[str, Any]]) -> None:
     assert len(ours) == len(truth) >= 9
     for a, b in zip(ours, truth, strict=True):
@@ -85,11 +93,12 @@ def assert_same(ours: list[dict[str, Any]], truth: list[dict[str, Any]]) -> None
 def test_two_ranks_take_the_steps_of_one_process(
     recipes: Callable[..., Any], run_ranks: Callable[..., Any], stage: str, cases: list[str]
 ) -> None:
-    truth = {}
+    truth, one = {}, {}
     for case in cases:
         config = recipes(case, "one")
         train_dpo(config)
         truth[case] = lines(config)
+        one[case] = config
         assert truth[case][-1]["loss"] != pytest.approx(truth[case][0]["loss"], rel=1e-3), (
             "nothing was learned"
         )
@@ -103,6 +112,7 @@ def test_two_ranks_take_the_steps_of_one_process(
     assert ended.codes == [0, 0], ended.stderr
     for case, config in zip(cases, shared, strict=True):
         assert_same(lines(config), truth[case])
+        assert_same_changes(config, one[case])
 
 
 @pytest.mark.slow

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
-TIMINGS = {"step_s", "pairs_per_s", "tokens_per_s", "tflops", "mfu", "peak_bytes"}
+TIMINGS = {
+    "step_s", "data_s", "forward_s", "backward_s", "update_s", "pairs_per_s", "tokens_per_s", "tflops", "mfu", "peak_bytes",
+}  # fmt: skip
 KILLS = 20
 
 
@@ -108,6 +110,8 @@ def test_killed_runs_give_the_metrics_of_an_undisturbed_run(
             kills += 1
         resumed += (folder / "log.txt").read_text().count("resumed from")
         assert numbers(folder / "run") == truth, (folder / "log.txt").read_text()
+        moved = [f / "run" / "pair_changes.jsonl" for f in (calm, folder)]
+        assert moved[0].read_bytes() == moved[1].read_bytes() and moved[0].stat().st_size > 2000
         weights = [f / "run" / "final" / "adapter_model.safetensors" for f in (calm, folder)]
         assert weights[0].read_bytes() == weights[1].read_bytes()
     assert kills == KILLS and resumed >= 3

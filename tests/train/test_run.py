@@ -103,6 +103,35 @@ def test_final_loads_in_peft_and_gives_the_log_probs_the_trainer_reports(
     )  # the adapter does something
 
 
+def test_the_pairs_that_moved_most_are_those_of_the_saved_adapter(
+    tiny_llava: Path, vision: Path, run: Runner, tmp_path: Path
+) -> None:
+    """pair_changes.jsonl of step 5, made with the adapter that step 4 saved, against transformers and peft alone."""
+    from peft import PeftModel
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    settings = ["train.pairs_per_step=1000", "train.learning_rate=2e-2"]
+    run(tiny_llava, vision, *settings)
+    final = PeftModel.from_pretrained(
+        LlavaForConditionalGeneration.from_pretrained(tiny_llava), tmp_path / "run" / "final"
+    ).eval()
+    processor = AutoProcessor.from_pretrained(tiny_llava)
+    after = [plain_logps(final, processor, vision, answer) for answer in ("chosen", "rejected")]
+    with final.disable_adapter():
+        before = [plain_logps(final, processor, vision, answer) for answer in ("chosen", "rejected")]
+    run(tiny_llava, vision, *settings, "train.max_steps=5", resume=True)
+    lines = (tmp_path / "run" / "pair_changes.jsonl").read_text().splitlines()
+    found = json.loads(lines[4])
+    truth = [[row, a[0] - b[0], a[1] - b[1]] for row, (a, b) in enumerate(zip(zip(*after), zip(*before)))]
+    truth.sort(key=lambda entry: entry[2] - entry[1])
+    truth = truth[:4] + truth[-4:]
+    assert found["step"] == 5 and len(lines) == 5
+    assert [row for row, *_ in found["pairs"]] == [row for row, *_ in truth]
+    assert [v for _, *values in found["pairs"] for v in values] == pytest.approx(
+        [v for _, *values in truth for v in values], abs=2e-3
+    )
+
+
 def test_full_fine_tuning_writes_a_model_that_from_pretrained_loads(
     tiny_text: Path, text: Path, run: Runner, tmp_path: Path
 ) -> None:

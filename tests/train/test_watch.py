@@ -16,7 +16,9 @@ from fasttrain import cli, train_dpo
 from fasttrain.config import config_from_dict
 from fasttrain.errors import UserError
 
-CLOCK = {"step_s", "pairs_per_s", "tokens_per_s", "tflops", "mfu", "peak_bytes"}
+CLOCK = {
+    "step_s", "data_s", "forward_s", "backward_s", "update_s", "pairs_per_s", "tokens_per_s", "tflops", "mfu", "peak_bytes",
+}  # fmt: skip
 
 
 @pytest.fixture

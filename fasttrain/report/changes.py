@@ -1,0 +1,78 @@
+"""The pairs that training moved most and least: how much more or less likely each answer became, beside image and text."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fasttrain.errors import UserError
+from fasttrain.pages import heading, paragraph
+from fasttrain.report.examples import PairReader, pair_html
+from fasttrain.report.runs import Run
+
+NOTE = (
+    "How likely the model in training finds each answer, against the model it started from, when the pair was last seen "
+    "(before that step's update). One nat is a factor of e, 2.7. Training wants the chosen answer to gain on the rejected one; "
+    "both may become less likely."
+)
+
+
+def change_parts(run: Run, count: int) -> list[str]:
+    """HTML of up to `count` pairs, half of those that moved most, half of those that moved least."""
+    if run.unit != "pairs" or not count:
+        return []
+    title = heading(f"Pairs that {run.name} moved most")
+    if run.changes is None:
+        return [title, paragraph("This run kept no log-ratios of its pairs.", "note")]
+    seen = last_seen(run.changes)
+    if not seen:
+        return [title, paragraph("No pair was logged yet.", "note")]
+    try:
+        reader = PairReader(run)
+    except (UserError, OSError) as error:
+        return [title, paragraph(f"No examples: {error}", "note")]
+    ordered = sorted(seen, key=lambda entry: entry["rejected"] - entry["chosen"])
+    most = ordered[: (count + 1) // 2]
+    least = ordered[max(len(most), len(ordered) - count // 2) :][::-1]
+    parts = [title, paragraph(NOTE, "note"), *_cards(reader, most)]
+    if least:
+        parts += [heading("Pairs that moved least, or the wrong way"), *_cards(reader, least)]
+    return parts
+
+
+def last_seen(changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each pair of the last epoch's lines, as its last line tells it: row, step, chosen, rejected."""
+    newest = max((line["epoch"] for line in changes), default=0.0)
+    found: dict[int, dict[str, Any]] = {}
+    for line in changes:
+        if line["epoch"] > newest - 1:
+            for row, chosen, rejected in line["pairs"]:
+                found[int(row)] = {"row": int(row), "step": line["step"], "chosen": chosen, "rejected": rejected}
+    return list(found.values())
+
+
+def _cards(reader: PairReader, entries: list[dict[str, Any]]) -> list[str]:
+    cards = []
+    for entry in entries:
+        pair, problem = reader.pair(entry["row"])
+        if pair is None:
+            cards.append(paragraph(f"Row {entry['row'] + 1}: {problem}", "note"))
+            continue
+        margin = entry["chosen"] - entry["rejected"]
+        lead = f"step {entry['step']:,}: chosen gained {_nats(margin)} on rejected"
+        told = {side: f"{_nats(entry[side])}: {_times(entry[side])}" for side in ("chosen", "rejected")}
+        cards.append(pair_html(pair, lead, told))
+    return cards
+
+
+def _nats(value: float) -> str:
+    return f"{value:+.2f} nats"
+
+
+def _times(change: float) -> str:
+    """A log-ratio in everyday words."""
+    factor = math.exp(min(abs(change), 700))
+    shown = f"{factor:,.1f}" if factor < 100 else f"{factor:,.0f}" if factor < 1e5 else f"{factor:.0e}"
+    if factor < 1.05:
+        return "about as likely as before"
+    return f"{shown} times as likely as before" if change > 0 else f"{shown} times less likely than before"
