@@ -269,8 +269,9 @@ def env(as_json: bool) -> None:
 def report(folders: tuple[str, ...], out: Path | None, examples: int) -> None:
     """Make one page about a run, or about several side by side.
 
-    The page opens from disk and loads nothing: loss, margins, accuracies, log-probs, learning rate, speed, memory, what
-    was left out of the data, example pairs with their images, machine and versions, the recipe.
+    The page opens from disk and loads nothing: loss, margins, accuracies, log-probs, answer lengths, learning rate, speed,
+    memory, what a step's time and tokens are made of, the pairs that moved most and least with their images, what was left
+    out of the data, machine and versions, the recipe.
 
     \b
     Examples:

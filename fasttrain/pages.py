@@ -7,23 +7,40 @@ import html
 from dataclasses import dataclass
 
 _STYLE = """
-body{font-family:system-ui,sans-serif;max-width:84rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
-table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
-th{border-bottom:2px solid #888;font-weight:600}
+:root{color-scheme:light dark;--text:#222;--quiet:#555;--back:#fff;--card:#f4f4f4;--line:#ddd;--strong:#888;
+--up:#17692b;--down:#a5202f;--warn:#fff3cd}
+@media (prefers-color-scheme:dark){:root{--text:#e4e6e9;--quiet:#a9b0b8;--back:#16181b;--card:#22262b;--line:#3a4047;
+--strong:#7a828b;--up:#6fcf8a;--down:#ff8f8f;--warn:#4a3d10}}
+body{font:1rem/1.45 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:var(--text);background:var(--back)}
+h1,td.word,td,.label{overflow-wrap:anywhere}
+table{border-collapse:collapse;margin:1rem 0;font-size:.92rem;font-variant-numeric:tabular-nums}
+th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap;vertical-align:top}
+th{border-bottom:2px solid var(--strong);font-weight:600}
 th.word,td.word{text-align:left}
+td.word{white-space:normal;min-width:9rem}
 .scroll{overflow-x:auto}
 img{max-width:100%}
-pre{background:#f4f4f4;padding:1rem;overflow-x:auto}
-.warning{background:#fff3cd;padding:.6rem 1rem;border-left:4px solid #e0a800}
-.note{color:#555;font-size:.9rem;max-width:60rem}
-.pair{border:1px solid #ddd;border-radius:6px;padding:1rem;margin:1rem 0;display:flex;gap:1.2rem;align-items:flex-start}
-.pair img{max-width:260px;max-height:260px;border:1px solid #eee}
+figure{margin:0}
+figure img{background:#fff;border-radius:6px}
+figcaption{color:var(--quiet);font-size:.85rem;padding:0 .6rem}
+.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,28rem),1fr));gap:1.2rem}
+pre{background:var(--card);padding:1rem;overflow-x:auto;font-size:.8rem;white-space:pre-wrap;overflow-wrap:anywhere}
+.warning{background:var(--warn);padding:.6rem 1rem;border-left:4px solid #e0a800}
+.note{color:var(--quiet);font-size:.9rem;max-width:60rem}
+.up{color:var(--up)} .down{color:var(--down)} .none{color:var(--quiet)}
+.pair{border:1px solid var(--line);border-radius:6px;padding:1rem;margin:1rem 0;display:flex;flex-wrap:wrap;gap:1.2rem;
+align-items:flex-start}
+.pair>div:last-child{flex:1;min-width:min(100%,18rem)}
+.pair img{width:100%;min-width:8rem;max-width:16rem;max-height:16rem;object-fit:contain;border:1px solid var(--line)}
+.lead{font-weight:600;margin-bottom:.5rem}
 .text{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0 .8rem}
 .chosen{border-left:4px solid #009e73;padding-left:.7rem}
 .rejected{border-left:4px solid #d55e00;padding-left:.7rem}
-.label{color:#555;font-size:.85rem}
+.label{color:var(--quiet);font-size:.85rem}
+summary{cursor:pointer;margin:.5rem 0}
 """
+# Nothing is fetched and nothing runs, whatever text the page shows.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +59,7 @@ def page(title: str, parts: list[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n"
         + "\n".join(parts)
         + "\n</body></html>\n"
@@ -69,6 +87,12 @@ def folded(title: str, inside: str) -> str:
 def picture(content: bytes, alt: str, kind: str = "image/png") -> str:
     source = base64.b64encode(content).decode()
     return f'<img alt="{html.escape(alt)}" src="data:{kind};base64,{source}">'
+
+
+def figure(content: bytes, title: str, caption: str = "") -> str:
+    """A plot with a sentence below it; `title` is what a reader who sees no pictures is told."""
+    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return f"<figure>{picture(content, title)}{below}</figure>"
 
 
 def table_html(table: Table) -> str:

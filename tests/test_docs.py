@@ -14,6 +14,13 @@ def test_settings_page_is_current(repository: Path) -> None:
     assert (repository / "docs" / "settings.md").read_text() == settings_page()
 
 
+def test_the_page_of_commands_shows_their_help_as_it_is(repository: Path) -> None:
+    """After a change: python -m fasttrain.help_page."""
+    from fasttrain.help_page import help_page
+
+    assert (repository / "docs" / "cli.md").read_text(encoding="utf-8") == help_page() + "\n"
+
+
 def test_every_recipe_loads(repository: Path) -> None:
     from fasttrain.config import load_config
 
@@ -54,3 +61,46 @@ def test_the_readmes_step_table_is_made_from_the_newest_results(repository: Path
         assert module.BEGIN not in readme
         return
     assert readme == module.with_table(readme, module.table(results)), "run python bench/readme_table.py"
+
+
+def _printed_texts(repository: Path) -> list[str]:
+    """Every text in the sources; `…` for what is filled in, and the message of a bad row as it is put together."""
+    import ast
+
+    def text(node: ast.AST) -> str:
+        if isinstance(node, ast.Constant):
+            return str(node.value)
+        if isinstance(node, ast.JoinedStr):
+            return "".join(text(value) for value in node.values)
+        if isinstance(node, ast.BinOp):
+            return text(node.left) + text(node.right)
+        return "…"
+
+    found = []
+    for folder in ("fasttrain", "data_tools"):
+        for path in (repository / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "BadRow":
+                    field, wanted, got = [text(word) for word in node.args][-3:]
+                    found.append(f"{field}: wanted {wanted}, got {got}")
+                elif isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp):
+                    found.append(text(node))
+    return found
+
+
+def _is_told(message: str, texts: list[str]) -> bool:
+    """Whether one text has all the fixed parts of a message, in order."""
+    import re
+
+    parts = [re.escape(part.strip()) for part in message.split("…") if part.strip(" :")]
+    pattern = re.compile(".*".join(parts), re.DOTALL)
+    return bool(parts) and any(pattern.search(text) for text in texts)
+
+
+def test_every_message_of_the_troubleshooting_page_is_one_that_is_printed(repository: Path) -> None:
+    page = (repository / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = [line[5:-1] for line in page.splitlines() if line.startswith("### `")]
+    assert len(messages) > 25
+    texts = _printed_texts(repository)
+    assert not _is_told("train.output: … is being used", texts)
+    assert [message for message in messages if not _is_told(message, texts)] == []

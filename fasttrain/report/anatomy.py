@@ -41,8 +41,13 @@ def anatomy_table(runs: Sequence[Run]) -> Table | None:
     parts = [composition(run) for run in runs]
     if not any(times or tokens for times, tokens in parts):
         return None
-    rows = [_row(f"seconds: {word}", [times for times, _ in parts], word, ".4f") for word in (*TIMES.values(), REST)]
-    rows += [_row(f"tokens: {word}", [tokens for _, tokens in parts], word, ",.0f") for word in TOKENS.values()]
+    rows = [
+        _row(f"seconds: {word}", [times for times, _ in parts], word, ".4f")
+        for word in (*TIMES.values(), REST)
+    ]
+    rows += [
+        _row(f"tokens: {word}", [tokens for _, tokens in parts], word, ",.0f") for word in TOKENS.values()
+    ]
     return Table(title="", head=("a mean step", *(run.name for run in runs)), rows=tuple(rows), note=NOTE)
 
 
@@ -53,7 +58,7 @@ def anatomy_png(runs: Sequence[Run]) -> bytes | None:
     parts = [(run.name, *composition(run)) for run in reversed(runs)]
     halves = [
         ("seconds of a mean step", [(name, times) for name, times, _ in parts if times], 0),
-        ("token passes of a mean step", [(name, tokens) for name, _, tokens in parts if tokens], 4),
+        ("token passes of a mean step", [(name, tokens) for name, _, tokens in parts if tokens], 3),
     ]
     halves = [half for half in halves if half[1]]
     if not halves:

@@ -31,23 +31,31 @@ def change_parts(run: Run, count: int) -> list[str]:
         reader = PairReader(run)
     except (UserError, OSError) as error:
         return [title, paragraph(f"No examples: {error}", "note")]
-    ordered = sorted(seen, key=lambda entry: entry["rejected"] - entry["chosen"])
-    most = ordered[: (count + 1) // 2]
-    least = ordered[max(len(most), len(ordered) - count // 2) :][::-1]
+    most = sorted(seen, key=lambda entry: entry["rejected"] - entry["chosen"])[: (count + 1) // 2]
+    shown = {entry["row"] for entry in most}
+    late = [entry for entry in last_seen(run.changes, 0.5) if entry["row"] not in shown]
+    least = sorted(late, key=lambda entry: entry["chosen"] - entry["rejected"])[: count // 2]
     parts = [title, paragraph(NOTE, "note"), *_cards(reader, most)]
     if least:
-        parts += [heading("Pairs that moved least, or the wrong way"), *_cards(reader, least)]
+        note = "Of those seen in the last half epoch: earlier, little has moved yet."
+        parts += [heading("Pairs that moved least, or the wrong way"), paragraph(note, "note")]
+        parts += _cards(reader, least)
     return parts
 
 
-def last_seen(changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each pair of the last epoch's lines, as its last line tells it: row, step, chosen, rejected."""
+def last_seen(changes: list[dict[str, Any]], epochs: float = 1.0) -> list[dict[str, Any]]:
+    """Each pair of the last epoch's lines (or the last part of one), as its last line tells it: row, step, chosen, rejected."""
     newest = max((line["epoch"] for line in changes), default=0.0)
     found: dict[int, dict[str, Any]] = {}
     for line in changes:
-        if line["epoch"] > newest - 1:
+        if line["epoch"] > newest - epochs * min(1.0, newest) or line["epoch"] == newest:
             for row, chosen, rejected in line["pairs"]:
-                found[int(row)] = {"row": int(row), "step": line["step"], "chosen": chosen, "rejected": rejected}
+                found[int(row)] = {
+                    "row": int(row),
+                    "step": line["step"],
+                    "chosen": chosen,
+                    "rejected": rejected,
+                }
     return list(found.values())
 
 

@@ -19,55 +19,105 @@ _SMOOTH_FROM = 80  # steps; fewer are drawn as they are
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """names: metrics drawn together, with the words for them. scale: what values are multiplied by."""
+    """names: metrics drawn together, with the words for them. scale: what values are multiplied by. caption: how to read it."""
 
     name: str
     title: str
     names: dict[str, str]
     scale: float = 1.0
+    caption: str = ""
 
 
 PANELS = (
-    Panel(name="loss", title="loss", names={"loss": "training", "eval_loss": "evaluation"}),
+    Panel(
+        name="loss",
+        title="loss",
+        names={"loss": "training", "eval_loss": "evaluation"},
+        caption="What training lowers. DPO starts at 0.693 (ln 2: it cannot tell the answers apart yet).",
+    ),
     Panel(
         name="rewards",
         title="rewards: beta x (policy - reference), nats",
         names={"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"},
+        caption="How much more likely than at the start the model finds each answer. The margin between them should grow; "
+        "that both fall is common.",
     ),
     Panel(
         name="accuracy",
         title="share of pairs with chosen above rejected",
         names={"rewards/accuracies": "training", "eval_rewards/accuracies": "evaluation"},
+        caption="0.5 is chance; at the first step nothing has moved, so no pair counts.",
     ),
     Panel(
         name="margins",
         title="reward margin",
         names={"rewards/margins": "training", "eval_rewards/margins": "evaluation"},
+        caption="Chosen minus rejected reward; evaluation far below training means learning by heart.",
     ),
     Panel(
         name="logps",
         title="log-probability of an answer, nats",
         names={"logps/chosen": "chosen", "logps/rejected": "rejected"},
+        caption="Of whole answers, so that long ones lie lower.",
     ),
     Panel(
         name="token_accuracy",
         title="share of tokens that are the most likely one",
         names={"mean_token_accuracy": "training", "eval_mean_token_accuracy": "evaluation"},
+        caption="How often the model would have written the very next token of the answer.",
     ),
-    Panel(name="entropy", title="entropy, nats", names={"entropy": "training", "eval_entropy": "evaluation"}),
-    Panel(name="grad_norm", title="gradient norm before clipping", names={"grad_norm": ""}),
-    Panel(name="learning_rate", title="learning rate", names={"learning_rate": ""}),
+    Panel(
+        name="entropy",
+        title="entropy, nats",
+        names={"entropy": "training", "eval_entropy": "evaluation"},
+        caption="How undecided the model is about the next token; 0 is certain.",
+    ),
+    Panel(
+        name="lengths",
+        title="length of an answer, tokens",
+        names={"lengths/chosen": "chosen", "lengths/rejected": "rejected"},
+        caption="Where chosen answers are longer throughout, training may teach length instead of quality.",
+    ),
+    Panel(
+        name="grad_norm",
+        title="gradient norm before clipping",
+        names={"grad_norm": ""},
+        caption="Spikes that do not come down again announce divergence.",
+    ),
+    Panel(
+        name="learning_rate",
+        title="learning rate",
+        names={"learning_rate": ""},
+        caption="As scheduled; 0 at the first step under warm-up.",
+    ),
     Panel(name="step_s", title="seconds a step", names={"step_s": ""}),
     Panel(name="tokens_per_s", title="tokens a second", names={"tokens_per_s": ""}),
     Panel(
         name="tokens",
         title="tokens a step: run, and without sharing and cache",
         names={"tokens": "run", "tokens_unshared": "without"},
+        caption="Work done, and what a trainer does that repeats prompt and image for every answer and runs a reference.",
     ),
-    Panel(name="mfu", title="model FLOPs utilisation, %", names={"mfu": ""}, scale=100),
-    Panel(name="memory", title="peak memory, GB", names={"peak_bytes": ""}, scale=1e-9),
+    Panel(
+        name="mfu",
+        title="model FLOPs utilisation, %",
+        names={"mfu": ""},
+        scale=100,
+        caption="Share of the machine's peak arithmetic that went into the model; what peak, the summary says.",
+    ),
+    Panel(
+        name="memory",
+        title="peak memory, GB",
+        names={"peak_bytes": ""},
+        scale=1e-9,
+        caption="Most that was held so far: by tensors on a GPU, by the whole process on a CPU.",
+    ),
 )
-_NOT_DRAWN = frozenset({"step", "epoch", "pairs", "examples", "pairs_per_s", "examples_per_s", "tflops"})
+# Not over the steps; the parts of a step have a section of their own.
+_NOT_DRAWN = frozenset(
+    {"step", "epoch", "pairs", "examples", "pairs_per_s", "examples_per_s", "tflops", "data_s", "forward_s", "backward_s",
+     "update_s", "tokens_images", "tokens_prompts", "tokens_answers"}
+)  # fmt: skip
 
 
 def panels_of(runs: Sequence[Run]) -> list[Panel]:

@@ -19,6 +19,8 @@ def summary(runs: Sequence[Run]) -> Table:
         ("loss, last step", lambda run: _number(run.last("loss"), ".4f")),
         ("reward margin, last step", lambda run: _number(run.last("rewards/margins"), ".3f")),
         ("pairs with chosen above rejected, last step", lambda run: _share(run.last("rewards/accuracies"))),
+        ("mean length of chosen answers, tokens", lambda run: _mean_length(run, "lengths/chosen")),
+        ("mean length of rejected answers, tokens", lambda run: _mean_length(run, "lengths/rejected")),
         ("token accuracy, last step", lambda run: _share(run.last("mean_token_accuracy"))),
         ("evaluation loss, last", lambda run: _number(run.last("eval_loss"), ".4f")),
         ("evaluation margin, last", lambda run: _number(run.last("eval_rewards/margins"), ".3f")),
@@ -29,19 +31,16 @@ def summary(runs: Sequence[Run]) -> Table:
         ("tokens a second", lambda run: _rate(run, "tokens")),
         ("token passes", lambda run: _number(run.total("tokens") or None, ",.0f")),
         (
-            "token passes without sharing and cache",
+            "token passes of a trainer without sharing and cache",
             lambda run: _number(run.total("tokens_unshared") or None, ",.0f"),
         ),
-        ("times fewer", _saved),
+        ("times fewer token passes", _saved),
         ("model FLOPs utilisation, mean", _utilisation),
         ("peak memory, GB", lambda run: _number(_scaled(run.last("peak_bytes"), 1e-9), ",.2f")),
     ]
     rows = [(title, *(show(run) for run in runs)) for title, show in lines]
-    note = "; ".join(
-        sorted(
-            {f"MFU is against {source}" for run in runs if (source := run.environment.get("mfu_peak_source"))}
-        )
-    )
+    sources = {source for run in runs if (source := run.environment.get("mfu_peak_source"))}
+    note = "; ".join(sorted(f"Model FLOPs utilisation (MFU) is against {source}" for source in sources))
     return Table(
         title="Summary",
         head=("", *(run.name for run in runs)),
@@ -118,6 +117,14 @@ def _share(value: float | None) -> str:
 def _rate(run: Run, name: str) -> str:
     seconds = run.total("step_s")
     return f"{run.total(name) / seconds:,.1f}" if seconds and run.series(name)[0] else "-"
+
+
+def _mean_length(run: Run, name: str) -> str:
+    """Over the pairs or examples of the logged steps."""
+    values, counts = run.series(name)[1], run.series(run.unit)[1]
+    if not values or len(values) != len(counts) or not sum(counts):
+        return "-"
+    return f"{sum(v * c for v, c in zip(values, counts, strict=True)) / sum(counts):,.1f}"
 
 
 def _saved(run: Run) -> str:

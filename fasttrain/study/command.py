@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def study_command(file: Path | None, print_commands: bool, report: bool, demo: P
         click.echo(f"fasttrain study {file} --report")
         return
     if not report:
+        if study.launcher[0] != "fasttrain" and shutil.which(study.launcher[0]) is None:
+            raise UserError(f"launcher: wanted a program on the PATH, got {study.launcher[0]}")
         execute(tasks, study.output / "logs", lambda text: click.echo(text, err=True))
     _tell(study)
 

@@ -12,6 +12,13 @@ from fasttrain.study.table import METHOD_NAMES
 
 _COLOURS = {"dpo": "#4477aa", "sft": "#ee6677", "rejection": "#228833", "steerlm": "#aa3377", None: "#777777"}
 
+CAPTIONS = {
+    "scores": "A point per run; the bars hold the true score with 95 % confidence. Bars that do not overlap differ.",
+    "size": "How much more data helps: a curve that is still rising at its right end asks for more.",
+    "noise": "At 0.5 the labels say nothing; what is left there the model had, or has from the answers' form.",
+    "beta": "A larger beta holds the model nearer to the one it started from.",
+}
+
 
 def plots(results: Results) -> dict[str, tuple[str, bytes]]:
     """file name -> (caption, PNG); only what the study's runs can show."""
@@ -38,10 +45,13 @@ def _lines(
 ) -> dict[str, list[tuple[float, Row]]]:
     """Series with at least two different places, by method, model and answers."""
     found: dict[str, list[tuple[float, Row]]] = {}
+    sources = {(row.run.model, row.run.answers) for row in rows if row.run}
     for row in rows:
         if row.run is None or not belongs(row.run) or place(row) is None:
             continue
-        source = f"{METHOD_NAMES[row.run.method]}, {row.run.model} from {row.run.answers}"
+        source = METHOD_NAMES[row.run.method]
+        if len(sources) > 1:
+            source += f", {row.run.model} on answers of {row.run.answers}"
         found.setdefault(source, []).append((float(place(row)), row))
     return {
         name: sorted(points, key=lambda point: point[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Study:
-    """A whole study. Paths are absolute or relative to the working directory, as the commands will see them."""
+    """A whole study. Paths are absolute or relative to the working directory, as the commands will see them.
+
+    launcher: what starts a training in place of `fasttrain`, as `torchrun --nproc_per_node=4 -m fasttrain`.
+    """
 
     file: Path
     output: Path
@@ -54,6 +58,7 @@ class Study:
     evaluations: dict[str, Evaluation]
     pair: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    launcher: tuple[str, ...] = ("fasttrain",)
     usd_per_hour: float | None = None
     watts: float | None = None
 
@@ -77,6 +82,7 @@ def _study(path: Path, raw: dict[str, Any]) -> Study:
         "evaluate",
         "pair",
         "settings",
+        "launcher",
         "usd_per_hour",
         "watts",
     )
@@ -106,6 +112,7 @@ def _study(path: Path, raw: dict[str, Any]) -> Study:
         evaluations=evaluations,
         pair=pair,
         settings=settings,
+        launcher=_launcher(raw),
         usd_per_hour=_number(raw, "usd_per_hour"),
         watts=_number(raw, "watts"),
     )
@@ -211,6 +218,22 @@ def _text(raw: dict[str, Any], key: str) -> str:
     if not isinstance(value, str) or not value:
         raise UserError(f"{key}: wanted a path, got {value!r}")
     return value
+
+
+def _launcher(raw: dict[str, Any]) -> tuple[str, ...]:
+    """Words in front of `dpo` or `sft`; UserError for a text that is no command or starts something else."""
+    if raw.get("launcher") is None:
+        return ("fasttrain",)
+    try:
+        words = tuple(shlex.split(_text(raw, "launcher")))
+    except ValueError as error:
+        raise UserError(f"launcher: wanted a command, got {raw['launcher']!r} ({error})") from None
+    if not words or words[-1] != "fasttrain":
+        raise UserError(
+            f"launcher: wanted a command that ends in fasttrain, as torchrun --nproc_per_node=4 -m fasttrain, got "
+            f"{raw['launcher']!r}"
+        )
+    return words
 
 
 def _number(raw: dict[str, Any], key: str) -> float | None:

@@ -154,7 +154,7 @@ def overrides_of(study: Study, run: Run) -> list[str]:
 
 
 def _training(study: Study, run: Run) -> Task:
-    command: list[Any] = ["fasttrain", run.command, "-c", study.recipe]
+    command: list[Any] = [*study.launcher, run.command, "-c", study.recipe]
     for override in overrides_of(study, run):
         command += ["-s", override]
     return _task(study, "train", run.name, [*command, "--resume"], trained(study, run))
@@ -204,9 +204,9 @@ def printed(tasks: list[Task]) -> Iterator[str]:
 
 
 def executable(command: tuple[str, ...], python: str) -> list[str]:
-    """The command as this very installation runs it, whatever is on the PATH."""
-    module = {"fasttrain": "fasttrain", "fasttrain-data": "fasttrain_data"}[command[0]]
-    return [python, "-m", module, *command[1:]]
+    """The command as this very installation runs it, whatever is on the PATH; a study's own launcher as it is given."""
+    module = {"fasttrain": "fasttrain", "fasttrain-data": "fasttrain_data"}.get(command[0])
+    return [python, "-m", module, *command[1:]] if module else list(command)
 
 
 def environment() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +59,7 @@ def make_run(tmp_path: Path, draw_image: Callable[..., Path]) -> Callable[..., P
         facts = {
             "method": "dpo", "steps": 4, "cpu": "AMD EPYC", "versions": {"torch": "2.13.0", "trl": None},
             "mfu_peak_source": "data sheet of A100, dense bf16",
-            "data": {"train": {"rows": 12, "pairs": 9, "groups": 1, "images": 1, "truncated": 0}},
+            "data": {"train": {"rows": 9, "pairs": 9, "groups": 1, "images": 1, "truncated": 0}},
         }  # fmt: skip
         (folder / "environment.json").write_text(json.dumps(facts))
         skipped = [{"where": "pairs.jsonl line 3", "id": None, "reason": "the same answer"}] * 3
@@ -90,11 +91,11 @@ def test_the_page_tells_the_runs_figures(make_run: Callable[..., Path]) -> None:
     assert told["loss, last step"] == ["0.3000"] and told["reward margin, last step"] == ["1.200"]
     assert told["pairs with chosen above rejected, last step"] == ["100.0 %"]
     assert told["seconds, logged steps"] == ["2.0"] and told["pairs or examples a second"] == ["16.0"]
-    assert told["token passes"] == ["400"] and told["times fewer"] == ["7.5"]
+    assert told["token passes"] == ["400"] and told["times fewer token passes"] == ["7.5"]
     assert told["model FLOPs utilisation, mean"] == ["25.0 %"] and told["peak memory, GB"] == ["3.00"]
     assert told["train: pairs"] == ["9"] and told["left out: the same answer"] == ["3"]
     assert told["cpu"] == ["AMD EPYC"] and told["version of torch"] == ["2.13.0"]
-    assert "version of trl" not in told and "MFU is against data sheet of A100" in page
+    assert "version of trl" not in told and "(MFU) is against data sheet of A100" in page
     plots = {path.name for path in (folder / "plots").iterdir()}
     assert {"loss.png", "rewards.png", "accuracy.png", "learning_rate.png", "memory.png", "mfu.png"} <= plots
     assert (folder / "plots" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -247,3 +248,117 @@ def test_a_real_run_has_its_data_account_on_the_page(
     told = cells(write_report([read_run(tmp_path / "run")], tmp_path / "run").read_text())
     assert told["train: rows"] == ["12"] and told["train: pairs"] == ["12"] and told["left out"] == ["0"]
     assert told["steps"] == ["2"] and told["method"] == ["dpo"]
+
+
+PARTS = {
+    "data_s": 0.05, "forward_s": 0.2, "backward_s": 0.15, "update_s": 0.05, "tokens_images": 60, "tokens_prompts": 10,
+    "tokens_answers": 30, "lengths/chosen": 12.0, "lengths/rejected": 20.0,
+}  # fmt: skip
+
+
+def moved(folder: Path, lines: list[dict[str, Any]]) -> None:
+    (folder / "pair_changes.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+
+
+def test_a_step_is_taken_apart_in_seconds_and_tokens(make_run: Callable[..., Path]) -> None:
+    folder = make_run(lines=[line(step, **PARTS) for step in (1, 2)])
+    page = write_report([read_run(folder)], folder).read_text()
+    told = cells(page)
+    assert told["seconds: forward pass"] == ["0.2000 (40%)"]
+    assert told["seconds: rest (checks, bookkeeping)"] == ["0.0500 (10%)"]  # of 0.5 in all
+    assert told["tokens: images"] == ["60 (60%)"] and told["tokens: answers"] == ["30 (30%)"]
+    assert told["mean length of chosen answers, tokens"] == ["12.0"]
+    assert (folder / "plots" / "anatomy.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (folder / "plots" / "lengths.png").exists() and not (folder / "plots" / "metric_0.png").exists()
+
+
+def test_runs_without_the_parts_of_a_step_have_a_page_without_them(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    new, old = make_run("new", lines=[line(1, **PARTS)]), make_run("old", lines=[line(1)])
+    page = write_report([read_run(old)], old).read_text()
+    assert "What a step is made of" not in page and "kept no log-ratios" in page
+    both = write_report(read_runs([str(new), str(old)]), tmp_path / "both").read_text()
+    assert cells(both)["seconds: update of the weights"] == ["0.0500 (10%)", "-"]
+
+
+def test_the_pairs_that_moved_most_and_least_stand_with_image_and_change(
+    make_run: Callable[..., Path],
+) -> None:
+    folder = make_run(lines=SHORT)
+    moved(
+        folder,
+        [
+            {"step": 1, "epoch": 0.5, "pairs": [[7, 9.0, -9.0]]},  # an epoch before
+            {"step": 3, "epoch": 1.5, "pairs": [[0, 2.0, -1.0], [3, 0.1, 0.1]]},
+            {"step": 4, "epoch": 2.0, "pairs": [[0, 3.0, -2.0], [1, 0.5, 0.0], [2, -4.0, -0.5]]},
+        ],
+    )
+    page = write_report([read_run(folder)], folder, examples=2).read_text()
+    shown = page.split("Pairs that first moved most")[1].split("drawn at random")[0]
+    most, least = shown.split("Pairs that moved least")
+    assert most.count('class="pair"') == least.count('class="pair"') == 1
+    assert "What is 0?" in most and "+5.00 nats" in most and "data:image/jpeg" in most
+    assert "+3.00 nats: 20.1 times as likely" in most and "-2.00 nats: 7.4 times less likely" in most
+    assert "What is 2?" in least and "step 4: chosen gained -3.50 nats" in least
+    assert "<script" not in page and "What is 7?" not in shown
+
+
+def test_pairs_that_cannot_be_shown_are_told(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_run(lines=SHORT)
+    moved(folder, [])
+    assert "No pair was logged yet." in write_report([read_run(folder)], folder).read_text()
+    moved(folder, [{"step": 1, "epoch": 1, "pairs": [[50, 1.0, 0.0]]}])
+    assert "Row 51: is not in the file any more" in write_report([read_run(folder)], folder).read_text()
+    facts = json.loads((folder / "environment.json").read_text())
+    facts["data"]["train"]["rows"] = 12
+    (folder / "environment.json").write_text(json.dumps(facts))
+    page = write_report([read_run(folder)], folder).read_text()
+    assert "changed since the run, which read 12 rows; now 9" in page
+    (folder / "pair_changes.jsonl").write_text('{"step": 1, "epoch": 1, "pairs": [[1, 2]]}\n')
+    with pytest.raises(UserError, match=r"pair_changes.jsonl line 1: wanted step, epoch and pairs"):
+        read_run(folder)
+
+
+def test_a_stranger_is_told_what_was_done_and_one_step_is_no_trend(make_run: Callable[..., Path]) -> None:
+    page = write_report([read_run(make_run("a", lines=[line(1)]))], make_run("b", lines=SHORT)).read_text()
+    assert "a: the model llava was trained on pairs in 1 step by Direct Preference Optimization" in page
+    assert "One step is logged, with a loss of 0.600" in page
+
+
+@pytest.fixture(scope="module")
+def browser() -> Any:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        )
+        yield started
+        started.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_the_page_fits_a_screen_and_a_telephone_and_asks_for_nothing(
+    browser: Any, make_run: Callable[..., Path], width: int, scheme: str
+) -> None:
+    """Opened from disk in a browser without a network: all pictures are there, nothing is wider than the window."""
+    folder = make_run(
+        "a-run-with-a-name-that-is-much-longer-than-a-telephone-is-wide" * 2, lines=[line(1, **PARTS)]
+    )
+    moved(folder, [{"step": 1, "epoch": 1, "pairs": [[1, 2.0, 0.0], [4, 1.0, 1.0]]}])
+    path = write_report([read_run(folder)], folder)
+    context = browser.new_context(viewport={"width": width, "height": 800}, offline=True, color_scheme=scheme)
+    page = context.new_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(path.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    assert page.evaluate("document.images.length") >= 10
+    assert all(url.startswith(("file:", "data:")) for url in asked)
+    back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert back == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(22, 24, 27)")
+    context.close()

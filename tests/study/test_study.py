@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from fasttrain.cli import cli
 from fasttrain.errors import UserError
 from fasttrain.study.command import check_recipes
 from fasttrain.study.execute import execute
@@ -21,7 +23,7 @@ from fasttrain.study.results import collect, write_results
 from fasttrain.study.scores import Scored, read_scored, score_exactly, wilson
 from fasttrain.study.spec import load_study
 from fasttrain.study.table import findings, table_lines
-from fasttrain.study.tasks import Task, printed, tasks_of
+from fasttrain.study.tasks import Task, executable, printed, tasks_of
 
 FILE: dict[str, Any] = {
     "output": "out",
@@ -85,7 +87,6 @@ def test_every_printed_command_is_one_that_the_command_line_takes(study_file: An
     """Parsed by click itself, without running: a renamed option would fail here."""
     import click
 
-    from fasttrain.cli import cli
     from fasttrain_data.cli import cli as data_cli
 
     study = load_study(study_file())
@@ -120,6 +121,23 @@ def test_a_run_gets_the_studys_the_methods_and_its_own_settings(study_file: Any,
     assert configs["dpo"].data.image_root == str(tmp_path)
 
 
+def test_trainings_start_by_the_studys_launcher_and_nothing_else_does(study_file: Any) -> None:
+    launcher = "torchrun --nproc_per_node=4 -m fasttrain"
+    for task in tasks_of(load_study(study_file(launcher=launcher))):
+        assert task.shown.startswith(f"{launcher} ") == (task.kind == "train")
+        words = executable(task.command, "/bin/python")
+        assert words[:3] == (
+            list(task.command[:3]) if task.kind == "train" else ["/bin/python", "-m", words[2]]
+        )
+
+
+def test_a_launcher_that_is_not_there_is_named_before_anything_runs(study_file: Any) -> None:
+    file = study_file(launcher="no-such-launcher -m fasttrain", settings={})
+    done = CliRunner().invoke(cli, ["study", str(file)])
+    assert isinstance(done.exception, UserError) and "got no-such-launcher" in str(done.exception)
+    assert not (file.parent / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -142,6 +160,8 @@ def test_a_run_gets_the_studys_the_methods_and_its_own_settings(study_file: Any,
         ),
         ({"settings": {"all": {"train.lr": 1}}}, "unknown key train.lr"),
         ({"settings": {"dop": {}}}, "unknown key settings.dop; did you mean 'dpo'"),
+        ({"launcher": "torchrun -m train"}, "launcher: wanted a command that ends in fasttrain, as torchrun"),
+        ({"launcher": "a 'b"}, "launcher: wanted a command, got .* quotation"),
         ({"watts": "many"}, "watts: wanted a number"),
         ({"outptu": "x"}, "unknown key outptu; did you mean 'output'"),
     ],
@@ -324,9 +344,6 @@ def test_a_small_study_on_charts_runs_from_one_command_and_goes_on_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In this process: charts, graded answers, three runs' commands, table, page; the second time nothing is run."""
-    from click.testing import CliRunner
-
-    from fasttrain.cli import cli
     from fasttrain.study.demo import write_demo_study
 
     file = write_demo_study(tmp_path / "study", prompts=40, questions=12, echo=lambda text: None)
