@@ -106,6 +106,15 @@ def test_what_is_not_run_says_why(document: str) -> None:
             )
 
 
+STUDY = """\
+output: runs/study
+recipe: recipe.yaml
+models: {tiny: MODEL}
+answers: {tiny: {annotations: annotations.jsonl, image_root: data}}
+runs: [{method: rejection}]
+settings: {all: {train.output: x}}
+evaluate: {held_out: {questions: questions_with_answers.jsonl, image_root: data, max_new_tokens: 8}}
+"""
 RECIPE = """\
 model: {name: MODEL}
 lora: {rank: 4, alpha: 8}
@@ -137,7 +146,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(MODEL)
     for name in ("recipes", "examples", "bench"):
         (folder / name).symlink_to(REPOSITORY / name)
+    (folder / "images").symlink_to("data/images")  # some documents name the folder, some do not
+    _train(folder)
     return folder
+
+
+def _train(folder: Path) -> None:
+    """runs/paper, the adapter that the page about evaluation has from elsewhere."""
+    from fasttrain import load_config, train_dpo
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train_dpo(load_config("recipe.yaml", ["train.output=runs/paper"]))
 
 
 def _write_sources(folder: Path, rows: list[dict[str, Any]]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.answering.decoding import Decoding, Reply
-from fasttrain.answering.kv_cache import RoomyCache
+from fasttrain.answering.kv_cache import CACHE_NAME, RoomyCache
 from fasttrain.answering.picking import TokenPicker
 from fasttrain.answering.questions import ImageSource, Question, next_turn
 from fasttrain.data.images import hash_bytes, join_inputs
@@ -107,8 +107,8 @@ class Generator:
                 input_ids=ids_PT,
                 attention_mask=mask_PT,
                 position_ids=_positions(mask_PT),
-                past_key_values=cache,
                 use_cache=True,
+                **{CACHE_NAME: cache},
                 **{name: value.to(self.model.device) for name, value in inputs.items()},
             )
         except ValueError as error:
@@ -165,8 +165,8 @@ class Generator:
         done_S = torch.zeros(len(running), dtype=torch.bool, device=ids_ST.device)
         for step in itertools.count(1):
             out = self.model(
-                input_ids=ids_ST, attention_mask=mask_ST, position_ids=position_ST, past_key_values=cache,
-                use_cache=True, logits_to_keep=1,
+                input_ids=ids_ST, attention_mask=mask_ST, position_ids=position_ST, use_cache=True,
+                logits_to_keep=1, **{CACHE_NAME: cache},
             )  # fmt: skip
             if step == 1 and bool(out.logits.isnan().any()):
                 raise UserError(

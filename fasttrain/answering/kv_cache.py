@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+# What a model's forward calls its key-value cache: transformers renamed it in 5.24.
+_RENAMED = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
+CACHE_NAME = "cache" if _RENAMED else "past_key_values"
 _GROWTH = 256  # positions that are added when a layer's room is used up
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fasttrain.pages import Table
-from fasttrain.report.panels import COLOURS
+from fasttrain.report.panels import COLOURS, shown
 from fasttrain.report.runs import Run
 
 TIMES = {
@@ -79,7 +79,7 @@ def _bars(axis: Any, title: str, bars: list[tuple[str, dict[str, float]]], first
         colour = COLOURS[(first + place) % len(COLOURS)]
         axis.barh(range(len(bars)), widths, left=left, color=colour, label=word, height=0.6)
         left = [start + width for start, width in zip(left, widths)]
-    axis.set_yticks(range(len(bars)), [name.replace("$", r"\$") for name, _ in bars])
+    axis.set_yticks(range(len(bars)), [shown(name) for name, _ in bars])
     axis.set_title(title, fontsize=10)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)

@@ -29,6 +29,11 @@ def change_parts(run: Run, count: int) -> list[str]:
         return [title, paragraph("No pair was logged yet.", "note")]
     try:
         reader = PairReader(run)
+        rows = run.environment.get("data", {}).get("train", {}).get("rows", len(reader))
+        if rows != len(reader):  # numbers would name other rows
+            raise UserError(
+                f"the pair file has changed: the run read {rows:,} rows, now it has {len(reader):,}"
+            )
     except (UserError, OSError) as error:
         return [title, paragraph(f"No examples: {error}", "note")]
     most = sorted(seen, key=lambda entry: entry["rejected"] - entry["chosen"])[: (count + 1) // 2]

@@ -17,7 +17,7 @@ _SIDE = 320  # pixels of a thumbnail
 
 
 class PairReader:
-    """The rows that a run was trained on, by number; UserError if its files cannot be read, or are others by now."""
+    """The rows that a run was trained on, by number; UserError if its files cannot be read."""
 
     def __init__(self, run: Run) -> None:
         from fasttrain.data.groups import PairFiles
@@ -29,11 +29,6 @@ class PairReader:
             raise UserError("the recipe names no pair file")
         read = read_example if run.unit == "examples" else read_pair
         self._files = PairFiles([str(path) for path in paths], run.config.get("data.image_root"), read)
-        rows = run.environment.get("data", {}).get("train", {}).get("rows")
-        if rows is not None and rows != len(self):
-            raise UserError(
-                f"{', '.join(map(str, paths))}: changed since the run, which read {rows:,} rows; now {len(self):,}"
-            )
 
     def __len__(self) -> int:
         return len(self._files)

@@ -155,7 +155,7 @@ def panel_png(panel: Panel, runs: Sequence[Run]) -> bytes:
             if not steps:
                 continue
             colour = COLOURS[(index if several else place) % len(COLOURS)]
-            words = (_shown(run.name) if several else "", word if in_words else "")
+            words = (shown(run.name) if several else "", word if in_words else "")
             label = " ".join(part for part in words if part)
             style = _STYLES[place % len(_STYLES)] if several else "-"
             _draw(axis, np.array(steps), panel.scale * np.array(values), colour, style, label)
@@ -188,6 +188,7 @@ def _draw(axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, style: 
     axis.plot(steps, (sums[ends] - sums[starts]) / (ends - starts), style, color=colour, label=label or None)
 
 
-def _shown(name: str) -> str:
-    """Matplotlib reads a pair of dollars as mathematics, and a leading underscore as no label."""
-    return name.replace("$", r"\$").lstrip("_") or "run"
+def shown(name: str) -> str:
+    """A run's name in a plot: not too long; matplotlib reads a pair of dollars as mathematics, a leading underscore as no label."""
+    short = name if len(name) <= 30 else f"{name[:14]}…{name[-14:]}"
+    return short.replace("$", r"\$").lstrip("_") or "run"

@@ -314,7 +314,7 @@ def test_pairs_that_cannot_be_shown_are_told(make_run: Callable[..., Path], tmp_
     facts["data"]["train"]["rows"] = 12
     (folder / "environment.json").write_text(json.dumps(facts))
     page = write_report([read_run(folder)], folder).read_text()
-    assert "changed since the run, which read 12 rows; now 9" in page
+    assert "the pair file has changed: the run read 12 rows, now it has 9" in page
     (folder / "pair_changes.jsonl").write_text('{"step": 1, "epoch": 1, "pairs": [[1, 2]]}\n')
     with pytest.raises(UserError, match=r"pair_changes.jsonl line 1: wanted step, epoch and pairs"):
         read_run(folder)

@@ -133,7 +133,7 @@ class LocalSampler:
             output_ST = self.model.generate(
                 input_ids=ids_BT[rows_S],
                 attention_mask=mask_BT[rows_S],
-                past_key_values=cache,
+                **{_cache_name(): cache},
                 **self._generation([sample.seed for samples in batch for sample in samples], ids_BT.device),
             )
         new_ST = output_ST[:, ids_BT.shape[1] :].tolist()
@@ -178,9 +178,9 @@ class LocalSampler:
             input_ids=ids_BT[:, :-1],
             attention_mask=mask_BT[:, :-1],
             position_ids=position_BT[:, :-1],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{_cache_name(): cache},
             **images,
         )
         return cache
@@ -218,6 +218,14 @@ class LocalSampler:
             tokens=len(kept) + (length is not None),
             model_version=self.model_version,
         )
+
+
+def _cache_name() -> str:
+    """What a model's forward calls its key-value cache: transformers renamed it in 5.24."""
+    import transformers
+
+    renamed = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
+    return "cache" if renamed else "past_key_values"
 
 
 def gumbel_sampler(seeds: Sequence[int], temperature: float, top_p: float, device: Any) -> Any:
