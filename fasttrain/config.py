@@ -63,14 +63,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DPOConfig:
         raise UserError(f"{path}: {error}") from None
 
 
-def read_yaml_mapping(path: Path) -> dict[str, Any]:
+def read_yaml_mapping(path: Path, what: str = "recipe") -> dict[str, Any]:
     """The mapping that a YAML file holds, {} for an empty one; UserError if it cannot be read as one."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path}: cannot read the recipe: {error.strerror}") from None
+        raise UserError(f"{path}: cannot read the {what}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: the recipe is not UTF-8 (byte {error.start})") from None
+        raise UserError(f"{path}: the {what} is not UTF-8 (byte {error.start})") from None
     try:
         raw = _read_yaml(text)
     except ValueError as error:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
@@ -112,7 +113,7 @@ recipe: recipe.yaml
 models: {tiny: MODEL}
 answers: {tiny: {annotations: annotations.jsonl, image_root: data}}
 runs: [{method: rejection}]
-settings: {all: {train.output: x}}
+settings: {all: {train.max_steps: 1}}
 evaluate: {held_out: {questions: questions_with_answers.jsonl, image_root: data, max_new_tokens: 8}}
 """
 RECIPE = """\
@@ -140,7 +141,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (data / "mt_bench").mkdir()
     turns = {"question_id": 81, "category": "writing", "turns": ["How many bars are there?", "And now?"]}
     (data / "mt_bench" / "question.jsonl").write_text(json.dumps(turns) + "\n")
+    (data / "mmbench").mkdir()
     (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "study.yaml").write_text(STUDY)
     for name in ("MODEL", "llava-hf/llava-1.5-13b-hf", "llava-hf/llava-1.5-7b-hf"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).symlink_to(MODEL)
@@ -165,6 +168,9 @@ def _write_sources(folder: Path, rows: list[dict[str, Any]]) -> None:
     scigraphqa = [
         {"id": row["id"], "image_file": row["image"], "q_a_pairs": [[row["question"], row["answer"]]]} for row in rows
     ]  # fmt: skip
+    for row in rows:  # LRV-Instruction names a photo by its number
+        with Image.open(folder / "data" / row["image"]) as image:
+            image.save(folder / "data" / f"{Path(row['image']).stem}.jpg")
     lrv = [{"image_id": Path(row["image"]).stem, "question": row["question"], "answer": "a"} for row in rows]
     pairs = [
         {"id": row["id"], "images": [row["image"]], "prompt": row["question"], "chosen": row["answer"],
@@ -172,9 +178,16 @@ def _write_sources(folder: Path, rows: list[dict[str, Any]]) -> None:
         for row in rows
     ]  # fmt: skip
     (folder / "lrv.json").write_text(json.dumps(lrv))
+    grades = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+    annotations = [
+        {"images": [row["image"]], "question": row["question"], "status": "ok",
+         "completions": [{"text": text, **dict.fromkeys(grades, grade)} for text, grade in ((row["answer"], 4), ("No.", 0))]}
+        for row in rows
+    ]  # fmt: skip
     asked = [{**row, "reference_answer": row["answer"]} for row in rows]
     for name, lines in (
         ("scigraphqa", scigraphqa), ("questions", asked), ("questions_with_answers", asked), ("pairs", pairs),
+        ("annotations", annotations),
     ):  # fmt: skip
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -237,6 +250,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_commands_of_the_document_run(document: str, here: Path, typed: Callable[[str], None]) -> None:
     for command in commands_of((REPOSITORY / document).read_text(encoding="utf-8")):

@@ -40,7 +40,7 @@ settings:
   dpo: {{loss.beta: 2.0, train.learning_rate: 3.0e-4}}
   sft: {{train.learning_rate: 2.4e-3}}           # the paper's other arms learn 8 times as fast as its DPO
   rejection: {{train.learning_rate: 2.4e-3}}
-  steerlm: {{train.learning_rate: 2.4e-3}}
+  steerlm: {{train.learning_rate: 2.4e-3, train.epochs: 3}}   # the words of its request are new to this model
 runs:
   - method: [dpo, sft, rejection, steerlm]
   - {{method: dpo, pairs: [{quarter}, {half}]}}
@@ -50,7 +50,6 @@ evaluate:
     questions: held_out/questions.jsonl
     max_new_tokens: 40
     steer: 4,4,4,0,1            # of SteerLM: here the judge marks running on as verbosity 4, a right answer as 1
-    # (this tiny model's vocabulary cannot read the request: its SteerLM learns good and bad answers alike)
 """
 
 

@@ -65,7 +65,7 @@ class Study:
 
 def load_study(path: Path) -> Study:
     """Read and check a study file; UserError names the first mistake."""
-    raw = read_yaml_mapping(path)
+    raw = read_yaml_mapping(path, "study file")
     try:
         return _study(path, raw)
     except UserError as error:

@@ -203,3 +203,7 @@ def test_steer_asks_every_kind_of_question_and_renames_images(tmp_path, command,
     write_rows(path, [{"id": "a"}])
     code, _, stderr = command("steer", path, "-o", out)
     assert (code, "line 1: question: wanted text, question or prompt" in stderr) == (2, True)
+    path.write_text("\n")
+    out.unlink()
+    code, _, stderr = command("steer", path, "-o", out)
+    assert (code, "wanted at least one question, got none" in stderr, out.exists()) == (2, True, False)

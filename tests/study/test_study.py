@@ -173,6 +173,14 @@ def test_mistakes_in_the_file_are_named_before_anything_runs(
         check_recipes(load_study(study_file(**change)))
 
 
+def test_a_study_file_that_cannot_be_read_is_called_by_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none.yaml: cannot read the study file: No such file"):
+        load_study(tmp_path / "none.yaml")
+    (tmp_path / "bytes.yaml").write_bytes(b"a: \xff")
+    with pytest.raises(UserError, match="the study file is not UTF-8"):
+        load_study(tmp_path / "bytes.yaml")
+
+
 def _task(folder: Path, name: str, code: str, after: Path | None = None) -> Task:
     output = folder / name
     text = f"import pathlib, sys\npath = pathlib.Path({str(output)!r})\n{code}"

@@ -36,4 +36,4 @@ def steer_command(questions: Path, output: Path, scores: str, image_root: Path |
     count, note = write_steered(questions, output, text, image_root)
     if note:
         click.echo(note)
-    click.echo(f"{output}: {count:,} questions")
+    click.echo(f"{output}: {count:,} {'question' if count == 1 else 'questions'}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fasttrain_data.errors import BadRow
+from fasttrain_data.errors import BadRow, UserError
 from fasttrain_data.image_files import ImageNames
 from fasttrain_data.jsonl import check_output, read_rows, whole_rows
 from fasttrain_data.records import ATTRIBUTES
@@ -32,7 +32,7 @@ def write_steered(
 ) -> tuple[int, str | None]:
     """The question file with `text` behind every question; how many there were, and what to tell about image names.
 
-    BadRow names a row that asks nothing.
+    BadRow names a row that asks nothing; UserError if there is none at all.
     """
     check_output(output, questions)
     names = ImageNames.between(questions, output, image_root)
@@ -41,11 +41,13 @@ def write_steered(
         for place, row in read_rows(questions):
             key = next((key for key in ("text", "question", "prompt") if isinstance(row.get(key), str)), None)
             if key is None:
-                raise BadRow(questions, place, "question", "text, question or prompt as text", None)
+                raise BadRow(questions, place, "question", "text, question or prompt as text", "nothing")
             write(
                 {name: _renamed(name, value, names) for name, value in row.items()} | {key: row[key] + text}
             )
             count += 1
+        if not count:  # inside: an output without a question does not appear
+            raise UserError(f"{questions}: wanted at least one question, got none")
     return count, names.note(output)
 
 
