@@ -174,7 +174,7 @@ def test_mistakes_in_the_file_are_named_before_anything_runs(
 
 
 def test_a_study_file_that_cannot_be_read_is_called_by_what_it_is(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="none.yaml: cannot read the study file: No such file"):
+    with pytest.raises(UserError, match=r"none\.yaml: cannot read the study file: No such file"):
         load_study(tmp_path / "none.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"a: \xff")
     with pytest.raises(UserError, match="the study file is not UTF-8"):
