@@ -64,7 +64,6 @@ class PreparedData:
         "token_starts",
         "length_starts",
         "pair_starts",
-        "pair_rows",
         "rows",
         "images",
         "order",
@@ -77,7 +76,7 @@ class PreparedData:
         folder.mkdir(parents=True, exist_ok=True)
         self._spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by seal)
         self._tokens: np.ndarray = np.zeros(0, np.int32)
-        self._lengths, self._pairs, self._pair_rows = array("i"), array("i"), array("q")
+        self._lengths, self._pairs = array("i"), array("i")
         self._token_starts, self._length_starts, self._pair_starts = (
             array("q", [0]),
             array("q", [0]),
@@ -88,16 +87,14 @@ class PreparedData:
         self._dropped: set[int] = set()
 
     def append(
-        self, prompt: np.ndarray, completions: list[np.ndarray], pairs: np.ndarray, pair_rows: list[int], row: int,
-        images: int,
-    ) -> None:  # fmt: skip
+        self, prompt: np.ndarray, completions: list[np.ndarray], pairs: np.ndarray, row: int, images: int
+    ) -> None:
         for ids in (prompt, *completions):
             self._spool.write(ids.astype(np.int32).tobytes())
             self._lengths.append(len(ids))
         self._token_starts.append(self._token_starts[-1] + len(prompt) + sum(map(len, completions)))
         self._length_starts.append(len(self._lengths))
         self._pairs.extend(pairs.ravel().tolist())
-        self._pair_rows.extend(pair_rows)
         self._pair_starts.append(len(self._pairs) // 2)
         self._rows.append(row)
         self._images.append(images)
@@ -126,8 +123,6 @@ class PreparedData:
         groups = len(data._rows)
         ends = (data._token_starts[-1], data._length_starts[-1], 2 * data._pair_starts[-1])
         starts = {len(arrays[name]) for name in ("token_starts", "length_starts", "pair_starts")}
-        if len(data._pair_rows) != data._pair_starts[-1]:
-            raise ValueError("arrays of different data")
         if starts != {groups + 1} or ends != (len(data._tokens), len(data._lengths), len(data._pairs)):
             raise ValueError("arrays of different data")
         return data
@@ -182,22 +177,19 @@ class PreparedData:
         flat = self._pairs[2 * self._pair_starts[at] : 2 * self._pair_starts[at + 1]]
         return np.array(flat, np.int64).reshape(-1, 2)
 
-    def pair_rows(self, number: int) -> np.ndarray:
-        """(P,) running numbers, over all pair files, of the rows that the group's pairs come from."""
-        if number in self._dropped:
-            return np.zeros(0, np.int64)
-        at = self._order[number]
-        return np.array(self._pair_rows[self._pair_starts[at] : self._pair_starts[at + 1]], np.int64)
-
     def group(self, number: int) -> Group:
         at = self._order[number]
         bounds = self._token_starts[at] + np.cumsum([0, *self.lengths(number)])
         prompt, *completions = [np.asarray(self._tokens[a:b]) for a, b in itertools.pairwise(bounds)]
         return Group(number, self.where(number), prompt, completions, self.pairs(number))
 
+    def first_row(self, number: int) -> int:
+        """Running number, over all files, of the row that first held this prompt."""
+        return int(self._rows[self._order[number]])
+
     def where(self, number: int) -> str:
         """File and line of the row that first held this prompt."""
-        return self.files.where(int(self._rows[self._order[number]]))
+        return self.files.where(self.first_row(number))
 
     def images(self, number: int) -> tuple[ImageRef, ...]:
         """The images of a group's prompt, read again from the row that first held it."""
@@ -237,12 +229,10 @@ class _Candidate:
     prompt: np.ndarray
     completions: dict[bytes, np.ndarray] = field(default_factory=dict)
     pairs: list[tuple[int, int]] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
     truncated: set[bytes] = field(default_factory=set)
 
-    def add(self, row: int, chosen: _Fitted, rejected: _Fitted) -> None:
+    def add(self, chosen: _Fitted, rejected: _Fitted) -> None:
         self.pairs.append((self._number(chosen), self._number(rejected)))
-        self.rows.append(row)
 
     def _number(self, answer: _Fitted) -> int:
         key = answer.ids.tobytes()
@@ -330,8 +320,7 @@ def _tokenize(
             continue
         candidate, row, images = group
         pairs = np.array(candidate.pairs)
-        answers = list(candidate.completions.values())
-        prepared.append(candidate.prompt, answers, pairs, candidate.rows, row, images)
+        prepared.append(candidate.prompt, list(candidate.completions.values()), pairs, row, images)
         prepared.account.truncated += len(candidate.truncated)
         kept.append(int(number))
         taken += len(pairs)
@@ -365,7 +354,7 @@ def _tokenize_group(
             account.skipped.append(Skipped(pair.where, pair.id, str(dropped)))
             continue
         candidate = fresh
-        candidate.add(row, chosen, rejected)
+        candidate.add(chosen, rejected)
     return (candidate, first, images) if candidate is not None else None
 
 

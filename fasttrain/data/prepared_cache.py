@@ -30,7 +30,7 @@ from fasttrain.data.prepared import Account, PreparedData
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.files import HashMemo, atomic_folder, cache_root
 
-VERSION = 2  # raised when the same rows become other tokens, groups or pairs
+VERSION = 1  # raised when the same rows become other tokens, groups or pairs
 KEPT = 8
 SMALLEST = 2000  # rows; fewer are prepared in about a second
 

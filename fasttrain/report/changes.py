@@ -37,8 +37,8 @@ def change_parts(run: Run, count: int) -> list[str]:
     except (UserError, OSError) as error:
         return [title, paragraph(f"No examples: {error}", "note")]
     most = sorted(seen, key=lambda entry: entry["rejected"] - entry["chosen"])[: (count + 1) // 2]
-    shown = {entry["row"] for entry in most}
-    late = [entry for entry in last_seen(run.changes, 0.5) if entry["row"] not in shown]
+    shown = {entry["pair"] for entry in most}
+    late = [entry for entry in last_seen(run.changes, 0.5) if entry["pair"] not in shown]
     least = sorted(late, key=lambda entry: entry["chosen"] - entry["rejected"])[: count // 2]
     parts = [title, paragraph(NOTE, "note"), *_cards(reader, most)]
     if least:
@@ -49,27 +49,24 @@ def change_parts(run: Run, count: int) -> list[str]:
 
 
 def last_seen(changes: list[dict[str, Any]], epochs: float = 1.0) -> list[dict[str, Any]]:
-    """Each pair of the last epoch's lines (or the last part of one), as its last line tells it: row, step, chosen, rejected."""
+    """Each pair of the last epoch's lines (or the last part of one), as its last line tells it."""
     newest = max((line["epoch"] for line in changes), default=0.0)
-    found: dict[int, dict[str, Any]] = {}
+    found: dict[tuple[int, int], dict[str, Any]] = {}
     for line in changes:
         if line["epoch"] > newest - epochs * min(1.0, newest) or line["epoch"] == newest:
-            for row, chosen, rejected in line["pairs"]:
-                found[int(row)] = {
-                    "row": int(row),
-                    "step": line["step"],
-                    "chosen": chosen,
-                    "rejected": rejected,
-                }
+            for row, place, chosen, rejected in line["pairs"]:
+                named = (int(row), int(place))
+                found[named] = {"pair": named, "step": line["step"], "chosen": chosen, "rejected": rejected}
     return list(found.values())
 
 
 def _cards(reader: PairReader, entries: list[dict[str, Any]]) -> list[str]:
     cards = []
     for entry in entries:
-        pair, problem = reader.pair(entry["row"])
+        row, place = entry["pair"]
+        pair, problem = reader.pair_of_prompt(row, place)
         if pair is None:
-            cards.append(paragraph(f"Row {entry['row'] + 1}: {problem}", "note"))
+            cards.append(paragraph(f"Pair {place + 1} of the prompt in row {row + 1}: {problem}", "note"))
             continue
         margin = entry["chosen"] - entry["rejected"]
         lead = f"step {entry['step']:,}: chosen gained {_nats(margin)} on rejected"

@@ -14,6 +14,7 @@ from fasttrain.report.runs import Run
 
 _LONGEST = 1500  # characters of one text
 _SIDE = 320  # pixels of a thumbnail
+_REACH = 100_000  # rows that are looked through for a prompt's other pairs
 
 
 class PairReader:
@@ -28,6 +29,7 @@ class PairReader:
         if not isinstance(paths, list) or not paths:
             raise UserError("the recipe names no pair file")
         read = read_example if run.unit == "examples" else read_pair
+        self._left_out = run.left_out
         self._files = PairFiles([str(path) for path in paths], run.config.get("data.image_root"), read)
 
     def __len__(self) -> int:
@@ -43,6 +45,32 @@ class PairReader:
             return self._files.pair(number), ""
         except BadRow as error:
             return None, str(error)
+
+    def pair_of_prompt(self, first: int, place: int) -> tuple[Any, str]:
+        """A prompt's pair by its place among those that were trained on; `first` is the row that first held the prompt."""
+        prompt, problem = self.pair(first)
+        if prompt is None:
+            return None, problem
+        for number in range(first, min(len(self), first + _REACH)):
+            pair, _ = self.pair(number)
+            if pair is None or pair.where in self._left_out or not _same_prompt(pair, prompt):
+                continue
+            if not place:
+                return pair, ""
+            place -= 1
+        return None, f"was not found in the {_REACH:,} rows from there on"
+
+
+def _same_prompt(pair: Any, other: Any) -> bool:
+    """As rows are grouped for training: equal text, equal image files or equal bytes in them."""
+    if pair.prompt_hash() != other.prompt_hash() or len(pair.images) != len(other.images):
+        return False
+    try:
+        return pair.images == other.images or all(
+            a.read() == b.read() for a, b in zip(pair.images, other.images)
+        )
+    except (OSError, ValueError):
+        return False
 
 
 def example_parts(run: Run, count: int, seed: int = 0) -> list[str]:

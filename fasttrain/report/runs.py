@@ -19,7 +19,10 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """config: the resolved recipe by dotted key. skipped: rows left out, by reason. changes: lines of pair_changes.jsonl."""
+    """config: the resolved recipe by dotted key. skipped: rows left out, by reason. changes: lines of pair_changes.jsonl.
+
+    left_out: the places (file and line) of the rows that were left out.
+    """
 
     name: str
     folder: Path
@@ -29,6 +32,7 @@ class Run:
     skipped: Counter[str]
     recipe: str
     changes: list[Line] | None = None
+    left_out: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -95,16 +99,17 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     if _is_number(wanted) and metrics[-1]["step"] < wanted:
         notes.append(f"the run stands at step {metrics[-1]['step']:,} of {wanted:,}")
     skipped = folder / "skipped.jsonl"
-    reasons = [str(line.get("reason")) for line in _read_lines(skipped)] if skipped.is_file() else []
+    left_out = _read_lines(skipped) if skipped.is_file() else []
     return Run(
         name=name or folder.resolve().name,
         folder=folder,
         metrics=metrics,
         config=_flatten(_read_yaml(folder / "config.yaml", recipe)),
         environment=environment,
-        skipped=Counter(reasons),
+        skipped=Counter(str(line.get("reason")) for line in left_out),
         recipe=recipe,
         changes=_read_changes(folder / "pair_changes.jsonl"),
+        left_out=frozenset(str(line.get("where")) for line in left_out),
         notes=notes,
     )
 
@@ -118,10 +123,10 @@ def _read_changes(path: Path) -> list[Line] | None:
         pairs = line.get("pairs")
         whole = _is_number(line.get("step")) and _is_number(line.get("epoch")) and isinstance(pairs, list)
         if not whole or not all(
-            isinstance(pair, list) and len(pair) == 3 and all(map(_is_number, pair)) for pair in pairs or []
+            isinstance(pair, list) and len(pair) == 4 and all(map(_is_number, pair)) for pair in pairs or []
         ):
             raise UserError(
-                f"{path} line {number}: wanted step, epoch and pairs of three numbers, got {str(line)[:60]!r}"
+                f"{path} line {number}: wanted step, epoch and pairs of four numbers, got {str(line)[:60]!r}"
             )
     return lines
 

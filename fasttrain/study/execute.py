@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from fasttrain.errors import UserError
 from fasttrain.files import write_json
 from fasttrain.signals import on_sigterm
 from fasttrain.study.tasks import Task, environment, executable
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def execute(tasks: list[Task], logs: Path, echo: Callable[[str], object]) -> None:
@@ -45,7 +48,11 @@ def _run(task: Task, log: Path) -> float:
         file.write(f"\n$ {task.shown}\n".encode())
         file.flush()
         with subprocess.Popen(
-            executable(task.command, sys.executable), stdout=file, stderr=file, env=environment()
+            executable(task.command, sys.executable),
+            stdout=file,
+            stderr=file,
+            env=environment(),
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         ) as child:
             try:
                 code = child.wait()
@@ -61,6 +68,13 @@ def _run(task: Task, log: Path) -> float:
     if code == 0:  # training that was told to stop ends well, without its result
         raise SystemExit(143)
     raise UserError(f"{task.kind} {task.subject}: exit code {code}: {_last_line(log)} (all of it in {log})")
+
+
+def _end_with_parent() -> None:
+    """In the child: SIGTERM when the study is killed, so that no training goes on unseen while the study is started again."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _spent(task: Task) -> float:

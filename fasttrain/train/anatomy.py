@@ -77,21 +77,23 @@ class LogRatios:
         self.ratios.append(torch.stack(pair_sums(change_N, lengths_S, pairs_P2), dim=-1))
 
     def extremes(self, data: PreparedData) -> list[list[float]]:
-        """[row of the pair files, chosen, rejected] of the step's most and least moved pairs; the one transfer."""
+        """[row, place, chosen, rejected] of the step's most and least moved pairs; the one transfer.
+
+        row: the row of the pair files that first held the prompt; place: which of the prompt's pairs, from 0.
+        """
         if not self.pairs:
             return []
         moved = torch.cat(self.ratios).tolist()
-        numbers: dict[int, dict[tuple[int, int], int]] = {}
-        found = []
-        for (group, *answers), (chosen, rejected) in zip(self.pairs, moved, strict=True):
-            if group not in numbers:
-                rows = data.pair_rows(group).tolist()
-                numbers[group] = dict(zip(map(tuple, data.pairs(group).tolist()), rows, strict=True))
-            found.append([numbers[group][tuple(answers)], round(chosen, 4), round(rejected, 4)])
-        return most_and_least(found)
+        found = [[index, 0, *ratios] for index, ratios in enumerate(moved)]
+        return [self._named(data, int(index), ratios) for index, _, *ratios in most_and_least(found)]
+
+    def _named(self, data: PreparedData, index: int, ratios: list[float]) -> list[float]:
+        group, *answers = self.pairs[index]
+        place = data.pairs(group).tolist().index(answers)
+        return [data.first_row(group), place, *(round(ratio, 4) for ratio in ratios)]
 
 
 def most_and_least(found: list[list[float]]) -> list[list[float]]:
     """Those of the largest and of the smallest margins, each pair once, the largest first."""
-    ordered = sorted(found, key=lambda entry: (entry[2] - entry[1], entry[0]))
+    ordered = sorted(found, key=lambda entry: (entry[3] - entry[2], entry[:2]))
     return ordered if len(ordered) <= 2 * EXTREMES else ordered[:EXTREMES] + ordered[-EXTREMES:]

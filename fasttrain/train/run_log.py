@@ -18,7 +18,7 @@ class RunLog:
         self._trackers = Trackers(config["track"] if main else [], folder, config, done + 1)
 
     def write(self, line: dict[str, Any], changes: list[list[float]]) -> None:
-        """A step's metrics, and its pairs that moved most and least: [row, chosen, rejected] each."""
+        """A step's metrics, and its pairs that moved most and least: [row, place, chosen, rejected] each."""
         if not self._files:
             return
         self._files[0].write(line)

@@ -20,6 +20,20 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking",
 HOSTILE = '<img src=x onerror="window.hit=1"><script>window.hit=1</script><b>bold</b> & "quoted" \u202e'
 
 
+# The contrast of an element's text with the first colour that is painted behind it.
+CONTRAST = """selector => {
+  const channels = text => text.match(/[\\d.]+/g).map(Number);
+  const light = text => channels(text).slice(0, 3).map(c => c / 255)
+    .map(c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  let behind = document.querySelector(selector);
+  const text = light(getComputedStyle(behind).color);
+  while (behind && (channels(getComputedStyle(behind).backgroundColor)[3] ?? 1) === 0) behind = behind.parentElement;
+  const back = light(getComputedStyle(behind).backgroundColor);
+  return (Math.max(text, back) + 0.05) / (Math.min(text, back) + 0.05);
+}"""
+
+
 @pytest.fixture(scope="module")
 def browser():
     if CHROMIUM is None:
@@ -178,6 +192,36 @@ def test_buttons_undo_and_reload_keep_what_was_done(page, pairs, command):
     assert page.text_content("#prompt") == first
     assert page.is_disabled("#undo")
     assert standing(pairs) == {}
+
+
+def test_another_person_at_the_same_browser_has_a_name_and_a_queue_of_their_own(page, pairs, command):
+    page.goto(command().url)
+    for name, key in (("anna", "1"), ("ben", "3")):
+        page.wait_for_selector("#enter", state="visible")
+        page.keyboard.type(name)
+        page.keyboard.press("Enter")
+        count(page, 0)
+        assert page.text_content("#who") == name
+        page.keyboard.press(key)
+        count(page, 1)
+        page.get_by_role("button", name="Not you?").click()
+    page.wait_for_selector("#enter", state="visible")
+    assert "anna, ben" in page.text_content("#known")
+    assert (len(standing(pairs, "anna")), len(standing(pairs, "ben"))) == (1, 1)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
+def test_the_page_fits_and_can_be_read_in_the_dark_and_on_a_telephone(browser, pairs, command, width, scheme):
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    opened = context.new_page()
+    opened.goto(command("--rater", "anna").url)
+    count(opened, 0)
+    assert opened.is_hidden("#leave")  # the command said who reviews
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    for selector in ("#prompt", ".answer", "#undo", ".quiet", "button.main"):
+        assert opened.evaluate(CONTRAST, selector) > 4.4, selector  # WCAG AA asks for 4.5 of normal text
+    shoot(opened, f"{scheme}-{width}")
+    context.close()
 
 
 def test_text_of_the_data_is_shown_and_never_run(page, pairs, command):

@@ -66,7 +66,9 @@ def assert_same_changes(ours: Any, truth: Any) -> None:
     """The pairs that moved most and least of all ranks' pairs."""
     paths = [Path(config.train.output) / "pair_changes.jsonl" for config in (ours, truth)]
     for a, b in zip(*(path.read_text().splitlines() for path in paths), strict=True):
-        moved = [[chosen - rejected for _, chosen, rejected in json.loads(line)["pairs"]] for line in (a, b)]
+        moved = [
+            [chosen - rejected for _, _, chosen, rejected in json.loads(line)["pairs"]] for line in (a, b)
+        ]
         assert moved[0] == pytest.approx(moved[1], abs=1e-3)
 
 

@@ -16,6 +16,7 @@ import yaml
 from fasttrain import cli
 from fasttrain.errors import UserError
 from fasttrain.report import read_run, read_runs, write_report
+from fasttrain.report.examples import PairReader
 from fasttrain.report.panels import panels_of
 
 
@@ -289,9 +290,9 @@ def test_the_pairs_that_moved_most_and_least_stand_with_image_and_change(
     moved(
         folder,
         [
-            {"step": 1, "epoch": 0.5, "pairs": [[7, 9.0, -9.0]]},  # an epoch before
-            {"step": 3, "epoch": 1.5, "pairs": [[0, 2.0, -1.0], [3, 0.1, 0.1]]},
-            {"step": 4, "epoch": 2.0, "pairs": [[0, 3.0, -2.0], [1, 0.5, 0.0], [2, -4.0, -0.5]]},
+            {"step": 1, "epoch": 0.5, "pairs": [[7, 0, 9.0, -9.0]]},  # an epoch before
+            {"step": 3, "epoch": 1.5, "pairs": [[0, 0, 2.0, -1.0], [3, 0, 0.1, 0.1]]},
+            {"step": 4, "epoch": 2.0, "pairs": [[0, 0, 3.0, -2.0], [1, 0, 0.5, 0.0], [2, 0, -4.0, -0.5]]},
         ],
     )
     page = write_report([read_run(folder)], folder, examples=2).read_text()
@@ -308,16 +309,40 @@ def test_pairs_that_cannot_be_shown_are_told(make_run: Callable[..., Path], tmp_
     folder = make_run(lines=SHORT)
     moved(folder, [])
     assert "No pair was logged yet." in write_report([read_run(folder)], folder).read_text()
-    moved(folder, [{"step": 1, "epoch": 1, "pairs": [[50, 1.0, 0.0]]}])
-    assert "Row 51: is not in the file any more" in write_report([read_run(folder)], folder).read_text()
+    moved(folder, [{"step": 1, "epoch": 1, "pairs": [[50, 0, 1.0, 0.0], [3, 1, 0.5, 0.0]]}])
+    page = write_report([read_run(folder)], folder).read_text()
+    assert "Pair 2 of the prompt in row 4: was not found in the 100,000 rows" in page
+    assert "Pair 1 of the prompt in row 51: is not in the file any more" in page
     facts = json.loads((folder / "environment.json").read_text())
     facts["data"]["train"]["rows"] = 12
     (folder / "environment.json").write_text(json.dumps(facts))
     page = write_report([read_run(folder)], folder).read_text()
     assert "the pair file has changed: the run read 12 rows, now it has 9" in page
     (folder / "pair_changes.jsonl").write_text('{"step": 1, "epoch": 1, "pairs": [[1, 2]]}\n')
-    with pytest.raises(UserError, match=r"pair_changes.jsonl line 1: wanted step, epoch and pairs"):
+    with pytest.raises(UserError, match=r"pair_changes.jsonl line 1: wanted step, epoch and pairs of four"):
         read_run(folder)
+
+
+def test_a_prompts_pairs_are_found_by_place_past_rows_that_were_left_out(
+    make_run: Callable[..., Path], tmp_path: Path, draw_image: Callable[..., Path]
+) -> None:
+    folder = make_run(lines=SHORT)
+    draw_image(tmp_path / "copy.png", 1)  # the same bytes under another name
+    draw_image(tmp_path / "other.png", 2)
+    images = ["one.png", "other.png", "one.png", "copy.png", "one.png"]
+    rows = [
+        {"image": image, "prompt": "Why?", "chosen": f"good {n}", "rejected": "bad"}
+        for n, image in enumerate(images)
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "skipped.jsonl").write_text(
+        json.dumps({"where": f"{path} line 3", "reason": "too long"}) + "\n"
+    )
+    reader = PairReader(read_run(folder))
+    assert [reader.pair_of_prompt(0, place)[0].chosen for place in range(3)] == ["good 0", "good 3", "good 4"]
+    assert reader.pair_of_prompt(1, 0)[0].chosen == "good 1"
+    assert reader.pair_of_prompt(0, 3)[0] is None
 
 
 def test_a_stranger_is_told_what_was_done_and_one_step_is_no_trend(make_run: Callable[..., Path]) -> None:
@@ -348,7 +373,7 @@ def test_the_page_fits_a_screen_and_a_telephone_and_asks_for_nothing(
     folder = make_run(
         "a-run-with-a-name-that-is-much-longer-than-a-telephone-is-wide" * 2, lines=[line(1, **PARTS)]
     )
-    moved(folder, [{"step": 1, "epoch": 1, "pairs": [[1, 2.0, 0.0], [4, 1.0, 1.0]]}])
+    moved(folder, [{"step": 1, "epoch": 1, "pairs": [[1, 0, 2.0, 0.0], [4, 0, 1.0, 1.0]]}])
     path = write_report([read_run(folder)], folder)
     context = browser.new_context(viewport={"width": width, "height": 800}, offline=True, color_scheme=scheme)
     page = context.new_page()

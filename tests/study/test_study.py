@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +224,41 @@ def test_a_command_that_stopped_early_is_no_success(tmp_path: Path, python_tasks
     with pytest.raises(SystemExit) as stopped:
         execute([_task(tmp_path, "one", "pass")], tmp_path / "logs", lambda text: None)
     assert stopped.value.code == 143
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent is gone")
+def test_a_study_that_is_killed_leaves_no_training_behind(tmp_path: Path) -> None:
+    """SIGKILL to the study: the command that it runs is told to stop, and is gone before long."""
+    code = f"""
+import sys
+from pathlib import Path
+import fasttrain.study.execute as execute
+from fasttrain.study.tasks import Task
+execute.executable = lambda command, python: [sys.executable, "-c", command[1]]
+folder = Path({str(tmp_path)!r})
+wait = f"import os, time; open({{str(folder / 'pid')!r}}, 'w').write(str(os.getpid())); time.sleep(600)"
+task = Task(kind="train", subject="a", command=("fasttrain", wait), output=folder / "out", note=folder / "a.json")
+execute.execute([task], folder / "logs", print)
+"""
+    study = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+
+    def until(done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not done():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    pid = tmp_path / "pid"
+    until(lambda: pid.exists() and pid.read_text() != "")
+    assert Path(f"/proc/{pid.read_text()}").exists()
+    study.kill()
+    study.wait()
+
+    def is_gone() -> bool:
+        stat = Path(f"/proc/{pid.read_text()}/stat")
+        return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+    until(is_gone)
 
 
 def test_intervals_are_wilsons_and_a_bootstraps() -> None:

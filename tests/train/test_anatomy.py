@@ -59,16 +59,16 @@ def test_on_a_cpu_parts_are_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class _Data:
-    """Two groups; the rows of group 5 come after those of group 9 in the file."""
+    """Two groups; group 5 stands behind group 9 in the file."""
 
     def pairs(self, group: int) -> np.ndarray:
         return {5: np.array([[0, 1], [0, 2]]), 9: np.array([[1, 0]])}[group]
 
-    def pair_rows(self, group: int) -> np.ndarray:
-        return {5: np.array([70, 72]), 9: np.array([3])}[group]
+    def first_row(self, group: int) -> int:
+        return {5: 70, 9: 3}[group]
 
 
-def test_a_pair_is_named_by_its_own_row_with_the_change_of_each_answer() -> None:
+def test_a_pair_is_named_by_its_prompts_row_with_the_change_of_each_answer() -> None:
     ratios = LogRatios()
     # two packs: answers of 2 + 1 + 2 tokens, and of 1 + 1
     ratios.add(
@@ -78,16 +78,16 @@ def test_a_pair_is_named_by_its_own_row_with_the_change_of_each_answer() -> None
     ratios.add(
         [(9, 1, 0)], torch.tensor([-1.0, 0.5]), torch.tensor([1.0, 0.0]), torch.tensor([1, 1]), torch.tensor([[1, 0]])
     )  # fmt: skip
-    assert ratios.extremes(_Data()) == [[3, 0.5, -2.0], [70, 3.0, 3.0], [72, 3.0, 9.0]]  # type: ignore[arg-type]
+    assert ratios.extremes(_Data()) == [[3, 0, 0.5, -2.0], [70, 0, 3.0, 3.0], [70, 1, 3.0, 9.0]]  # type: ignore[arg-type]
 
 
 def test_the_extremes_of_parts_hold_the_extremes_of_the_whole() -> None:
     random = np.random.default_rng(0)
-    pairs = [[row, *random.normal(size=2)] for row in range(101)]
+    pairs = [[row, 0, *random.normal(size=2)] for row in range(101)]
     parts = [pairs[start : start + 17] for start in range(0, 101, 17)]
     merged = most_and_least([pair for part in parts for pair in most_and_least(part)])
-    margins = sorted((pair[1] - pair[2] for pair in pairs), reverse=True)
-    assert [p[1] - p[2] for p in merged] == margins[:EXTREMES] + margins[-EXTREMES:]
+    margins = sorted((pair[2] - pair[3] for pair in pairs), reverse=True)
+    assert [p[2] - p[3] for p in merged] == margins[:EXTREMES] + margins[-EXTREMES:]
 
 
 def _train(model: Path, pairs: Path, output: Path, **settings: Any) -> list[list[dict[str, Any]]]:
@@ -126,9 +126,9 @@ def test_a_steps_record_adds_up_and_split_groups_move_alike(
     assert split_metrics[0]["tokens_images"] > metrics[0]["tokens_images"]  # prompts again, with their images
     ours = [line["pairs"] for line in changes]
     assert [len(found) for found in ours] == [8, 8, 8] and changes[2]["epoch"] == 3
-    assert all(abs(value) < 1e-4 for _, *values in ours[0] for value in values)
+    assert all(abs(value) < 1e-4 for _, _, *values in ours[0] for value in values)
     for found, again in zip(ours[1:], [line["pairs"] for line in split_changes[1:]]):
-        margins = [chosen - rejected for _, chosen, rejected in found]
+        margins = [chosen - rejected for _, _, chosen, rejected in found]
         assert margins == sorted(margins, reverse=True) and margins[0] > 0.05
-        assert [row for row, *_ in found] == [row for row, *_ in again]
+        assert [pair[:2] for pair in found] == [pair[:2] for pair in again]
         assert np.allclose(found, again, atol=2e-4)

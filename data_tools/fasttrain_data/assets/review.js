@@ -6,7 +6,7 @@ const KEYS = {
   u: "undo", U: "undo", Backspace: "undo",
 };
 const PENDING = "fasttrain-review-pending", NAME = "fasttrain-review-name";
-let rater = "", shown = null, busy = false;
+let rater = "", shown = null, busy = false, fixed = false; // fixed: the command named the reviewer
 
 function element(tag, text, className) {
   const made = document.createElement(tag);
@@ -58,6 +58,7 @@ function show(state) {
   byId("bar").setAttribute("aria-valuenow", state.done);
   byId("count").textContent = `${state.done} of ${state.total} judged`;
   byId("who").textContent = state.rater;
+  byId("leave").hidden = fixed;
   byId("undo").disabled = byId("undo-last").disabled = !state.done;
   document.querySelectorAll("article").forEach((side) => side.classList.remove("picked"));
   if (shown) {
@@ -133,6 +134,7 @@ async function start(name) {
 
 async function greet() {
   const about = await ask("/next");
+  fixed = !!(about && about.rater);
   const name = (about && about.rater) || localStorage.getItem(NAME);
   if (name) return start(name);
   if (about && about.known.length) byId("known").textContent = `: ${about.known.join(", ")}`;
@@ -146,6 +148,11 @@ byId("enter").addEventListener("submit", (event) => {
 });
 document.querySelectorAll("[data-verdict]").forEach((button) =>
   button.addEventListener("click", () => { button.blur(); judge(button.dataset.verdict); }));
+byId("leave").addEventListener("click", () => {
+  if (busy) return;
+  localStorage.removeItem(NAME);
+  location.reload();
+});
 byId("undo").addEventListener("click", () => { byId("undo").blur(); undo(); });
 byId("undo-last").addEventListener("click", undo);
 byId("who").addEventListener("click", () => { localStorage.removeItem(NAME); location.reload(); });
