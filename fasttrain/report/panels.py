@@ -144,9 +144,11 @@ def panels_of(runs: Sequence[Run]) -> list[Panel]:
 def panel_png(panel: Panel, runs: Sequence[Run]) -> bytes:
     """One panel; a colour per run, or per metric when there is one run."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(5.6, 3.1), layout="constrained")
     axis = figure.subplots()
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     several = len(runs) > 1
     in_words = sum(any(run.series(name)[0] for run in runs) for name in panel.names) > 1
     for index, run in enumerate(runs):
@@ -177,8 +179,9 @@ def panel_png(panel: Panel, runs: Sequence[Run]) -> bytes:
 def _draw(axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, style: str, label: str) -> None:
     """A line; over a long run the values are faint and their running mean stands out."""
     marker = "o" if len(steps) < 20 else ""
+    size = 3 if len(steps) > 1 else 6
     if len(steps) < _SMOOTH_FROM:
-        axis.plot(steps, values, style, color=colour, marker=marker, markersize=3, label=label or None)
+        axis.plot(steps, values, style, color=colour, marker=marker, markersize=size, label=label or None)
         return
     axis.plot(steps, values, "-", color=colour, alpha=0.25, linewidth=0.8)
     width = max(3, len(steps) // 40)

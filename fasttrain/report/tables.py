@@ -103,7 +103,10 @@ def _flat_environment(facts: dict[str, Any]) -> dict[str, str]:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    if value is None:
+        return "-"
+    text = format(value, form)
+    return text.lstrip("-") if not text.strip("-0.,") else text  # no minus before zeros
 
 
 def _scaled(value: float | None, scale: float) -> float | None:

@@ -346,7 +346,9 @@ def test_a_prompts_pairs_are_found_by_place_past_rows_that_were_left_out(
 
 
 def test_a_stranger_is_told_what_was_done_and_one_step_is_no_trend(make_run: Callable[..., Path]) -> None:
-    page = write_report([read_run(make_run("a", lines=[line(1)]))], make_run("b", lines=SHORT)).read_text()
+    lines = [line(1, **{"rewards/margins": -1e-9})]
+    page = write_report([read_run(make_run("a", lines=lines))], make_run("b", lines=SHORT)).read_text()
+    assert cells(page)["reward margin, last step"] == ["0.000"]
     assert "a: the model llava was trained on pairs in 1 step by Direct Preference Optimization" in page
     assert "One step is logged, with a loss of 0.600" in page
 
