@@ -32,7 +32,7 @@ STUDY = """\
 output: results
 recipe: recipe.yaml
 models:
-  spoiled: {model}
+  spoiled: model                # the demo's, with the words of SteerLM's request
 answers:
   spoiled: {{annotations: data/annotations.jsonl, questions: data/questions.jsonl}}
 pair: {{rejected: all}}
@@ -69,6 +69,7 @@ def write_demo_study(
 
     from fasttrain.demo.answering import one_thread
     from fasttrain.demo.chart_files import write_questions
+    from fasttrain.demo.more_words import with_request_words
     from fasttrain.demo.preference_data import make_preference_data
     from fasttrain.demo.run import MODEL
 
@@ -85,9 +86,9 @@ def write_demo_study(
         data = make_preference_data(folder / "data", MODEL, held_out, prompts=prompts, seed=seed, echo=echo)
     recipe = RECIPE.format(mark=MARK, seed=seed, cache=json.dumps(str(folder / "reference")))
     write_atomic(folder / "recipe.yaml", recipe)
-    model = json.dumps(str(MODEL.resolve()))
+    with_request_words(MODEL, folder / "model")
     write_atomic(
         study,
-        STUDY.format(mark=MARK, model=model, quarter=max(1, data.pairs // 4), half=max(1, data.pairs // 2)),
+        STUDY.format(mark=MARK, quarter=max(1, data.pairs // 4), half=max(1, data.pairs // 2)),
     )
     return study
