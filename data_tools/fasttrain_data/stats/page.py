@@ -14,9 +14,14 @@ from fasttrain_data.stats.plots import plots
 from fasttrain_data.stats.table import table_lines
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<style>body{{font-family:system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem;color:#222}}
-pre{{background:#f4f4f4;padding:1rem;overflow-x:auto}}img{{max-width:100%}}</style></head>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>:root{{color-scheme:light dark;--text:#222;--back:#fff;--card:#f4f4f4}}
+@media (prefers-color-scheme:dark){{:root{{--text:#e4e6e9;--back:#16181b;--card:#22262b}}}}
+body{{font-family:system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:var(--text);background:var(--back)}}
+h1{{overflow-wrap:anywhere}}pre{{background:var(--card);padding:1rem;overflow-x:auto}}img{{max-width:100%;background:#fff;border-radius:6px}}
+</style></head>
 <body><h1>{title}</h1><pre>{table}</pre>{images}</body></html>
 """
 
