@@ -37,10 +37,10 @@ def test_sigterm_within_a_step_saves_without_evaluating(
 
     run = loop.StepRunner.run
 
-    def interrupted(self: Any, step: Any, *rest: Any) -> Any:
+    def interrupted(self: Any, step: Any, *rest: Any, **options: Any) -> Any:
         if step.number == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return run(self, step, *rest)
+        return run(self, step, *rest, **options)
 
     monkeypatch.setattr(loop.StepRunner, "run", interrupted)
     pairs = text_pairs(tmp_path / "pairs.jsonl", 18)
