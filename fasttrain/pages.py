@@ -13,8 +13,8 @@ _STYLE = """
 --strong:#7a828b;--up:#6fcf8a;--down:#ff8f8f;--warn:#4a3d10}}
 body{font:1rem/1.45 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:var(--text);background:var(--back)}
 h1,td.word,td,.label{overflow-wrap:anywhere}
-table{border-collapse:collapse;margin:1rem 0;font-size:.92rem;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap;vertical-align:top}
+table{border-collapse:collapse;margin:1rem 0;font-size:.88rem;font-variant-numeric:tabular-nums}
+th,td{padding:.3rem .55rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap;vertical-align:top}
 th{border-bottom:2px solid var(--strong);font-weight:600}
 th.word,td.word{text-align:left}
 td.word{white-space:normal;min-width:9rem}

@@ -75,7 +75,7 @@ def _table(results: Results) -> Iterator[str]:
     names = list(results.study.evaluations)
     heads = ["run", "method", "trained on", "labels swapped", "steps"]
     for name in names:
-        heads += [f"{name}: score", "vs untrained", "mean characters"]
+        heads += [f"{name}: score", "vs untrained", "characters"]
     heads += ["training", *(["machine cost"] if results.study.usd_per_hour is not None else [])]
     yield '<div class="scroll"><table><tr>' + "".join(
         f"<th{_WORD if column == 0 else ''}>{html.escape(head)}</th>" for column, head in enumerate(heads)
@@ -104,7 +104,7 @@ def _table(results: Results) -> Iterator[str]:
     yield "</table></div>"
     yield (
         '<p class="note">Scores are means over questions; brackets hold 95 % intervals (Wilson\'s for right-or-wrong scores, '
-        "else a bootstrap over questions). “vs untrained” is the mean difference on the same questions with a paired "
+        "else a bootstrap over questions). characters: mean length of an answer. “vs untrained” is the mean difference on the same questions with a paired "
         "bootstrap: green above, red below, grey where the interval holds zero. Read scores beside lengths: judges and readers "
         "favour longer answers.</p>"
     )
