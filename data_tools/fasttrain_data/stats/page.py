@@ -15,7 +15,6 @@ from fasttrain_data.stats.table import table_lines
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{title}</title>
 <style>:root{{color-scheme:light dark;--text:#222;--back:#fff;--card:#f4f4f4}}
 @media (prefers-color-scheme:dark){{:root{{--text:#e4e6e9;--back:#16181b;--card:#22262b}}}}
