@@ -35,7 +35,9 @@ class StepClock:
         self._marks = [("", self._now())]
 
     def mark(self, part: str) -> None:
-        """What came since the last mark was `part`."""
+        """What came since the last mark was `part`; nothing is kept of a clock that was not started."""
+        if not self._marks:
+            return
         self._marks.append((part, self._now()))
 
     def read(self) -> dict[str, float]:

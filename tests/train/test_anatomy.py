@@ -52,6 +52,8 @@ def test_on_a_cpu_parts_are_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([10.0, 10.5, 12.5, 13.0, 14.0])
     monkeypatch.setattr("fasttrain.train.anatomy.time.perf_counter", lambda: next(ticks))
     clock = StepClock(torch.device("cpu"))
+    clock.mark("update")
+    assert clock.read() == {}
     clock.start()
     for part in ("data", "forward", "other", "update"):
         clock.mark(part)
