@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fasttrain.data.ahead import itself, start_worker
 from fasttrain.data.images import PixelMaker, hash_bytes, join_inputs
 from fasttrain.data.packs import Pack
 from fasttrain.data.prepared import Group, PreparedData
@@ -100,8 +100,11 @@ class PackMaker(Dataset[Any]):
         self.data, self.pixels, self.keys, self.cache, self.family = data, pixels, keys, cache, family
         self.image_token_id = image_token_id
 
-    def __getitem__(self, pack: Pack) -> PackBatch | UserError:  # type: ignore[override]
+    def __getitem__(self, item: Pack | _Carried) -> PackBatch | UserError:  # type: ignore[override]
         """The batch, or the user's mistake as a value: raised in a worker it would arrive as a traceback."""
+        pack = item.pack if isinstance(item, _Carried) else item
+        if isinstance(item, _Carried):
+            self.data.remember(item.groups)
         try:
             return self._make(pack)
         except UserError as error:
@@ -144,6 +147,20 @@ class PackMaker(Dataset[Any]):
                 f"{missing[0]}: its image or text changed since its reference log-probs were computed; run again"
             )
         return torch.from_numpy(np.concatenate([found[key] for key in batch.keys]))
+
+
+class _Carried(NamedTuple):
+    """A pack on its way to another process, with those of its groups that only this one has tokens of."""
+
+    pack: Pack
+    groups: list[Group]
+
+
+def _carried(packs: Iterable[Pack], data: PreparedData) -> Generator[Pack | _Carried]:
+    for pack in packs:
+        numbers = dict.fromkeys(piece.group for piece in pack.pieces)
+        groups = [data.group(number) for number in numbers if data.is_lazy(number)]
+        yield _Carried(pack, groups) if groups else pack
 
 
 class _Builder:
@@ -233,16 +250,6 @@ class _Builder:
         return {**(images or {}), **self.family.sequence(ids, images)}
 
 
-def _start_worker(_: int) -> None:
-    # The parent decides when training ends; a signal to the whole process group must not kill its workers first.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _itself(value: Any) -> Any:
-    return value
-
-
 def whole(batches: Iterable[PackBatch], data: PreparedData) -> Generator[PackBatch]:
     """The same batches; UserError at one that had to leave a group out because its image no longer opens."""
     for batch in batches:
@@ -255,13 +262,14 @@ def load_packs(maker: PackMaker, packs: Iterable[Pack], workers: int, pin: bool)
     """Batches of `packs`, in order, prepared ahead of time by worker processes; `packs` may be lazy."""
     options: dict[str, Any] = {}
     if workers:
-        options = {"prefetch_factor": 2, "multiprocessing_context": "fork", "worker_init_fn": _start_worker}
+        options = {"prefetch_factor": 2, "multiprocessing_context": "fork", "worker_init_fn": start_worker}
+        packs = _carried(packs, maker.data) if maker.data.lazy else packs  # type: ignore[assignment]
     loader: DataLoader[Any] = DataLoader(
         maker,
         batch_size=None,
         sampler=packs,  # type: ignore[arg-type]
         num_workers=workers,
-        collate_fn=_itself,
+        collate_fn=itself,
         pin_memory=pin,
         generator=torch.Generator(),  # the global one belongs to dropout: a loader must not draw from it
         **options,

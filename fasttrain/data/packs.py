@@ -90,15 +90,19 @@ class Order:
 
     def steps_in(self, epoch: int) -> list[np.ndarray]:
         """The groups of each step; the last step of an epoch holds what is left."""
+        groups, cuts = self._cut(epoch)
+        return [groups[start:end] for start, end in itertools.pairwise(cuts)]
+
+    def _cut(self, epoch: int) -> tuple[np.ndarray, list[int]]:
+        """The epoch's groups in order, and where its steps begin and the last one ends."""
         groups = self.epoch_groups(epoch)
-        counts = self._counts()[groups]
-        cuts, held = [], 0
-        for index, count in enumerate(counts.tolist(), start=1):
-            held += count
-            if held >= self.pairs_per_step:
-                cuts.append(index)
-                held = 0
-        return [part for part in np.split(groups, cuts) if len(part)]
+        held = np.cumsum(self._counts()[groups])
+        cuts, before = [0], 0
+        while cuts[-1] < len(groups):
+            end = int(np.searchsorted(held, before + self.pairs_per_step)) + 1
+            cuts.append(min(end, len(groups)))
+            before = int(held[cuts[-1] - 1])
+        return groups, cuts
 
     def _counts(self) -> np.ndarray:
         return self.data.pair_counts()
@@ -106,22 +110,22 @@ class Order:
     def total_steps(self, epochs: float) -> int:
         """Optimizer steps in so many epochs; a part of an epoch is that part of its steps, rounded up."""
         whole = math.floor(epochs)
-        steps = sum(len(self.steps_in(epoch)) for epoch in range(whole))
+        steps = sum(len(self._cut(epoch)[1]) - 1 for epoch in range(whole))
         if epochs > whole:
-            steps += math.ceil((epochs - whole) * len(self.steps_in(whole)) - 1e-9)
+            steps += math.ceil((epochs - whole) * (len(self._cut(whole)[1]) - 1) - 1e-9)
         return steps
 
     def steps(self, first: int, last: int) -> Iterator[tuple[int, float, np.ndarray]]:
         """(step number from 1, epochs done when it ends, its groups) for steps first..last."""
         number = 0
         for epoch in itertools.count():
-            steps = self.steps_in(epoch)
-            for index, groups in enumerate(steps, start=1):
+            groups, cuts = self._cut(epoch)
+            for index, (start, end) in enumerate(itertools.pairwise(cuts), start=1):
                 number += 1
                 if number > last:
                     return
                 if number >= first:
-                    yield number, epoch + index / len(steps), groups
+                    yield number, epoch + index / (len(cuts) - 1), groups[start:end]
 
 
 def plan_step(

@@ -24,13 +24,13 @@ import numpy as np
 
 from fasttrain import __version__
 from fasttrain.config import DataConfig
+from fasttrain.data.group_tokens import Tokenizing
 from fasttrain.data.groups import PairFiles, Skipped
-from fasttrain.data.pairs import Pair
 from fasttrain.data.prepared import Account, PreparedData
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.files import HashMemo, atomic_folder, cache_root
 
-VERSION = 1  # raised when the same rows become other tokens, groups or pairs
+VERSION = 2  # raised when the same rows become other tokens, groups or pairs
 KEPT = 8
 SMALLEST = 2000  # rows; fewer are prepared in about a second
 
@@ -70,15 +70,12 @@ class ImageWitness:
 
     def __init__(self) -> None:
         self._digest = blake2b(digest_size=16)
-        self._last = ""
         self._file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
 
-    def see(self, pair: Pair) -> None:
-        for ref in pair.images:
-            if ref.path is not None and str(ref.path) != self._last:
-                self._last = str(ref.path)
-                self._file.write(json.dumps(self._last) + "\n")
-                self._digest.update(_state_of(self._last))
+    def see(self, paths: list[str]) -> None:
+        for path in paths:
+            self._file.write(json.dumps(path) + "\n")
+            self._digest.update(_state_of(path))
 
     def written(self, folder: Path) -> str:
         """Write the names into `folder`; the hash over them."""
@@ -107,7 +104,9 @@ def _images_now(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def load(key: str, files: PairFiles, chat: ChatTokenizer) -> PreparedData | None:
+def load(
+    key: str, files: PairFiles, chat: ChatTokenizer, tokenizing: Callable[..., Tokenizing]
+) -> PreparedData | None:
     """The data of an entry; None if there is none, an image changed since, or the entry is not whole."""
     folder = cache_root() / "prepared" / key
     try:
@@ -118,7 +117,7 @@ def load(key: str, files: PairFiles, chat: ChatTokenizer) -> PreparedData | None
             **about["account"] | {"skipped": [Skipped(**s) for s in about["account"]["skipped"]]}
         )
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in PreparedData.ARRAYS}
-        prepared = PreparedData.from_arrays(files, account, arrays)
+        prepared = PreparedData(files, account, arrays, tokenizing)
         os.utime(folder)  # the newest stay
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -128,7 +127,7 @@ def load(key: str, files: PairFiles, chat: ChatTokenizer) -> PreparedData | None
     return prepared
 
 
-def store(key: str, prepared: PreparedData, witness: ImageWitness, notes: dict[str, int]) -> None:
+def store(key: str, prepared: PreparedData, witness: ImageWitness | _Copied, notes: dict[str, int]) -> None:
     """Write an entry and remove the oldest; a full or read-only disk only costs the next start its time."""
     if any(skipped.reason.startswith("image") for skipped in prepared.account.skipped):
         return  # that file may appear, or open, tomorrow
@@ -145,6 +144,34 @@ def store(key: str, prepared: PreparedData, witness: ImageWitness, notes: dict[s
     except OSError:
         return
     prepared.key = key
+
+
+class _Copied:
+    """The witness of an entry that is there already."""
+
+    def __init__(self, folder: Path, digest: str) -> None:
+        self.names, self.digest = (folder / "images.jsonl").read_bytes(), digest
+
+    def written(self, folder: Path) -> str:
+        (folder / "images.jsonl").write_bytes(self.names)
+        return self.digest
+
+
+def replace(prepared: PreparedData, split_boundary: int) -> None:
+    """Write the entry of data that got more tokens again; without it the next start makes them again."""
+    if prepared.key is None or prepared.dropped:
+        return
+    folder = cache_root() / "prepared" / prepared.key
+    try:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        witness = _Copied(folder, about["images"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    notes = {
+        "appended_end": about["appended_end"],
+        "split_boundary": about["split_boundary"] + split_boundary,
+    }
+    store(prepared.key, prepared, witness, notes)
 
 
 @contextmanager

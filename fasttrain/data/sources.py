@@ -30,6 +30,13 @@ class BadRow(UserError):
         self.where, self.reason = where, printable(f"{field}: wanted {wanted}, got {text[:120]}")
         super().__init__(f"{where}: {self.reason}")
 
+    @classmethod
+    def told(cls, where: str, reason: str) -> BadRow:
+        """One that was found earlier, or in another process, from its two texts."""
+        error = cls(where, "", "", "")
+        error.args, error.reason = (f"{where}: {reason}",), reason
+        return error
+
 
 def printable(text: str) -> str:
     """The text with lone surrogates escaped: JSON can hold them, UTF-8 files and terminals cannot."""

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from fasttrain.config import DPOConfig
-from fasttrain.data.prepared import PreparedData, prepare
+from fasttrain.data.prepare import prepare
+from fasttrain.data.prepared import PreparedData
 from fasttrain.errors import UserError
 
 # arXiv 2402.10884: 5,084 pairs, one per prompt; 576 image tokens of LLaVA-1.5, its template and a question; two answers.
@@ -161,6 +162,7 @@ def _read_pairs(config: DPOConfig, folder: Path, vision: bool, source: str) -> H
             seed=config.train.seed,
             limit_pairs=data.limit_pairs,
             progress=ticker,
+            whole=True,
         )
     finally:
         memo.close()

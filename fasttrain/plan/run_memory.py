@@ -9,7 +9,7 @@ import torch
 
 from fasttrain.config import DPOConfig
 from fasttrain.data.prepared import PreparedData
-from fasttrain.plan.choose import choose_checkpointing, choose_tokens
+from fasttrain.plan.choose import choose_checkpointing, choose_tokens, largest_pack
 from fasttrain.plan.device_memory import free_memory
 from fasttrain.plan.memory import (
     CPU_FRAGMENTATION,
@@ -68,13 +68,26 @@ class RunMemory:
         passing = plan.peak - plan.state
         return state + passing * (CPU_FRAGMENTATION if self.device.type == "cpu" else 1) <= _SHARE * self.free
 
-    def settings(self, longest_group: int) -> tuple[bool, int]:
+    def _choose_checkpointing(self) -> bool:
+        """Decided by the longest group; in a large file its length need not be known when as much as it may have would fit."""
+        longest, _ = self._data.longest()
+        if not self._checkpoints(longest):
+            return False
+        if self._checkpoints(1) or not self._data.lazy:
+            return True
+        fitting = largest_pack(lambda tokens: not self._checkpoints(tokens), longest)
+        return self._checkpoints(self._data.longest_beyond(fitting))
+
+    def _checkpoints(self, longest_group: int) -> bool:
+        return choose_checkpointing(self.config, longest_group, self.device, self.fits)
+
+    def settings(self) -> tuple[bool, int]:
         """Gradient checkpointing and tokens per pack, with `auto` decided."""
         train = self.config.train
         if train.gradient_checkpointing != "auto" and train.tokens_per_pack != "auto":
             return train.gradient_checkpointing, int(train.tokens_per_pack)
         try:
-            checkpointing = choose_checkpointing(self.config, longest_group, self.device, self.fits)
+            checkpointing = self._choose_checkpointing()
             return checkpointing, choose_tokens(
                 self.config, self.device, lambda tokens: self.fits(tokens, checkpointing)
             )
@@ -90,11 +103,9 @@ class RunMemory:
 
 
 def mean_group(data: PreparedData, model_config: Any) -> PackMix:
-    """The mean of all groups with pairs."""
+    """The mean of all groups with pairs, or of some of many."""
     groups = tokens = rows = images = 0
-    for number in range(len(data)):
-        if not data.pair_count(number):
-            continue
+    for number in data.some_groups():
         lengths = data.lengths(number)
         groups, tokens, rows = groups + 1, tokens + int(lengths.sum()), rows + int(lengths[1:].sum())
         images += data.image_count(number)

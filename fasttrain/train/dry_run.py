@@ -28,6 +28,8 @@ def dry_run(config: DPOConfig, loss: Objective, *, resume: bool, overwrite: bool
     """The report of a dry run; UserError for the first mistake, as training would raise it."""
     check_output(config, loss.command, resume=resume, overwrite=overwrite)
     with contextlib.closing(build_job(config, loss)) as job:
+        for data in job.datasets:
+            job.tokenize_all(data)
         check_sharing(job)
         for data in job.datasets:
             _open_all_images(job, data)

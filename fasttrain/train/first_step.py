@@ -60,7 +60,7 @@ def check_sharing(job: Job) -> None:
 
 
 def _telling_group(job: Job) -> int:
-    """The smallest group with a pair; one with images if any has some, and one that reaches beyond the layers' window."""
+    """The smallest group with a pair, of some of many; one with images if any has some, and one that reaches beyond the layers' window."""
     window = getattr(job.policy.model.config.get_text_config(), "sliding_window", None) or 0
 
     def order(number: int) -> tuple[bool, bool, int]:
@@ -68,7 +68,7 @@ def _telling_group(job: Job) -> int:
         within = int(lengths[0] + lengths[1:].max()) <= window
         return not job.train.image_count(number), within, int(lengths.sum())
 
-    return min((n for n in range(len(job.train)) if job.train.pair_count(n)), key=order)
+    return min(job.train.some_groups(), key=order)
 
 
 def _sums_of(job: Job, piece: Piece, shared: bool) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,8 @@ import torch
 from fasttrain.config import DPOConfig
 from fasttrain.data.batch import PackMaker
 from fasttrain.data.images import blank_image
-from fasttrain.data.prepared import PreparedData, prepare
+from fasttrain.data.prepare import Preparation, tokenize_all
+from fasttrain.data.prepared import PreparedData
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
 from fasttrain.files import HashMemo, cache_root
@@ -91,6 +92,11 @@ class Job:
             self.cache.close()
         self.memo.close()
 
+    def tokenize_all(self, data: PreparedData) -> None:
+        """Give all groups of a large file their tokens now."""
+        with _notes(self.chat):
+            tokenize_all(data, self.chat, ticker)
+
     def maker(self, data: PreparedData, with_reference: bool) -> PackMaker:
         cache = self.cache if with_reference else None
         return PackMaker(data, self.chat.pixels, self.keys, cache, self.family, self.chat.image_token_id)
@@ -130,7 +136,8 @@ def _build_job(config: DPOConfig, objective: Objective) -> Job:
             "use `fasttrain eval` on the checkpoints"
         )
     watches = open_watches(folders, config.data, memo)
-    train, evaluation = _prepare_data(config, pair_files, objective, chat, memo)
+    preparing = _start_preparing(config, pair_files, objective, chat, memo)
+    datasets = None if preparing[0].large else _finish(preparing, chat)
     zero3 = config.distributed.zero_stage == 3
     if zero3:
         _refuse_quantized(config)
@@ -156,7 +163,8 @@ def _build_job(config: DPOConfig, objective: Objective) -> Job:
         say(
             f"compiling: {compile_layers(language_model(model))} norms and activations run code made by torch.compile"
         )
-    policy.set_shared(_may_share(config, model, [train, *([evaluation] if evaluation else [])]))
+    train, evaluation = datasets or _finish(preparing, chat)
+    policy.set_shared(_may_share(config, model, chat, [train, *([evaluation] if evaluation else [])]))
     if zero3 and not policy.shared and train.account.images and ranks().size > 1:
         # one rank's gathers overtook the other's here, over gloo; not understood yet
         raise UserError(
@@ -165,8 +173,7 @@ def _build_job(config: DPOConfig, objective: Objective) -> Job:
         )
     shape = measure_shape(model)
     memory = RunMemory(config, model_config, model.dtype, train, device, ranks().size)
-    longest, _ = train.longest()
-    checkpointing, tokens = memory.settings(longest)
+    checkpointing, tokens = memory.settings()
     adapter = config.lora.init_from if config.lora else None
     dtype = str(pick_dtype(config.model.dtype, device)).removeprefix("torch.")
     identity = model_identity(folder, model_config, dtype, config.model.quantize, adapter, memo)
@@ -200,24 +207,44 @@ def _build_job(config: DPOConfig, objective: Objective) -> Job:
     )
 
 
-def _prepare_data(
+def _start_preparing(
     config: DPOConfig, pair_files: list[str], loss: Objective, chat: ChatTokenizer, memo: HashMemo
-) -> tuple[PreparedData, PreparedData | None]:
-    data, seed = config.data, config.train.seed
-    prepared = functools.partial(
-        prepare, data=data, chat=chat, memo=memo, seed=seed, progress=ticker, read=loss.read
+) -> tuple[Preparation, Preparation | None]:
+    """Training and evaluation data on their way; large training files are read while the model is loaded."""
+    start = functools.partial(
+        Preparation,
+        data=config.data,
+        chat=chat,
+        memo=memo,
+        seed=config.train.seed,
+        progress=ticker,
+        read=loss.read,
     )
-    train = prepared(data.train, limit_pairs=data.limit_pairs)
-    evaluation = prepared(pair_files) if pair_files else None
-    if chat.appended_end:
+    # an evaluation is one step over all of its pairs
+    evaluation = start(pair_files, limit_pairs=None, whole=True) if pair_files else None
+    return start(config.data.train, limit_pairs=config.data.limit_pairs), evaluation
+
+
+def _finish(
+    preparing: tuple[Preparation, Preparation | None], chat: ChatTokenizer
+) -> tuple[PreparedData, PreparedData | None]:
+    train, evaluation = preparing
+    with _notes(chat):
+        return train.finish(), evaluation.finish() if evaluation else None
+
+
+@contextlib.contextmanager
+def _notes(chat: ChatTokenizer) -> Iterator[None]:
+    """Say what the tokenizer had to note about answers while the block ran."""
+    appended, split = chat.appended_end, chat.split_boundary
+    yield
+    appended, split = chat.appended_end - appended, chat.split_boundary - split
+    if appended:
         say(
-            f"note: the chat template ends no answer; {chat.end_tokens[0]} is added to all {chat.appended_end} answers"
+            f"note: the chat template ends no answer; {chat.end_tokens[0]} is added to all {appended} answers"
         )
-    if chat.split_boundary:
-        say(
-            f"note: {chat.split_boundary} answers do not tokenize together with their prompt and were tokenized alone"
-        )
-    return train, evaluation
+    if split:
+        say(f"note: {split} answers do not tokenize together with their prompt and were tokenized alone")
 
 
 def _refuse_quantized(config: DPOConfig) -> None:
@@ -248,8 +275,13 @@ def _check_image_token(chat: ChatTokenizer, model: Any) -> None:
         )
 
 
-def _may_share(config: DPOConfig, model: Any, datasets: list[PreparedData]) -> bool:
+def _may_share(config: DPOConfig, model: Any, chat: ChatTokenizer, datasets: list[PreparedData]) -> bool:
     longest = max(data.longest()[1] for data in datasets)
+    if any(data.lazy for data in datasets) and _matters(model, longest):
+        with _notes(chat):  # only the exact length can tell
+            for data in datasets:
+                tokenize_all(data, chat, ticker)
+        longest = max(data.longest()[1] for data in datasets)
     problem = why_too_long(model, longest)
     if problem:
         raise UserError(
@@ -266,9 +298,16 @@ def _may_share(config: DPOConfig, model: Any, datasets: list[PreparedData]) -> b
     return reason is None
 
 
+def _matters(model: Any, longest: int) -> bool:
+    """Whether sequences of so many tokens are treated otherwise than short ones."""
+    return bool(why_too_long(model, longest)) or why_unshared(model, longest) != why_unshared(model, 1)
+
+
 def _workers(config: DPOConfig, data: PreparedData) -> int:
     if config.data.workers != "auto":
         return int(config.data.workers)
-    if not data.account.images or sys.platform != "linux":
+    if sys.platform != "linux" or not (data.account.images or data.lazy):
         return 0
+    if not data.account.images:
+        return 1
     return max(1, min(4, len(os.sched_getaffinity(0)) - 1))

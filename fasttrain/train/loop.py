@@ -98,6 +98,8 @@ def fill_references(job: Job, everything: bool = False) -> FillReport:
             reports.append(FillReport(data.completions(), 0, 0, 0.0))
             continue
         groups = None if everything or data is not job.train else _groups_of_short_run(job)
+        if groups is None:
+            job.tokenize_all(data)
         usable = data.account.groups
         missing = missing_completions(data, job.keys, job.cache, job.memo, groups)
         with Progress(
@@ -241,7 +243,8 @@ class Trainer:
         job = self.job
 
         def packs() -> Iterator[Pack]:
-            for number, epoch, groups in order.steps(first, last):
+            steps = job.train.with_tokens(order.steps(first, last), job.workers)
+            for number, epoch, groups in steps:
                 step = self._plan(job.train, number, epoch, groups)
                 planned.append(step)
                 yield from step.packs

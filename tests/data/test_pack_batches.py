@@ -16,7 +16,8 @@ from fasttrain.config import DataConfig
 from fasttrain.data.batch import PackMaker, load_packs, whole
 from fasttrain.data.images import open_image
 from fasttrain.data.packs import Pack, Piece, plan_step
-from fasttrain.data.prepared import PreparedData, prepare
+from fasttrain.data.prepare import prepare
+from fasttrain.data.prepared import PreparedData
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
 from fasttrain.files import HashMemo

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from fasttrain.config import DataConfig
-from fasttrain.data.prepared import PreparedData, prepare
+from fasttrain.data.prepare import prepare
+from fasttrain.data.prepared import PreparedData
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
 from fasttrain.files import HashMemo

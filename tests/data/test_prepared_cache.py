@@ -21,7 +21,8 @@ def prepared(
 ) -> Callable[..., Any]:  # fmt: skip
     """Prepares 21 pairs of `tmp_path`/data; counts the rows that were tokenized in `.tokenized`."""
     from fasttrain.config import ModelConfig
-    from fasttrain.data import prepared as module
+    from fasttrain.data import group_tokens
+    from fasttrain.data import prepare as module
     from fasttrain.data import prepared_cache
     from fasttrain.data.tokens import ChatTokenizer
     from fasttrain.files import HashMemo
@@ -29,13 +30,13 @@ def prepared(
 
     monkeypatch.setattr(prepared_cache, "SMALLEST", 1)
     vision_pairs(tmp_path / "data", 21)
-    original = module._tokenize_group
+    original = group_tokens.tokenize_group
 
     def counted(*args: Any, **options: Any) -> Any:
         run.tokenized += 1  # type: ignore[attr-defined]
         return original(*args, **options)
 
-    monkeypatch.setattr(module, "_tokenize_group", counted)
+    monkeypatch.setattr(group_tokens, "tokenize_group", counted)
 
     def run(limit: int | None = None, seed: int = 0, **settings: Any) -> Any:
         processor = load_processor(tiny_llava, ModelConfig(name=str(tiny_llava)), True)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from fasttrain.data import groups as module
-from fasttrain.data.groups import PairFiles, group_rows
+from fasttrain.data.groups import PairFiles
+from fasttrain.data.row_index import group_rows
 from fasttrain.data.sources import BadRow
 from fasttrain.files import HashMemo
 

@@ -1,0 +1,228 @@
+"""The first pass over pair files: every row is read and checked, in several processes, and becomes a few numbers.
+
+What is kept of a row is a hash of its prompt and image sizes, a hash of its image paths, and how many tokens it has at most
+(`token_bounds`; 0 where that is not known). Groups are found by sorting the hashes. Image bytes are compared only between rows
+whose prompts are equal and whose files have equal sizes but different paths, so the pass opens almost no image.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+
+from fasttrain.data.ahead import in_order, processes
+from fasttrain.data.groups import GroupIndex, PairFiles, image_hash
+from fasttrain.data.pairs import Pair
+from fasttrain.data.sources import BadRow
+from fasttrain.data.token_bounds import TokenBounds
+from fasttrain.files import HashMemo
+
+_CHUNK = 10_000  # rows that a process reads at a time
+_SEVERAL = 2 * _CHUNK  # rows from which on processes are worth starting
+
+
+class BadRowFound(NamedTuple):
+    """A BadRow as it travels between processes."""
+
+    row: int
+    where: str
+    reason: str
+
+
+@dataclass
+class RowTable:
+    """Some rows of the files, those that can be used: one entry a row in each array."""
+
+    row: np.ndarray  # uint32
+    key: np.ndarray  # uint64 (rows, 2): equal for rows that may share a group
+    images: np.ndarray  # uint64: equal for equal image paths; 0 without images
+    image_count: np.ndarray  # uint32
+    sequence: np.ndarray  # uint32: most tokens of the prompt with one answer; 0: not known
+    answers: np.ndarray  # uint32: most tokens of all its answers
+    bad: list[BadRowFound] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)  # image files in order of appearance
+    appended_end: int = 0
+
+    ARRAYS = ("row", "key", "images", "image_count", "sequence", "answers")
+
+
+class RowReader:
+    """Makes tables of rows; runs in any process."""
+
+    def __init__(self, files: PairFiles, bounds: TokenBounds | None) -> None:
+        self.files, self.bounds = files, bounds
+
+    def __call__(self, rows: range) -> RowTable:
+        numbers, keys, counts = array("I"), bytearray(), array("I")
+        images, sequences, answers = array("Q"), array("I"), array("I")
+        bad: list[BadRowFound] = []
+        paths: dict[str, None] = {}
+        appended = self.bounds.appended_end if self.bounds else 0
+        for number in rows:
+            try:
+                pair = self.files.pair(number)
+                key = _key(pair)
+            except BadRow as error:
+                bad.append(BadRowFound(number, error.where, error.reason))
+                continue
+            bound = self.bounds.of(pair) if self.bounds else None
+            numbers.append(number)
+            keys += key
+            images.append(_paths_hash(pair, number) if pair.images else 0)
+            counts.append(len(pair.images))
+            sequences.append(bound.sequence if bound else 0)
+            answers.append(bound.answers if bound else 0)
+            for ref in pair.images:
+                if ref.path is not None:
+                    paths[str(ref.path)] = None
+        return RowTable(
+            np.frombuffer(numbers, np.uint32),
+            np.frombuffer(bytes(keys), np.uint64).reshape(-1, 2),
+            np.frombuffer(images, np.uint64),
+            np.frombuffer(counts, np.uint32),
+            np.frombuffer(sequences, np.uint32),
+            np.frombuffer(answers, np.uint32),
+            bad,
+            list(paths),
+            (self.bounds.appended_end if self.bounds else 0) - appended,
+        )
+
+
+def read_rows(files: PairFiles, bounds: TokenBounds | None) -> Generator[RowTable]:
+    """Tables of all rows, in order; for large files made by other processes, which start at the call."""
+    total = len(files)
+    chunks = [range(start, min(start + _CHUNK, total)) for start in range(0, total, _CHUNK)]
+    workers = processes() if total >= _SEVERAL else 0
+    ahead = -(-len(chunks) // workers) if workers else 0
+    return in_order(RowReader(files, bounds), chunks, workers, ahead)
+
+
+def group_rows(
+    files: PairFiles,
+    memo: HashMemo,
+    on_bad: Callable[[BadRow], None],
+    tick: Callable[[int], object] = lambda n: None,
+    seen: Callable[[list[str]], object] = lambda paths: None,
+    tables: Iterable[RowTable] | None = None,
+) -> GroupIndex:
+    """Index every usable row by its group; rows that cannot be used go to `on_bad`, in order, image files to `seen`.
+
+    `tables` are all rows', as `read_rows` makes them.
+    """
+    parts: list[RowTable] = []
+    at = 0
+    for table in read_rows(files, None) if tables is None else tables:
+        for found in table.bad:
+            on_bad(BadRow.told(found.where, found.reason))
+        seen(table.paths)
+        parts.append(
+            RowTable(*(getattr(table, name) for name in RowTable.ARRAYS), appended_end=table.appended_end)
+        )
+        last = max(
+            [at, *(int(rows[-1]) + 1 for rows in (table.row,) if len(rows)), *(b.row + 1 for b in table.bad)]
+        )
+        tick(last - at)
+        at = last
+    whole = RowTable(
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in RowTable.ARRAYS),
+        appended_end=sum(part.appended_end for part in parts),
+    )
+    parts.clear()
+    group, unusable = _number_groups(files, whole, memo)
+    for found in unusable:
+        on_bad(BadRow.told(found.where, found.reason))
+    order = np.argsort(group, kind="stable")
+    order = order[np.searchsorted(group[order], 0) :]  # without the unusable
+    starts = np.searchsorted(group[order], np.arange(int(group.max(initial=-1)) + 2))
+    rows, images, sequence, answers = whole.row, whole.image_count, whole.sequence, whole.answers
+    return GroupIndex(
+        rows[order].astype(np.int64),
+        starts,
+        images[order],
+        sequence[order],
+        answers[order],
+        whole.appended_end,
+    )
+
+
+def _number_groups(files: PairFiles, table: RowTable, memo: HashMemo) -> tuple[np.ndarray, list[BadRowFound]]:
+    """int64 (rows,): the group of each row, numbered as they appear, -1 for rows whose images cannot be read."""
+    rows = len(table.row)
+    if not rows:
+        return np.zeros(0, np.int64), []
+    order = np.lexsort((table.key[:, 1], table.key[:, 0]))  # stable: rows of one key stay in order
+    keys = table.key[order]
+    fresh = np.flatnonzero(np.r_[True, (keys[1:] != keys[:-1]).any(axis=1)])
+    first = np.empty(rows, np.int64)  # of each row, the place of the first row of its group
+    first[order] = np.repeat(order[fresh], np.diff(np.r_[fresh, rows]))
+    unusable = _part_by_content(files, table, memo, order, fresh, first)
+    heads = np.unique(first[first >= 0])
+    group = np.searchsorted(heads, first)
+    group[first < 0] = -1
+    return group, unusable
+
+
+def _part_by_content(
+    files: PairFiles, table: RowTable, memo: HashMemo, order: np.ndarray, fresh: np.ndarray, first: np.ndarray
+) -> list[BadRowFound]:
+    """Rows with equal prompts and image sizes but other image paths belong together only if the contents are equal."""
+    paths = table.images[order]
+    ends = np.r_[fresh[1:], len(order)]
+    other = np.flatnonzero(np.minimum.reduceat(paths, fresh) != np.maximum.reduceat(paths, fresh))
+    unusable: list[BadRowFound] = []
+    for run in other.tolist():
+        members = order[fresh[run] : ends[run]]
+        hashes: dict[int, bytes] = {}
+        heads: dict[bytes, int] = {}
+        for place in members.tolist():
+            own, head = int(table.images[place]), int(members[0])
+            try:
+                for needed, at in ((int(table.images[head]), head), (own, place)):
+                    if needed not in hashes:
+                        hashes[needed] = _contents(files.pair(int(table.row[at])), memo)
+            except BadRow as error:
+                if own == int(table.images[head]):
+                    continue  # it needs no comparing
+                unusable.append(BadRowFound(int(table.row[place]), error.where, error.reason))
+                first[place] = -1
+                continue
+            first[place] = heads.setdefault(hashes[own], place)
+    return sorted(unusable)
+
+
+def _contents(pair: Pair, memo: HashMemo) -> bytes:
+    try:
+        text = " ".join(image_hash(ref, memo) for ref in pair.images)
+    except OSError as error:
+        raise BadRow(
+            pair.where, "images", "a readable image file", f"{error.filename} ({error.strerror})"
+        ) from None
+    return blake2b(text.encode(), digest_size=16).digest()
+
+
+def _key(pair: Pair) -> bytes:
+    """Equal for rows that may share a group: same prompt, same image sizes in bytes."""
+    digest = pair.prompt_hash()
+    if not pair.images:
+        return digest
+    sized = blake2b(digest, digest_size=16)
+    for ref in pair.images:
+        try:
+            sized.update(ref.size().to_bytes(8, "little"))
+        except OSError as error:
+            raise BadRow(
+                pair.where, "images", "a readable image file", f"{ref.name()} ({error.strerror})"
+            ) from None
+    return sized.digest()
+
+
+def _paths_hash(pair: Pair, number: int) -> int:
+    """Equal for equal paths; another one for every row with embedded images, whose contents are compared."""
+    names = [str(number) if ref.path is None else f"/{ref.path}" for ref in pair.images]
+    text = "\0".join(names).encode("utf-8", "surrogateescape")
+    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") | 1
