@@ -116,9 +116,12 @@ class Tokenizing:
                 if outcome.events
                 else Skipped(self.files.where(outcome.row), None, "cut")
             )
-            raise UserError(
-                f"{entry.where}: {entry.reason} (found after the first pass over the file: it changed, or its images did)"
+            late = (
+                ""
+                if entry.reason.startswith("image")
+                else " (the file has changed since its rows were first read)"
             )
+            raise UserError(f"{entry.where}: {entry.reason}{late}")
         return outcome.tokens, outcome.split_boundary
 
 

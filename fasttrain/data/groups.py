@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fasttrain.data.images import ImageRef, hash_bytes
 from fasttrain.data.pairs import Pair, read_pair
-from fasttrain.data.sources import Source, iterate, open_source
+from fasttrain.data.sources import BadRow, Source, iterate, open_source
 from fasttrain.errors import UserError
 from fasttrain.files import HashMemo
 
@@ -44,6 +45,27 @@ class PairFiles:
     def _locate(self, number: int) -> tuple[int, int]:
         index = int(np.searchsorted(self._starts, number, side="right")) - 1
         return index, number - int(self._starts[index])
+
+    def rows(self, rows: range) -> Iterator[tuple[int, dict[str, Any] | BadRow, Path]]:
+        """Every one of these rows by number, or what is wrong with it, and where its relative image paths start."""
+        number = rows.start
+        while number < rows.stop:
+            index, first = self._locate(number)
+            source = self.sources[index]
+            last = min(len(source), first + rows.stop - number)
+            for row in source.rows(first, last):
+                yield number, row, self.roots[index]
+                number += 1
+
+    def read(self, row: dict[str, Any], number: int) -> Pair:
+        """The pair of row `number`, which is at hand; BadRow if it cannot be used."""
+        index, _ = self._locate(number)
+        return self._read(row, self.where(number), self.roots[index])
+
+    @property
+    def plain(self) -> bool:
+        """Whether rows are read as pairs of prompt, chosen and rejected."""
+        return self._read is read_pair
 
     def pair(self, number: int) -> Pair:
         """Row `number` over all files; BadRow if it cannot be used."""

@@ -7,9 +7,7 @@ fine-tuning also TRL's prompt-completion format, whose rows have no rejected tex
 from __future__ import annotations
 
 import base64
-import json
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +28,6 @@ class Pair:
     images: tuple[ImageRef, ...]
     chosen: str
     rejected: str | None  # None: an answer to learn, by itself
-
-    def prompt_hash(self) -> bytes:
-        """16 bytes that are equal for equal prompts (images not included)."""
-        return blake2b(json.dumps(self.messages).encode(), digest_size=16).digest()
 
 
 def read_pair(row: dict[str, Any], where: str, image_root: Path) -> Pair:

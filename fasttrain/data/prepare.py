@@ -27,6 +27,7 @@ from fasttrain.errors import UserError
 from fasttrain.files import HashMemo
 from fasttrain.progress import say
 
+HEADERS = 10_000  # image files of a large pair file that each process opens at the start
 LAZY_FROM = 20_000  # rows; fewer are tokenized in seconds
 
 Ticker = Callable[[str, int], Callable[[int], object]]
@@ -83,7 +84,9 @@ class Preparation:
         self.large = len(self.files) >= LAZY_FROM and not self._held
         if not self._held:
             self._bounds = self._find_bounds() if self.large else None
-            self._tables = read_rows(self.files, self._bounds)
+            # with skip, which rows are left out must be known now; with stop, a broken image ends the run when it is met
+            headers = HEADERS if data.on_bad_row == "stop" else None
+            self._tables = read_rows(self.files, self._bounds, headers)
 
     def _find_bounds(self) -> TokenBounds | None:
         try:

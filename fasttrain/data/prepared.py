@@ -310,8 +310,8 @@ class PreparedData:
         except BaseException:
             spool.discard()
             raise
-        for name, array in arrays.items():
-            setattr(self, f"_{name}", array)
+        for name, values in arrays.items():
+            setattr(self, f"_{name}", values)
         self._slots, self._members = slots, np.zeros(0, np.uint32)
         self._member_starts = np.zeros(len(self) + 1, np.int64)
         self._bounds = np.zeros((len(self), 2), np.uint32)

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fasttrain.data.ahead import in_order, processes
 from fasttrain.data.groups import GroupIndex, PairFiles, image_hash
+from fasttrain.data.images import ImageRef, check_header
 from fasttrain.data.pairs import Pair
+from fasttrain.data.plain_rows import PlainPair, PlainRows
 from fasttrain.data.sources import BadRow
 from fasttrain.data.token_bounds import TokenBounds
 from fasttrain.files import HashMemo
@@ -34,72 +37,109 @@ class BadRowFound(NamedTuple):
     reason: str
 
 
-@dataclass
-class RowTable:
+class Rows(NamedTuple):
     """Some rows of the files, those that can be used: one entry a row in each array."""
 
     row: np.ndarray  # uint32
     key: np.ndarray  # uint64 (rows, 2): equal for rows that may share a group
-    images: np.ndarray  # uint64: equal for equal image paths; 0 without images
-    image_count: np.ndarray  # uint32
+    paths: np.ndarray  # uint64: equal for equal image paths; 0 without images
+    images: np.ndarray  # uint32: how many
     sequence: np.ndarray  # uint32: most tokens of the prompt with one answer; 0: not known
     answers: np.ndarray  # uint32: most tokens of all its answers
-    bad: list[BadRowFound] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)  # image files in order of appearance
-    appended_end: int = 0
 
-    ARRAYS = ("row", "key", "images", "image_count", "sequence", "answers")
+
+@dataclass
+class RowTable:
+    """What a process found in a piece of the files; `paths` are the image files in order of appearance."""
+
+    rows: Rows
+    bad: list[BadRowFound]
+    paths: list[str]
+    appended_end: int
+    read: int
 
 
 class RowReader:
     """Makes tables of rows; runs in any process."""
 
-    def __init__(self, files: PairFiles, bounds: TokenBounds | None) -> None:
-        self.files, self.bounds = files, bounds
+    def __init__(self, files: PairFiles, bounds: TokenBounds | None, headers: int | None = None) -> None:
+        """At most `headers` image files are opened to see what they are, by each process; None: all."""
+        self.files, self.bounds, self.headers = files, bounds, headers
+        self._plain = PlainRows()
+        self._opened: dict[ImageRef, bool] = {}
 
     def __call__(self, rows: range) -> RowTable:
-        numbers, keys, counts = array("I"), bytearray(), array("I")
-        images, sequences, answers = array("Q"), array("I"), array("I")
+        numbers, keys = array("I"), bytearray()
+        paths, images, sequences, answers = array("Q"), array("I"), array("I"), array("I")
         bad: list[BadRowFound] = []
-        paths: dict[str, None] = {}
+        names: dict[str, None] = {}
         appended = self.bounds.appended_end if self.bounds else 0
-        for number in rows:
+        for number, row, root in self.files.rows(rows):
             try:
-                pair = self.files.pair(number)
-                key = _key(pair)
+                pair = self._pair(number, row, root)
             except BadRow as error:
                 bad.append(BadRowFound(number, error.where, error.reason))
                 continue
-            bound = self.bounds.of(pair) if self.bounds else None
+            bound = self.bounds.of(pair) if self.bounds and all(map(self._opens, pair.images)) else None
             numbers.append(number)
-            keys += key
-            images.append(_paths_hash(pair, number) if pair.images else 0)
-            counts.append(len(pair.images))
+            keys += pair.key()
+            paths.append(_paths_hash(pair, number) if pair.images else 0)
+            images.append(len(pair.images))
             sequences.append(bound.sequence if bound else 0)
             answers.append(bound.answers if bound else 0)
             for ref in pair.images:
                 if ref.path is not None:
-                    paths[str(ref.path)] = None
-        return RowTable(
-            np.frombuffer(numbers, np.uint32),
+                    names[str(ref.path)] = None
+        arrays = [np.frombuffer(part, np.uint32) for part in (numbers, images, sequences, answers)]
+        held = Rows(
+            arrays[0],
             np.frombuffer(bytes(keys), np.uint64).reshape(-1, 2),
-            np.frombuffer(images, np.uint64),
-            np.frombuffer(counts, np.uint32),
-            np.frombuffer(sequences, np.uint32),
-            np.frombuffer(answers, np.uint32),
-            bad,
-            list(paths),
-            (self.bounds.appended_end if self.bounds else 0) - appended,
+            np.frombuffer(paths, np.uint64),
+            *arrays[1:],
+        )
+        return RowTable(
+            held, bad, list(names), (self.bounds.appended_end if self.bounds else 0) - appended, len(rows)
         )
 
+    def _opens(self, ref: ImageRef) -> bool:
+        """Whether an image has a sound header, or is not to be looked at before it is needed."""
+        if ref not in self._opened:
+            if self.headers is not None and len(self._opened) >= self.headers:
+                return True
+            try:
+                check_header(ref)
+                sound = True
+            except (OSError, ValueError):
+                sound = False
+            if ref.path is None:
+                return sound
+            self._opened[ref] = sound
+        return self._opened[ref]
 
-def read_rows(files: PairFiles, bounds: TokenBounds | None) -> Generator[RowTable]:
+    def _pair(self, number: int, row: dict[str, Any] | BadRow, root: Path) -> PlainPair:
+        if isinstance(row, BadRow):
+            raise row
+        plain = self._plain.read(row, root) if self.files.plain else None
+        if plain is not None:
+            return plain
+        pair = self.files.read(row, number)
+        try:
+            return PlainPair.of(pair)
+        except OSError as error:
+            raise BadRow(
+                pair.where, "images", "a readable image file", f"{error.filename} ({error.strerror})"
+            ) from None
+
+
+def read_rows(
+    files: PairFiles, bounds: TokenBounds | None, headers: int | None = None
+) -> Generator[RowTable]:
     """Tables of all rows, in order; for large files made by other processes, which start at the call."""
     total = len(files)
     chunks = [range(start, min(start + _CHUNK, total)) for start in range(0, total, _CHUNK)]
     workers = processes() if total >= _SEVERAL else 0
     ahead = -(-len(chunks) // workers) if workers else 0
-    return in_order(RowReader(files, bounds), chunks, workers, ahead)
+    return in_order(RowReader(files, bounds, headers), chunks, workers, ahead)
 
 
 def group_rows(
@@ -114,43 +154,34 @@ def group_rows(
 
     `tables` are all rows', as `read_rows` makes them.
     """
-    parts: list[RowTable] = []
-    at = 0
+    parts: list[Rows] = []
+    appended_end = 0
     for table in read_rows(files, None) if tables is None else tables:
         for found in table.bad:
             on_bad(BadRow.told(found.where, found.reason))
         seen(table.paths)
-        parts.append(
-            RowTable(*(getattr(table, name) for name in RowTable.ARRAYS), appended_end=table.appended_end)
-        )
-        last = max(
-            [at, *(int(rows[-1]) + 1 for rows in (table.row,) if len(rows)), *(b.row + 1 for b in table.bad)]
-        )
-        tick(last - at)
-        at = last
-    whole = RowTable(
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in RowTable.ARRAYS),
-        appended_end=sum(part.appended_end for part in parts),
-    )
+        parts.append(table.rows)
+        appended_end += table.appended_end
+        tick(table.read)
+    rows = Rows(*(np.concatenate(arrays) for arrays in zip(*parts)))
     parts.clear()
-    group, unusable = _number_groups(files, whole, memo)
+    group, unusable = _number_groups(files, rows, memo)
     for found in unusable:
         on_bad(BadRow.told(found.where, found.reason))
     order = np.argsort(group, kind="stable")
     order = order[np.searchsorted(group[order], 0) :]  # without the unusable
     starts = np.searchsorted(group[order], np.arange(int(group.max(initial=-1)) + 2))
-    rows, images, sequence, answers = whole.row, whole.image_count, whole.sequence, whole.answers
     return GroupIndex(
-        rows[order].astype(np.int64),
+        rows.row[order].astype(np.int64),
         starts,
-        images[order],
-        sequence[order],
-        answers[order],
-        whole.appended_end,
+        rows.images[order],
+        rows.sequence[order],
+        rows.answers[order],
+        appended_end,
     )
 
 
-def _number_groups(files: PairFiles, table: RowTable, memo: HashMemo) -> tuple[np.ndarray, list[BadRowFound]]:
+def _number_groups(files: PairFiles, table: Rows, memo: HashMemo) -> tuple[np.ndarray, list[BadRowFound]]:
     """int64 (rows,): the group of each row, numbered as they appear, -1 for rows whose images cannot be read."""
     rows = len(table.row)
     if not rows:
@@ -168,10 +199,10 @@ def _number_groups(files: PairFiles, table: RowTable, memo: HashMemo) -> tuple[n
 
 
 def _part_by_content(
-    files: PairFiles, table: RowTable, memo: HashMemo, order: np.ndarray, fresh: np.ndarray, first: np.ndarray
+    files: PairFiles, table: Rows, memo: HashMemo, order: np.ndarray, fresh: np.ndarray, first: np.ndarray
 ) -> list[BadRowFound]:
     """Rows with equal prompts and image sizes but other image paths belong together only if the contents are equal."""
-    paths = table.images[order]
+    paths = table.paths[order]
     ends = np.r_[fresh[1:], len(order)]
     other = np.flatnonzero(np.minimum.reduceat(paths, fresh) != np.maximum.reduceat(paths, fresh))
     unusable: list[BadRowFound] = []
@@ -180,13 +211,13 @@ def _part_by_content(
         hashes: dict[int, bytes] = {}
         heads: dict[bytes, int] = {}
         for place in members.tolist():
-            own, head = int(table.images[place]), int(members[0])
+            own, head = int(table.paths[place]), int(members[0])
             try:
-                for needed, at in ((int(table.images[head]), head), (own, place)):
+                for needed, at in ((int(table.paths[head]), head), (own, place)):
                     if needed not in hashes:
                         hashes[needed] = _contents(files.pair(int(table.row[at])), memo)
             except BadRow as error:
-                if own == int(table.images[head]):
+                if own == int(table.paths[head]):
                     continue  # it needs no comparing
                 unusable.append(BadRowFound(int(table.row[place]), error.where, error.reason))
                 first[place] = -1
@@ -205,23 +236,7 @@ def _contents(pair: Pair, memo: HashMemo) -> bytes:
     return blake2b(text.encode(), digest_size=16).digest()
 
 
-def _key(pair: Pair) -> bytes:
-    """Equal for rows that may share a group: same prompt, same image sizes in bytes."""
-    digest = pair.prompt_hash()
-    if not pair.images:
-        return digest
-    sized = blake2b(digest, digest_size=16)
-    for ref in pair.images:
-        try:
-            sized.update(ref.size().to_bytes(8, "little"))
-        except OSError as error:
-            raise BadRow(
-                pair.where, "images", "a readable image file", f"{ref.name()} ({error.strerror})"
-            ) from None
-    return sized.digest()
-
-
-def _paths_hash(pair: Pair, number: int) -> int:
+def _paths_hash(pair: PlainPair, number: int) -> int:
     """Equal for equal paths; another one for every row with embedded images, whose contents are compared."""
     names = [str(number) if ref.path is None else f"/{ref.path}" for ref in pair.images]
     text = "\0".join(names).encode("utf-8", "surrogateescape")

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from fasttrain.errors import UserError
 from fasttrain.files import cache_root
 
+_AT_ONCE = 64  # rows with images inside are some MB
 _LOOKED_AT = 100  # rows in which a readable one is looked for, to tell the layout
 
 
@@ -51,6 +52,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def row(self, number: int) -> dict[str, Any]: ...
+    def rows(self, start: int, end: int) -> Iterator[dict[str, Any] | BadRow]: ...
     def where(self, number: int) -> str: ...
 
 
@@ -90,12 +92,39 @@ class JsonLines:
             raise BadRow(self.where(number), "row", "a JSON object", row)
         return row
 
+    def rows(self, start: int, end: int) -> Iterator[dict[str, Any] | BadRow]:
+        """Rows from `start` up to `end`, the bad ones as what is wrong with them."""
+        assert self._map is not None
+        read, offsets = json.JSONDecoder().raw_decode, self._offsets
+        for number in range(start, end):
+            behind = offsets[number + 1] if number + 1 < len(offsets) else None
+            try:
+                text = self._map[offsets[number] : behind].decode()
+                row, length = read(text)
+                if type(row) is dict and (length == len(text) or text[length:].isspace()):
+                    yield row
+                    continue
+            except (ValueError, RecursionError):
+                pass
+            try:
+                yield self.row(number)
+            except BadRow as error:
+                yield error
+
 
 def _json_problem(error: Exception) -> str:
     """What is wrong with JSON text: bad syntax, a number of thousands of digits, or brackets without end."""
     if isinstance(error, RecursionError):
         return "JSON nested too deeply"
     return f"invalid JSON ({error.msg if isinstance(error, json.JSONDecodeError) else error})"
+
+
+def _each(source: Source, start: int, end: int) -> Iterator[dict[str, Any] | BadRow]:
+    for number in range(start, end):
+        try:
+            yield source.row(number)
+        except BadRow as error:
+            yield error
 
 
 class ArrowRows:
@@ -112,6 +141,19 @@ class ArrowRows:
 
     def where(self, number: int) -> str:
         return f"{self.label} row {number + 1}"
+
+    def rows(self, start: int, end: int) -> Iterator[dict[str, Any] | BadRow]:
+        """Rows from `start` up to `end`, the bad ones as what is wrong with them."""
+        while start < end:
+            index = bisect.bisect_right(self._ends, start)
+            batch = self._batches[index]
+            offset = start - (self._ends[index] - batch.num_rows)
+            count = min(end - start, batch.num_rows - offset, _AT_ONCE)
+            try:
+                yield from batch.slice(offset, count).to_pylist()
+            except (ValueError, OverflowError):
+                yield from _each(self, start, start + count)
+            start += count
 
     def row(self, number: int) -> dict[str, Any]:
         index = bisect.bisect_right(self._ends, number)

@@ -9,7 +9,7 @@ is an error here, and then nothing is known about it.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -141,21 +141,27 @@ def _joined(text: str) -> str | _Text:
     return _Text(text, _seen.get()) if _MARK.search(text) else text
 
 
-def _traced_template(source: str) -> Any:
+def _also_for_texts(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, _Text) or test(value)
+
+
+def _trim(value: Any, characters: Any = None) -> Any:
     from jinja2.filters import do_trim
+
+    return value.strip(characters) if isinstance(value, _Text) else do_trim(value, characters)
+
+
+def _traced_template(source: str) -> Any:
     from transformers.utils import chat_template_utils
 
     plain = chat_template_utils._compile_jinja_template(source).environment
     tracer = plain.overlay(finalize=lambda value: value.marked if isinstance(value, _Text) else value)
     tracer.tests = plain.tests | {
-        name: lambda value, test=plain.tests[name]: isinstance(value, _Text) or test(value)
-        for name in ("string", "iterable", "sequence")
+        name: _also_for_texts(plain.tests[name]) for name in ("string", "iterable", "sequence")
     }
     tracer.filters = plain.filters | {
-        "trim": lambda value, characters=None: (
-            value.strip(characters) if isinstance(value, _Text) else do_trim(value, characters)
-        ),
-        "string": lambda value: value if isinstance(value, _Text) else plain.filters["string"](value),
+        "trim": _trim,
+        "string": lambda v: v if isinstance(v, _Text) else str(v),
     }
     tracer.concat = lambda pieces: _joined("".join(pieces))  # also what a macro or a block set returns
     return tracer.from_string(source)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fasttrain.data.images import ImageRef, image_size
-from fasttrain.data.pairs import IMAGE, Message, Pair
+from fasttrain.data.pairs import IMAGE, Message
+from fasttrain.data.plain_rows import PlainPair
 from fasttrain.data.sources import BadRow
 from fasttrain.data.template_trace import Rendered, TemplateTracer, Unknown, placeholder
 from fasttrain.data.tokens import ChatTokenizer
@@ -66,25 +67,29 @@ class TokenBounds:
         if self._shape(usual) is None:
             raise Unknown("the chat template cannot be followed for a plain question")
 
-    def of(self, pair: Pair) -> Bound | None:
+    def of(self, pair: PlainPair) -> Bound | None:
         """The bound of a row that is certainly usable; None for one that has to be tokenized to know."""
         shape = self._shape(pair.messages)
         if shape is None:
             return None
         answers = (pair.chosen,) if pair.rejected is None else (pair.chosen, pair.rejected)
         texts = [text for _, parts in pair.messages for part, text in parts if part == "text"]
-        if not all(text.strip() for text in texts):
-            return None
-        everything = "\0".join((*texts, *answers))
+        everything = "\0".join([*texts, *answers])
         for text in shape.forbidden:
             if text in everything:
                 return None
-        if not everything.isascii() and _BEYOND.search(everything):
+        plain = everything.isascii()
+        if not plain and _BEYOND.search(everything):
             return None
         if pair.rejected is not None and not self._differ(pair.chosen, pair.rejected):
             return None
-        sizes = [self._bytes(answer) for answer in answers]
-        prompt = shape.literal_bytes + shape.times * sum(map(self._bytes, texts))
+        size = len if plain else self._bytes
+        sizes = [size(answer) for answer in answers]
+        prompt = shape.literal_bytes
+        for text in texts:
+            if not text or text.isspace():
+                return None
+            prompt += shape.times * size(text)
         try:
             prompt += self._image_tokens(pair) if pair.images else 0
         except (OSError, ValueError):
@@ -106,7 +111,7 @@ class TokenBounds:
             chosen, rejected = (unicodedata.normalize("NFC", text) for text in (chosen, rejected))
         return chosen != rejected
 
-    def _image_tokens(self, pair: Pair) -> int:
+    def _image_tokens(self, pair: PlainPair) -> int:
         """Tokens in place of a row's images, and bytes of the text around them; OSError or ValueError for a broken image."""
         placeholders = self.chat.placeholders
         assert placeholders is not None

@@ -11,6 +11,7 @@ import pytest
 
 from fasttrain.data.images import ImageRef
 from fasttrain.data.pairs import IMAGE, Pair, check_images, read_pair
+from fasttrain.data.plain_rows import PlainPair
 from fasttrain.data.sources import BadRow
 
 SHORT = {"prompt": "What is it?", "chosen": "a bar", "rejected": "a line"}
@@ -100,7 +101,7 @@ TEXT_FORMS: dict[str, dict[str, Any]] = {
 def test_every_form_of_a_text_row_means_the_same(form: str, root: Path) -> None:
     pair = read(TEXT_FORMS[form], root)
     assert meaning(pair) == ((("user", (("text", "What is it?"),)),), (), "a bar", "a line")
-    assert pair.prompt_hash() == read(SHORT, root).prompt_hash()
+    assert PlainPair.of(pair).key() == PlainPair.of(read(SHORT, root)).key()
 
 
 # One pair with one image in every accepted form.
@@ -219,7 +220,7 @@ def test_a_pair_is_named_by_its_id_or_its_place(root: Path) -> None:
     assert read({**SHORT, "id": "\ud800"}, root).id == "\\ud800"
 
 
-def test_prompt_hash_tells_prompts_apart(root: Path) -> None:
+def test_keys_tell_prompts_apart(root: Path) -> None:
     prompts = [
         "What is it?",
         "What is it? ",
@@ -228,9 +229,10 @@ def test_prompt_hash_tells_prompts_apart(root: Path) -> None:
         [turn("user", "What is it?"), turn("assistant", "x"), turn("user", "y")],
         [turn("user", "What is it?"), turn("assistant", "y"), turn("user", "x")],
     ]
-    assert len({read({**SHORT, "prompt": prompt}, root).prompt_hash() for prompt in prompts}) == len(prompts)
+    keys = {PlainPair.of(read({**SHORT, "prompt": prompt}, root)).key() for prompt in prompts}
+    assert len(keys) == len(prompts)
     with_image = read({**SHORT, "images": ["a.png"]}, root)
-    assert with_image.prompt_hash() != read(SHORT, root).prompt_hash()
+    assert PlainPair.of(with_image).key() not in keys
 
 
 LONG_TURNS = [turn("user", "a"), turn("assistant", "b")]

@@ -21,9 +21,8 @@ def prepared(
 ) -> Callable[..., Any]:  # fmt: skip
     """Prepares 21 pairs of `tmp_path`/data; counts the rows that were tokenized in `.tokenized`."""
     from fasttrain.config import ModelConfig
-    from fasttrain.data import group_tokens
+    from fasttrain.data import group_tokens, prepared_cache
     from fasttrain.data import prepare as module
-    from fasttrain.data import prepared_cache
     from fasttrain.data.tokens import ChatTokenizer
     from fasttrain.files import HashMemo
     from fasttrain.model.load import load_processor, stop_token_ids
