@@ -138,6 +138,13 @@ class HashMemo:
             self.save()
         return digest
 
+    def knows(self, path: Path) -> bool:
+        """Whether the file's hash is remembered and the file has not changed since."""
+        resolved = path.resolve()
+        stat = resolved.stat()
+        row = self._new.get(str(resolved)) or self._stored(str(resolved))
+        return bool(row and row[1:] == (stat.st_size, stat.st_mtime_ns))
+
     def _stored(self, path: str) -> Any:
         query = "SELECT hash, size, mtime_ns FROM files WHERE path = ?"
         with self._errors_named():

@@ -74,19 +74,38 @@ class Preparation:
         self.limit, self.progress, self.whole = limit_pairs, progress, whole
         names = [paths] if isinstance(paths, str) else paths
         self.files = PairFiles(names, data.image_root, read)
-        self.key = None
-        if len(self.files) >= prepared_cache.SMALLEST:
-            how = f"{getattr(read, '__module__', '')}.{getattr(read, '__qualname__', read)}"
-            self.key = prepared_cache.entry_key(
-                names, data, chat, memo, limit=limit_pairs, seed=limit_pairs and seed, read=how
-            )
-        self._held = self.key and prepared_cache.load(self.key, self.files, chat, self._tokenizing)
-        self.large = len(self.files) >= LAZY_FROM and not self._held
-        if not self._held:
+        self.large = len(self.files) >= LAZY_FROM
+        self._names, self._read_by = (
+            names,
+            f"{getattr(read, '__module__', '')}.{getattr(read, '__qualname__', read)}",
+        )
+        self.key: str | None = None
+        self._held: PreparedData | None = None
+        if not self.large or prepared_cache.are_hashed(names, memo):
+            self._look_up()
+        if self._held is None:
             self._bounds = self._find_bounds() if self.large else None
             # with skip, which rows are left out must be known now; with stop, a broken image ends the run when it is met
             headers = HEADERS if data.on_bad_row == "stop" else None
             self._tables = read_rows(self.files, self._bounds, headers)
+        if self.key is None:  # hashed for the first time, while other processes read
+            self._look_up()
+
+    @property
+    def in_background(self) -> bool:
+        """Whether other processes are reading, so that `finish` had better come late."""
+        return self.large and self._held is None
+
+    def _look_up(self) -> None:
+        """Find the prepared cache's entry of this data, if the files are large enough for one."""
+        if len(self.files) < prepared_cache.SMALLEST:
+            return
+        limit, how = self.limit, self._read_by
+        self.key = prepared_cache.entry_key(
+            self._names, self.data, self.chat, self.memo, limit=limit, seed=limit and self.seed, read=how
+        )
+        if self.key is not None:
+            self._held = prepared_cache.load(self.key, self.files, self.chat, self._tokenizing)
 
     def _find_bounds(self) -> TokenBounds | None:
         try:

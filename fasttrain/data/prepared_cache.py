@@ -55,14 +55,23 @@ def entry_key(
     return blake2b(json.dumps(what, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
+def are_hashed(paths: list[str], memo: HashMemo) -> bool:
+    """Whether the contents of all these files are known already."""
+    return all(memo.knows(file) for path in paths for file in _files(Path(path).expanduser()))
+
+
 def _settings(processor: Any) -> Any:
     """What a vision model's processor is set to; a tokenizer is hashed whole."""
     return [type(processor).__name__, processor.to_dict() if hasattr(processor, "image_processor") else None]
 
 
 def _contents(path: Path, memo: HashMemo) -> list[str]:
+    return [memo(file) for file in _files(path)]
+
+
+def _files(path: Path) -> list[Path]:
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [memo(file) for file in files if file.is_file()]
+    return [file for file in files if file.is_file()]
 
 
 class ImageWitness:

@@ -151,6 +151,21 @@ def _trim(value: Any, characters: Any = None) -> Any:
     return value.strip(characters) if isinstance(value, _Text) else do_trim(value, characters)
 
 
+def _joins_by_adding(tree: Any) -> Any:
+    """Jinja's `~` asks its operands for their characters; `+` does not."""
+    from jinja2 import nodes, visitor
+
+    class Adding(visitor.NodeTransformer):
+        def visit_Concat(self, node: Any) -> Any:
+            self.generic_visit(node)
+            first, *rest = [nodes.Filter(part, "string", [], [], None, None) for part in node.nodes]
+            for part in rest:
+                first = nodes.Add(first, part)
+            return first
+
+    return Adding().visit(tree)
+
+
 def _traced_template(source: str) -> Any:
     from transformers.utils import chat_template_utils
 
@@ -164,7 +179,7 @@ def _traced_template(source: str) -> Any:
         "string": lambda v: v if isinstance(v, _Text) else str(v),
     }
     tracer.concat = lambda pieces: _joined("".join(pieces))  # also what a macro or a block set returns
-    return tracer.from_string(source)
+    return tracer.from_string(_joins_by_adding(tracer.parse(source)))
 
 
 class TemplateTracer:

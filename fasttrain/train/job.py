@@ -137,7 +137,7 @@ def _build_job(config: DPOConfig, objective: Objective) -> Job:
         )
     watches = open_watches(folders, config.data, memo)
     preparing = _start_preparing(config, pair_files, objective, chat, memo)
-    datasets = None if preparing[0].large else _finish(preparing, chat)
+    datasets = None if preparing[0].in_background else _finish(preparing, chat)
     zero3 = config.distributed.zero_stage == 3
     if zero3:
         _refuse_quantized(config)
@@ -163,6 +163,9 @@ def _build_job(config: DPOConfig, objective: Objective) -> Job:
         say(
             f"compiling: {compile_layers(language_model(model))} norms and activations run code made by torch.compile"
         )
+    adapter = config.lora.init_from if config.lora else None
+    dtype = str(pick_dtype(config.model.dtype, device)).removeprefix("torch.")
+    identity = model_identity(folder, model_config, dtype, config.model.quantize, adapter, memo)
     train, evaluation = datasets or _finish(preparing, chat)
     policy.set_shared(_may_share(config, model, chat, [train, *([evaluation] if evaluation else [])]))
     if zero3 and not policy.shared and train.account.images and ranks().size > 1:
@@ -174,9 +177,6 @@ def _build_job(config: DPOConfig, objective: Objective) -> Job:
     shape = measure_shape(model)
     memory = RunMemory(config, model_config, model.dtype, train, device, ranks().size)
     checkpointing, tokens = memory.settings()
-    adapter = config.lora.init_from if config.lora else None
-    dtype = str(pick_dtype(config.model.dtype, device)).removeprefix("torch.")
-    identity = model_identity(folder, model_config, dtype, config.model.quantize, adapter, memo)
     if (
         dtype != "float32"
     ):  # rounding differs between ways to attend, by more than a first step's check allows for
