@@ -362,6 +362,13 @@ def _prepare_torch() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\.")
 
 
+_WITH_RESUME = "; what is done is kept, go on with --resume"
+_AGAIN = "; what is done is kept, the same command goes on with it"
+_HOW_TO_GO_ON = {"dpo": _WITH_RESUME, "sft": _WITH_RESUME} | dict.fromkeys(
+    ("reference", "answer", "eval", "study"), _AGAIN
+)
+
+
 def main() -> None:
     """Entry point: one line and exit code 2 for a user's mistake, 130 for Ctrl-C, no traceback for either."""
     try:
@@ -377,7 +384,7 @@ def main() -> None:
         command = getattr(error, "ctx", None)
         _fail(error.format_message() + (f" (see {command.command_path} --help)" if command else ""), 2)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; what is done is kept, go on with --resume", 130)
+        _fail(f"interrupted{_HOW_TO_GO_ON.get(sys.argv[1] if sys.argv[1:] else '', '')}", 130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)

@@ -464,6 +464,25 @@ def test_an_interrupt_says_that_what_is_done_is_kept(
     assert answer.err.strip() == "fasttrain: interrupted; what is done is kept, go on with --resume"
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("answer", "; what is done is kept, the same command goes on with it"), ("plan", "")],
+)
+def test_an_interrupt_names_no_option_that_the_command_lacks(
+    command: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fasttrain import cli
+
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "cli", interrupted)
+    monkeypatch.setattr("sys.argv", ["fasttrain", command, "-m", "model"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130 and capsys.readouterr().err.strip() == f"fasttrain: interrupted{said}"
+
+
 def test_a_failure_of_ours_keeps_its_traceback(
     project: Path, fasttrain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,15 @@ class BadRow(UserError):
     def __init__(self, file: object, place: str, field: str, wanted: str, got: Any) -> None:
         self.file, self.place, self.field, self.wanted = str(file), place, field, wanted
         self.got = shorten(got if isinstance(got, str) and got.strip() else repr(got))
-        super().__init__(f"{self.file} {place}: {field}: wanted {wanted}, got {self.got}")
+        super().__init__(f"{self.where}: {self.reason}")
+
+    @property
+    def where(self) -> str:
+        return f"{self.file} {self.place}"
+
+    @property
+    def reason(self) -> str:
+        return f"{self.field}: wanted {self.wanted}, got {self.got}"
 
 
 def shorten(text: str, longest: int = 120) -> str:

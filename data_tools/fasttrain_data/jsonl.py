@@ -19,21 +19,26 @@ _CHUNK = 1 << 20
 _BETWEEN = re.compile(r"[\s,]*")
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+def read_rows(path: Path, bad: Callable[[BadRow], object] | None = None) -> Iterator[tuple[str, Row]]:
     """(place, row) of a JSON-lines file or a JSON array, streamed; place is "line 3" or "row 3".
 
     The content decides, not the suffix: several published `.json` files hold JSON lines. BadRow names the
-    first row that is not a JSON object; UserError if the file is missing.
+    first row that is not a JSON object, or goes to `bad` and the next row follows; what breaks a JSON array ends it.
+    UserError if the file is missing.
     """
     if not path.is_file():
         raise UserError(f"{path}: wanted a file, got {'a folder' if path.is_dir() else 'nothing there'}")
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    rows = _array_rows(path) if head.startswith(b"[") else _line_rows(path)
+    rows = array_rows(path) if head.startswith(b"[") else _line_rows(path, bad)
     for place, row in rows:
-        if not isinstance(row, dict):
-            raise BadRow(path, place, "row", "a JSON object", row)
-        yield place, row
+        if isinstance(row, dict):
+            yield place, row
+            continue
+        error = BadRow(path, place, "row", "a JSON object", row)
+        if bad is None:
+            raise error
+        bad(error)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str, Row]]:
@@ -66,14 +71,22 @@ def _parse(raw: bytes, path: object, place: str) -> Any:
         raise BadRow(path, place, "row", "a JSON object", "JSON nested too deeply") from None
 
 
-def _line_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _line_rows(path: Path, bad: Callable[[BadRow], object] | None) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
-            if raw.strip():
-                yield f"line {number}", _parse(raw, path, f"line {number}")
+            if not raw.strip():
+                continue
+            try:
+                row = _parse(raw, path, f"line {number}")
+            except BadRow as error:
+                if bad is None:
+                    raise
+                bad(error)
+                continue
+            yield f"line {number}", row
 
 
-def _array_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def array_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Elements of one big array, holding one chunk and one element at a time."""
     decoder = json.JSONDecoder()
     number = 0
@@ -84,6 +97,10 @@ def _array_rows(path: Path) -> Iterator[tuple[str, Any]]:
             while True:
                 at = _BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]
                 if buffer[at : at + 1] == "]":
+                    if (buffer[at + 1 :] + file.read(_CHUNK)).strip():
+                        raise BadRow(
+                            path, f"row {number + 1}", "row", "nothing behind the array", "more data"
+                        )
                     return
                 problem = "the array does not end"
                 try:

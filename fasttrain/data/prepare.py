@@ -148,6 +148,9 @@ class Preparation:
                 raise error
             account.skipped.append(Skipped(error.where, None, error.reason))
 
+        for source in self.files.sources:
+            for error in source.bad:
+                on_bad(error)
         tick = self.progress("reading pairs", len(self.files))
         index = group_rows(self.files, self.memo, on_bad, tick, seen, self._tables)
         return _Assembly(self, index, account, on_bad).data()

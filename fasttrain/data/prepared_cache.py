@@ -44,7 +44,7 @@ def entry_key(
         return None
     what = {
         "version": [VERSION, __version__, *(importlib.metadata.version(n) for n in ("transformers", "tokenizers", "jinja2"))],
-        "files": [[path, *_contents(Path(path).expanduser(), memo)] for path in paths],
+        "files": [[path, *contents(Path(path).expanduser(), memo)] for path in paths],
         "root": data.image_root and os.path.realpath(Path(data.image_root).expanduser()),
         "data": [data.max_length, data.overflow, data.on_bad_row],
         "tokenizer": [fast.to_str(), str(getattr(chat.processor, "chat_template", None)), chat.end_tokens],
@@ -65,7 +65,8 @@ def _settings(processor: Any) -> Any:
     return [type(processor).__name__, processor.to_dict() if hasattr(processor, "image_processor") else None]
 
 
-def _contents(path: Path, memo: HashMemo) -> list[str]:
+def contents(path: Path, memo: HashMemo) -> list[str]:
+    """Hashes of a file, or of the files of a folder."""
     return [memo(file) for file in _files(path)]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import bisect
+import contextlib
 import itertools
 import json
 import mmap
@@ -45,10 +46,14 @@ def printable(text: str) -> str:
 
 
 class Source(Protocol):
-    """One pair file. `folder` is where its relative image paths start; `passed_over` what held no pair, and why."""
+    """One pair file. `folder` is where its relative image paths start; `passed_over` what held no pair, and why.
+
+    `bad` are rows of a foreign layout that could not be read as one.
+    """
 
     folder: Path
     passed_over: list[tuple[str, str]]
+    bad: list[BadRow]
 
     def __len__(self) -> int: ...
     def row(self, number: int) -> dict[str, Any]: ...
@@ -62,6 +67,7 @@ class JsonLines:
     def __init__(self, path: Path, label: str | None = None, unit: str = "line") -> None:
         self.folder, self.label, self.unit = path.parent, label or str(path), unit
         self.passed_over: list[tuple[str, str]] = []
+        self.bad: list[BadRow] = []
         self._offsets, self._lines = array("Q"), array("I")
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else None
@@ -133,6 +139,7 @@ class ArrowRows:
     def __init__(self, table: Any, folder: Path, label: str) -> None:
         self.folder, self.label = folder, label
         self.passed_over: list[tuple[str, str]] = []
+        self.bad: list[BadRow] = []
         self._batches = [batch for batch in table.to_batches() if batch.num_rows]
         self._ends = list(itertools.accumulate(batch.num_rows for batch in self._batches))
 
@@ -198,18 +205,25 @@ def _convert_foreign(path: Path, source: Source) -> Source:
     from fasttrain_data.formats import detect_format, read_pairs
 
     passed_over: list[tuple[str, str]] = []
+    bad: list[BadRow] = []
     try:
         if detect_format(first) in (None, "trl"):
             return source
-        pairs = read_pairs(path, skipped=lambda where, why: passed_over.append((where, why)))
+        pairs = read_pairs(
+            path,
+            skipped=lambda where, why: passed_over.append((where, why)),
+            bad=lambda error: bad.append(BadRow.told(error.where, printable(error.reason))),
+        )
         spooled = _spool(pairs, path, unit="pair")  # a row may hold no pair, or several
     except fasttrain_data.errors.UserError as error:
         raise UserError(str(error)) from None
+    if not len(spooled) and bad:
+        raise bad[0]
     if not len(spooled):
         raise UserError(
             f"{path}: wanted at least one pair, got none" + (f" ({passed_over[0][1]})" if passed_over else "")
         )
-    spooled.passed_over = passed_over
+    spooled.passed_over, spooled.bad = passed_over, bad
     return spooled
 
 
@@ -238,6 +252,11 @@ def _open_json(path: Path) -> Source:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not head.startswith(b"["):
         return JsonLines(path)
+    from fasttrain_data.errors import BadRow as BadArray
+    from fasttrain_data.jsonl import array_rows
+
+    with contextlib.suppress(BadArray, ValueError, RecursionError):  # told by line below
+        return _spool((row for _, row in array_rows(path)), path)
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:

@@ -29,9 +29,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     )  # step-1000000 is newer than step-999999
 
 
-def save_checkpoint(folder: Path, step: int, optimizer: TrainedState, keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, optimizer: TrainedState, keep: int, inputs: dict[str, str] | None = None
+) -> Path:
     """Write `step-000050/` under `folder` atomically, then delete all but the newest `keep`.
 
+    `inputs` are fingerprints of what the run is made from.
     Every rank calls; the first writes for all, so the folder serves any number of ranks.
     """
     path = folder / checkpoint_name(step)
@@ -48,7 +51,8 @@ def save_checkpoint(folder: Path, step: int, optimizer: TrainedState, keep: int)
             _save(weights, temporary / "weights.safetensors")
             _save(tensors, temporary / "optimizer.safetensors")
             _save(random, temporary / "random.safetensors")
-            write_json(temporary / "state.json", {"step": step, "ranks": ranks().size, "optimizer": plain})
+            state = {"step": step, "ranks": ranks().size, "inputs": inputs or {}, "optimizer": plain}
+            write_json(temporary / "state.json", state)
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     ranks().barrier()

@@ -30,6 +30,7 @@ from fasttrain.train.checkpoint import latest_checkpoint, restore_checkpoint, sa
 from fasttrain.train.engine import Engine, join_ranks, make_engine
 from fasttrain.train.final import write_final
 from fasttrain.train.first_step import check_first_step, check_sharing
+from fasttrain.train.inputs import check_inputs, fingerprints
 from fasttrain.train.job import Job, all_or_none, build_job
 from fasttrain.train.losses import PairLoss
 from fasttrain.train.metrics import (
@@ -137,12 +138,18 @@ class Trainer:
         self.config = job.config
         self.loss = job.loss
         self._stop = self._told_split = False
+        self._inputs: dict[str, str] = {}
         self._watcher = Watcher(
             job.policy, job.processor, stop_token_ids(job.processor, job.model_folder), job.watches
         )
 
     def run(self) -> RunResult:
         job, config, main = self.job, self.config.train, ranks().main
+        with all_or_none():
+            self._inputs = fingerprints(job)
+            checkpoint = latest_checkpoint(self.folder / "checkpoints") if self.resume else None
+            if checkpoint is not None:
+                check_inputs(checkpoint, self._inputs)
         engine = make_engine(job.policy, self.config, job.checkpointing)
         check_sharing(job)
         if self.loss.needs_reference:
@@ -232,7 +239,11 @@ class Trainer:
                     check_finite(number, torch.tensor(ranks().sum(result.sums.tolist())), norm)
                     log.sync()
                     save_checkpoint(
-                        self.folder / "checkpoints", number, engine.optimizer, config.keep_checkpoints
+                        self.folder / "checkpoints",
+                        number,
+                        engine.optimizer,
+                        config.keep_checkpoints,
+                        self._inputs,
                     )
                 if last:
                     break

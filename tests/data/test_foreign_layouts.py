@@ -10,9 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fasttrain.config import DataConfig
 from fasttrain.data.pairs import check_images, read_pair
+from fasttrain.data.prepare import prepare
 from fasttrain.data.sources import open_source
+from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
+from fasttrain.files import HashMemo
 
 
 def sharegpt(question: str, chosen: str, rejected: str) -> dict[str, object]:
@@ -35,11 +39,44 @@ def test_llama_factory_rankings_are_read_as_pairs(tmp_path: Path) -> None:
     ]
 
 
-def test_a_mistake_in_a_foreign_file_is_one_line_of_ours(tmp_path: Path) -> None:
-    path = tmp_path / "ranking.json"
-    path.write_text(json.dumps([sharegpt("Why?", "Because.", "No."), sharegpt("How?", "So.", "")]))
-    with pytest.raises(UserError, match=r"ranking.json row 2: rejected"):
-        open_source(path)
+@pytest.mark.parametrize("layout", ["json", "jsonl", "helpsteer"])
+def test_bad_rows_of_a_foreign_file_stop_or_are_listed_as_ours_are(
+    layout: str, tmp_path: Path, tiny_models: ModuleType
+) -> None:
+    rows: list[object] = [
+        sharegpt("Why?", "Because.", "No."),
+        sharegpt("How?", "So.", ""),
+        sharegpt("Who?", "I.", "You."),
+    ]
+    bad = "rejected: wanted"
+    if layout == "helpsteer":
+        scores = dict.fromkeys(("helpfulness", "correctness", "coherence", "complexity", "verbosity"), 4)
+        rows = [
+            {"prompt": "Why?", "response": f"{n}", **scores, "helpfulness": n, "correctness": n}
+            for n in (0, 7, 4)
+        ]
+        bad = "helpfulness: wanted"
+    path = tmp_path / f"ranking.{'json' if layout == 'json' else 'jsonl'}"
+    path.write_text(json.dumps(rows) if layout == "json" else "\n".join(map(json.dumps, rows)) + "\nnot json")
+    tokenizer = tiny_models.build_tokenizer(tiny_models.CHATML, eos="<|im_end|>")
+    chat, memo = ChatTokenizer(tokenizer, [tokenizer.eos_token_id]), HashMemo(tmp_path / "hashes.sqlite")
+    place = "row" if layout == "json" else "line"
+    with pytest.raises(UserError, match=rf"ranking\.jsonl? {place} 2: {bad}"):
+        prepare(str(path), DataConfig(train=str(path)), chat, memo, seed=0)
+    data = prepare(str(path), DataConfig(train=str(path), on_bad_row="skip"), chat, memo, seed=0)
+    memo.close()
+    assert data.account.pairs == (1 if layout == "helpsteer" else 2)
+    told = [(line["where"], line["reason"].partition(", got")[0]) for line in data.skipped_lines()]
+    assert told[0][0] == f"{path} {place} 2" and told[0][1].startswith(bad)
+    assert told[1:] == ([] if layout == "json" else [(f"{path} line 4", "row: wanted a JSON object")])
+
+
+def test_a_json_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps([{**TRL, "id": str(n)} for n in range(20_000)]))
+    monkeypatch.setattr(Path, "read_text", lambda *given, **named: pytest.fail("read whole"))
+    source = open_source(path)
+    assert len(source) == 20_000 and source.row(19_999)["id"] == "19999"
 
 
 def test_the_real_demo_file_gives_all_its_pairs(shared_data: Path) -> None:
@@ -111,8 +148,8 @@ def test_the_line_of_a_row_in_our_own_layout_is_not_lost_to_its_other_columns(tm
 def test_the_first_readable_row_tells_the_layout(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("nope\n" + json.dumps(LAYOUTS["mllm-dpo"]))
-    with pytest.raises(UserError, match=r"rows\.jsonl line 1: "):
-        open_source(path)
+    source = open_source(path)
+    assert (len(source), [error.where for error in source.bad]) == (1, [f"{path} line 1"])
     path.write_text("nope\n" + json.dumps(TRL))
     assert open_source(path).row(1) == TRL
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-TIMINGS = {"step_s", "pairs_per_s", "tokens_per_s", "tflops", "mfu", "peak_bytes"}
+TIMINGS = {"step_s", "pairs_per_s", "examples_per_s", "tokens_per_s", "tflops", "mfu", "peak_bytes"}
 
 
 def numbers(folder: Path) -> list[dict[str, Any]]:

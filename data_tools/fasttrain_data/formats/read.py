@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fasttrain_data.errors import UserError
+from fasttrain_data.errors import BadRow, UserError
 from fasttrain_data.formats.detect import FORMATS, detect_format
 from fasttrain_data.formats.messages import (
     Message,
@@ -37,11 +37,16 @@ _LOGPS = (
 )
 
 
-def read_pairs(path: Path | str, form: str | None = None, skipped: Skipped | None = None) -> Iterator[Row]:
+def read_pairs(
+    path: Path | str,
+    form: str | None = None,
+    skipped: Skipped | None = None,
+    bad: Callable[[BadRow], object] | None = None,
+) -> Iterator[Row]:
     """TRL vision rows of a preference file, streamed; see the package's docstring for their keys.
 
     form: a name from FORMATS; None lets the first row decide. BadRow (file, place, field, wanted, got) for the
-    first row that is wrong. Records that hold no preference (ties, one answer only) are passed over and told to
+    first row that is wrong, unless `bad` takes it and reading goes on. Records that hold no preference (ties, one answer only) are passed over and told to
     `skipped(where, reason)`. Scored candidates become pairs by the paper's rule (HelpSteer: margin 2 on
     helpfulness + correctness + coherence) or best against worst mean rating (VLFeedback).
     """
@@ -52,18 +57,25 @@ def read_pairs(path: Path | str, form: str | None = None, skipped: Skipped | Non
     if form not in FORMATS:
         raise UserError(f"--format: wanted one of {', '.join(FORMATS)}, got {form!r}")
     tell = skipped or (lambda where, reason: None)
-    rows = iterate_rows(path)
+    rows = iterate_rows(path, bad)
     if form == "helpsteer":
-        yield from read_helpsteer(rows, tell)
+        yield from read_helpsteer(rows, tell, bad)
         return
     reader = _READERS[form]
     for file, name, row in rows:
         place = Place(file, name)
-        result = reader(row, place)
-        if isinstance(result, str):
-            tell(f"{file} {name}", result)
+        try:
+            result = reader(row, place)
+            pair = result if isinstance(result, str) else _finish(row, result, place)
+        except BadRow as error:
+            if bad is None:
+                raise
+            bad(error)
+            continue
+        if isinstance(pair, str):
+            tell(f"{file} {name}", pair)
         else:
-            yield _finish(row, result, place)
+            yield pair
 
 
 def _finish(row: Row, pair: Row, place: Place) -> Row:

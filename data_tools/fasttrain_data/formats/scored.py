@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
+from fasttrain_data.errors import BadRow
 from fasttrain_data.formats.messages import Place, answer, message, turns_of
 from fasttrain_data.ids import content_hash, rng_of
 from fasttrain_data.jsonl import Row
@@ -17,10 +18,14 @@ from fasttrain_data.records import ATTRIBUTES
 _MARGIN = 2.0
 
 
-def read_helpsteer(rows: Iterable[tuple[str, str, Row]], tell: Callable[[str, str], None]) -> Iterator[Row]:
+def read_helpsteer(
+    rows: Iterable[tuple[str, str, Row]],
+    tell: Callable[[str, str], None],
+    bad: Callable[[BadRow], object] | None = None,
+) -> Iterator[Row]:
     """Pairs of HelpSteer and HelpSteer2 by the paper's rule; answers to one prompt stand together in them."""
     rule = parse_score("hcc")
-    for where, group in helpsteer_groups(rows):
+    for where, group in helpsteer_groups(rows, bad):
         scores = [rule.of(tuple(row[name] for name in ATTRIBUTES)) for row in group]
         identity = content_hash(group[0]["prompt"])
         choices = choose(scores, _MARGIN, "random", rng_of(0, identity))
@@ -41,12 +46,22 @@ def read_helpsteer(rows: Iterable[tuple[str, str, Row]], tell: Callable[[str, st
             }
 
 
-def helpsteer_groups(rows: Iterable[tuple[str, str, Row]]) -> Iterator[tuple[str, list[Row]]]:
-    """(where, checked rows) of each run of rows with the same prompt."""
+def helpsteer_groups(
+    rows: Iterable[tuple[str, str, Row]], bad: Callable[[BadRow], object] | None = None
+) -> Iterator[tuple[str, list[Row]]]:
+    """(where, checked rows) of each run of rows with the same prompt; a wrong row goes to `bad`, if that is given."""
     for _, members in groupby(rows, key=lambda item: item[2].get("prompt")):
-        group = list(members)
-        file, name, _ = group[0]
-        yield f"{file} {name}", [_checked(row, Place(file, name)) for file, name, row in group]
+        where, group = "", []
+        for file, name, row in members:
+            try:
+                group.append(_checked(row, Place(file, name)))
+                where = where or f"{file} {name}"
+            except BadRow as error:
+                if bad is None:
+                    raise
+                bad(error)
+        if group:
+            yield where, group
 
 
 def _checked(row: Row, place: Place) -> Row:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fasttrain_data.errors import UserError
+from fasttrain_data.errors import BadRow, UserError
 from fasttrain_data.jsonl import Row, read_rows
 
 _PARQUET_BATCH = 64  # rows with embedded images are large
 
 
-def iterate_rows(path: Path) -> Iterator[tuple[str, str, Row]]:
-    """(file, place, row), streamed; UserError for a file that cannot be read as one of them."""
+def iterate_rows(path: Path, bad: Callable[[BadRow], object] | None = None) -> Iterator[tuple[str, str, Row]]:
+    """(file, place, row), streamed; UserError for a file that cannot be read as one of them.
+
+    A line that is no JSON object goes to `bad`, if that is given.
+    """
     if path.is_dir():
         shards = sorted(path.rglob("*.parquet"))
         if not shards:
@@ -22,7 +25,7 @@ def iterate_rows(path: Path) -> Iterator[tuple[str, str, Row]]:
     elif path.suffix == ".parquet":
         yield from _parquet_rows(path)
     else:
-        for place, row in read_rows(path):
+        for place, row in read_rows(path, bad):
             yield str(path), place, row
 
 
