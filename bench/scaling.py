@@ -1,7 +1,7 @@
 """How a step's cost grows: measures one axis at a time, fits a law, plots it.
 
     python bench/scaling.py pairs prompt vocabulary      # of a step, a head; minutes
-    python bench/scaling.py rows --most 100000           # start-up over 1k to 1M rows; the first start tokenizes
+    python bench/scaling.py rows --most 1000000          # start-up over 1k to 1M rows: see start_up.py
     python bench/scaling.py ranks                        # one and two processes
 
 Appends to bench/results/scaling_DATE.csv and draws scaling_DATE_AXIS.png beside it. Times are of the processor, least of
@@ -86,38 +86,17 @@ def vocabulary(options: argparse.Namespace) -> Iterator[Point]:
 
 
 def rows(options: argparse.Namespace) -> Iterator[Point]:
-    """Rows of a pair file: a first start, which tokenizes, and a second; until the first step has been taken."""
-    count = 1000
+    """Rows of a pair file: a first start, which reads and checks them, and a second; until the first step has been taken."""
+    from start_up import measure
+
+    count, fewest = 1000, 0.0
     while count <= options.most:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            _write_rows(folder / "pairs.jsonl", count)
-            raw = recipe(options.models.resolve() / "smollm2", folder / "pairs.jsonl", folder, 8, 1)
-            raw["train"] |= {"max_steps": 1}
-            (folder / "recipe.json").write_text(json.dumps(raw))  # JSON is YAML
-            first, again = (_start(folder) for _ in range(2))
-        yield {"x": count, "seconds": again["seconds"], "first_start_s": first["seconds"],
-               "first_rss_mb": first["rss_mb"], "rss_mb": again["rss_mb"]}  # fmt: skip
+        found = measure(options.models / "smollm2", count)
+        fewest = fewest or found["first_peak_mb"]
+        yield {"x": count, "seconds": found["first_cpu_s"], "first_wall_s": found["first_wall_s"],
+               "second_wall_s": found["second_wall_s"], "second_cpu_s": found["second_cpu_s"],
+               "peak_mb": found["first_peak_mb"], "bytes_a_row": (found["first_peak_mb"] - fewest) * 2**20 / count}  # fmt: skip
         count *= 10
-
-
-def _write_rows(path: Path, count: int) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for number in range(count):
-            row = {"prompt": f"Question {number}: what does the chart show in the year {number % 97 + 1900}?",
-                   "chosen": f"It shows that value {number} is higher than all the others in that year.",
-                   "rejected": f"The chart does not say anything about {number} at all, I think."}  # fmt: skip
-            file.write(json.dumps(row) + "\n")
-
-
-def _start(folder: Path) -> Point:
-    environment = os.environ | {"FASTTRAIN_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "fasttrain", "dpo", "-c", str(folder / "recipe.json"), "--overwrite"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed: {os.waitstatus_to_exitcode(status)}")
-    return {"seconds": used.ru_utime + used.ru_stime, "rss_mb": used.ru_maxrss / 1024}
 
 
 def ranks(options: argparse.Namespace) -> Iterator[Point]:
@@ -182,11 +161,26 @@ def draw(axis: str, points: list[Point], path: Path) -> str:
 
 
 def _append(path: Path, axis: str, points: list[Point]) -> None:
-    columns = ("axis", "x", "seconds", "gflop", "first_start_s", "first_rss_mb", "rss_mb", "date")
+    columns = (
+        "axis",
+        "x",
+        "seconds",
+        "gflop",
+        "first_wall_s",
+        "second_wall_s",
+        "second_cpu_s",
+        "peak_mb",
+        "bytes_a_row",
+        "date",
+    )
     kept = []
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
-            kept = [row for row in csv.DictReader(file) if row["axis"] != axis]
+            kept = [
+                {k: v for k, v in row.items() if k in columns}
+                for row in csv.DictReader(file)
+                if row["axis"] != axis
+            ]
     today = datetime.date.today().isoformat()
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)

@@ -207,10 +207,12 @@ def _convert_foreign(path: Path, source: Source) -> Source:
     passed_over: list[tuple[str, str]] = []
     bad: list[BadRow] = []
     try:
-        if detect_format(first) in (None, "trl"):
+        form = detect_format(first)
+        if form in (None, "trl"):
             return source
         pairs = read_pairs(
             path,
+            form,
             skipped=lambda where, why: passed_over.append((where, why)),
             bad=lambda error: bad.append(BadRow.told(error.where, printable(error.reason))),
         )

@@ -158,6 +158,7 @@ def _joins_by_adding(tree: Any) -> Any:
     class Adding(visitor.NodeTransformer):
         def visit_Concat(self, node: Any) -> Any:
             self.generic_visit(node)
+            first: Any
             first, *rest = [nodes.Filter(part, "string", [], [], None, None) for part in node.nodes]
             for part in rest:
                 first = nodes.Add(first, part)

@@ -117,6 +117,31 @@ def test_two_ranks_take_the_steps_of_one_process(
         assert_same_changes(config, one[case])
 
 
+def test_ranks_that_tokenize_as_steps_ask_take_the_same_steps(
+    recipes: Callable[..., Any], run_ranks: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over a large pair file, of which a short run sees a part."""
+    from fasttrain.data import prepare, prepared
+
+    changes = [
+        "train.pairs_per_step=2",
+        "train.max_steps=1",
+        "data.eval=null",
+        "train.gradient_checkpointing=false",
+    ]
+    alone = recipes("images", "one", *changes)
+    train_dpo(alone)
+    monkeypatch.setattr(prepare, "LAZY_FROM", 1)
+    monkeypatch.setattr(prepared.PreparedData, "complete", lambda *given: pytest.fail("all were tokenized"))
+    shared = recipes("images", "two", *changes, "data.workers=1")
+    ended = run_ranks(lambda: train_dpo(shared) and None)
+    assert ended.codes == [0, 0], ended.stderr
+    (ours,), (truth,) = lines(shared), lines(alone)
+    assert ours["loss"] == pytest.approx(truth["loss"], rel=1e-5)
+    assert ours["grad_norm"] == pytest.approx(truth["grad_norm"], rel=1e-5)
+    assert ours["pairs"] == truth["pairs"]
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_stage_and_another_number_of_ranks(
     recipes: Callable[..., Any], run_ranks: Callable[..., Any]

@@ -64,7 +64,7 @@ def _other_weights(folder: Path) -> str:
 
 def _other_template(folder: Path) -> str:
     path = folder / "model" / "chat_template.jinja"
-    path.write_text(path.read_text().replace("user", "user ") + " ")
+    path.write_text("Hello. " + path.read_text())
     return "the tokenizer or chat template of model.name"
 
 
