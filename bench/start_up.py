@@ -26,7 +26,49 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PER_PROMPT = 3
-_WORDS = ["the", "a", "bar", "line", "chart", "shows", "value", "of", "red", "green", "blue", "left", "right", "highest", "lowest", "is", "are", "not", "because", "answer", "image", "question", "picture", "describe", "how", "many", "what", "which", "color", "between", "and", "percent", "yes", "no", "larger", "smaller", "than", "however", "according", "increases", "visualization"]
+_WORDS = [
+    "the",
+    "a",
+    "bar",
+    "line",
+    "chart",
+    "shows",
+    "value",
+    "of",
+    "red",
+    "green",
+    "blue",
+    "left",
+    "right",
+    "highest",
+    "lowest",
+    "is",
+    "are",
+    "not",
+    "because",
+    "answer",
+    "image",
+    "question",
+    "picture",
+    "describe",
+    "how",
+    "many",
+    "what",
+    "which",
+    "color",
+    "between",
+    "and",
+    "percent",
+    "yes",
+    "no",
+    "larger",
+    "smaller",
+    "than",
+    "however",
+    "according",
+    "increases",
+    "visualization",
+]
 
 
 def write_rows(folder: Path, count: int, images: int = 0) -> Path:

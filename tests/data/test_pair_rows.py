@@ -338,7 +338,7 @@ def test_the_quick_way_reads_what_read_pair_reads_and_nothing_that_it_refuses(ro
         return rng.choice([text(value), {"type": "image"}, {"type": "video"}, value, {"text": value}])
 
     def content() -> Any:
-        value = rng.choice(texts[: rng.choice([1, 2, 9])])
+        value = rng.choice(texts[: rng.choice([1, 1, 1, 2, 2, 9])])
         return rng.choice(
             [
                 value,
@@ -362,7 +362,7 @@ def test_the_quick_way_reads_what_read_pair_reads_and_nothing_that_it_refuses(ro
                 [content(), [message("user")], [message("system"), message("user")], [message("user")] * 2]
             ),
             "chosen": rng.choice([content(), [message("assistant")]]),
-            "rejected": rng.choice([content(), [message("assistant")], [text("no")], "a line"]),
+            "rejected": rng.choice(["a line"] * 6 + [content(), [message("assistant")], [text("no")]]),
         }
         if rng.random() < 0.5:
             made["images"] = rng.choice(
@@ -383,4 +383,4 @@ def test_the_quick_way_reads_what_read_pair_reads_and_nothing_that_it_refuses(ro
             truth, refused = None, refused + 1
         assert found is None or found == truth, made
         quick += found is not None
-    assert quick > 500 and refused > 1000
+    assert quick > 150 and refused > 1000
