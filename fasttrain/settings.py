@@ -6,6 +6,7 @@ No torch here: `fasttrain --help` and recipe errors must answer at once.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -165,6 +166,11 @@ class LossConfig:
         False, "WPO: weight each pair by how likely the policy is to have written it."
     )
 
+    router_aux_weight: float = setting(
+        0.0,
+        "Mixtures of experts: weight of the router's load-balancing loss in the loss; it is reported as aux_loss anyhow.",
+    )
+
     @property
     def kinds(self) -> list[str]:
         return [self.kind] if isinstance(self.kind, str) else self.kind
@@ -190,6 +196,8 @@ class LossConfig:
             "loss.f_divergence", f"one of {', '.join(F_DIVERGENCES)}", self.f_divergence,
         )  # fmt: skip
         require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "loss.ld_alpha", "0 to 1", self.ld_alpha)
+        weight = self.router_aux_weight
+        require(0 <= weight < math.inf, "loss.router_aux_weight", "a number of at least 0", weight)
 
 
 @dataclass(frozen=True, kw_only=True)

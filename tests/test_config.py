@@ -76,6 +76,7 @@ MINE = {"model": {"name": "m"}, "data": {"train": "p.jsonl"}}
 ADDED = {
     "data.eval_prompt_suffix",
     "data.eval_questions",
+    "loss.router_aux_weight",
     "model.trust_remote_code",
 }  # beyond the published keys
 

@@ -229,6 +229,20 @@ def test_loss_kind_steps_equal_trl(
     assert_same_steps(ours, theirs, 5, beta=0.3)
 
 
+def test_mixture_steps_with_the_router_loss_equal_trl(
+    text_pairs: Callable[..., Path], tiny_models: ModuleType, tmp_path: Path
+) -> None:
+    model = tiny_models.build_mixture(tmp_path / "model", template=tiny_models.CHATML_NEWLINE_FIRST)
+    adapter = tiny_models.build_adapter(model, tmp_path / "adapter")
+    pairs = text_pairs(tmp_path / "pairs.jsonl", 12, per_prompt=PER_PROMPT)
+    theirs = trl_steps(model, adapter, pairs, tmp_path / "trl", 3, router_aux_loss_coef=0.5)
+    ours = fasttrain_steps(model, adapter, pairs, tmp_path / "ours", 3, loss={"router_aux_weight": 0.5})
+    assert theirs[0]["loss"] > 1.0  # 0.69 without it
+    assert_same_steps(ours, theirs, 3)
+    for our, their in zip(ours, theirs, strict=True):
+        assert our["aux_loss"] == pytest.approx(their["aux_loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_schedule_warm_up_and_weight_decay_equal_trl(
     schedule: str, text_model: Path, text_pairs: Callable[..., Path], tiny_models: ModuleType, tmp_path: Path

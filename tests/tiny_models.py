@@ -130,6 +130,17 @@ def build_text(folder: Path, seed: int = 1, template: str = CHATML, **changes: A
     return folder
 
 
+def build_mixture(folder: Path, seed: int = 6, template: str = CHATML, experts: int = 5) -> Path:
+    """A two-layer Mixtral: every token goes to two of a layer's experts."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    tokenizer = build_tokenizer(template, eos="<|im_end|>")
+    config = MixtralConfig(**language_config(tokenizer, num_local_experts=experts))
+    draw_weights(MixtralForCausalLM(config), seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def build_mistral_sliding(folder: Path, seed: int = 2, window: int = 16) -> Path:
     """A two-layer Mistral whose attention looks back `window` tokens, less than most prompts."""
     from transformers import MistralConfig, MistralForCausalLM

@@ -34,12 +34,14 @@ class PackBatch:
     Pairs index the pack's sequences; those of split groups are left to the step (`sequence_ids`).
     `inputs` are the model's arguments besides token ids: one entry for a shared pack, one for each run of another.
     `both_ways` lists, per run, the spans of its prompt that are not seen causally.
+    `uses_T` says in how many of an ordinary trainer's sequences, two a pair, each token stands: 0 in repeats of other work.
     """
 
     pack: Pack
     shared: bool
     layout: list[tuple[int, list[int]]]
     input_ids_T: Tensor
+    uses_T: Tensor
     target_N: Tensor
     lengths_S: Tensor
     sequence_ids: list[tuple[int, int]]
@@ -175,6 +177,7 @@ class _Builder:
         )
         self.layout: list[tuple[int, list[int]]] = []
         self.ids: list[np.ndarray] = []
+        self.uses: list[np.ndarray] = []
         self.targets: list[np.ndarray] = []
         self.prompts: list[np.ndarray] = []
         self.sequence_ids: list[tuple[int, int]] = []
@@ -191,10 +194,14 @@ class _Builder:
     ) -> None:  # fmt: skip
         first = {completion: len(self.keys) + index for index, completion in enumerate(completions)}
         texts = [group.completion_ids[completion] for completion in completions]
-        runs = [texts] if self.shared else [[text] for text in texts]
-        for run in runs:
-            self.layout.append((len(group.prompt_ids), [len(text) for text in run]))
+        counts = np.bincount(group.pairs.reshape(-1), minlength=max(completions) + 1) * (not self.fill)
+        used = counts[list(completions)]
+        runs = [(texts, used)] if self.shared else [([text], used[[n]]) for n, text in enumerate(texts)]
+        for run, times in runs:
+            lengths = [len(text) for text in run]
+            self.layout.append((len(group.prompt_ids), lengths))
             self.ids += [group.prompt_ids, *run]
+            self.uses.append(np.repeat([times.sum(), *times], [len(group.prompt_ids), *lengths]))
             self.images_per_run.append(count)
             self.images.append(images)
             self.prompts.append(group.prompt_ids)
@@ -214,6 +221,7 @@ class _Builder:
             shared=self.shared,
             layout=self.layout,
             input_ids_T=torch.from_numpy(np.concatenate(self.ids or empty).astype(np.int64)),
+            uses_T=torch.from_numpy(np.concatenate(self.uses or empty).astype(np.float32)),
             target_N=torch.from_numpy(np.concatenate(self.targets or empty).astype(np.int64)),
             lengths_S=torch.tensor([len(text) for text in self.targets], dtype=torch.int64),
             sequence_ids=self.sequence_ids,

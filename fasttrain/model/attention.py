@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 from fasttrain.errors import UserError
@@ -24,6 +26,12 @@ SHARED = "fasttrain_shared_prefix"
 _UNKNOWN_TO_US = ("sinks", "position_bias", "alibi")
 
 
+# Rates that modules apply in training mode only, besides those called dropout: Mixtral's and DBRX's router noise, drop paths.
+_NOISE = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps", "layerdrop", "drop_prob", "drop_path")
+# Routers that draw a token's experts at random in training mode.
+_DRAW_EXPERTS = ("PhimoeTopKRouter",)
+
+
 class CannotShare(RuntimeError):
     """A layer asks for attention that shared-prefix attention does not compute."""
 
@@ -36,21 +44,22 @@ def _attention(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Hugging Face's attention signature: q (1, H, T, K), k and v (1, Hkv, T, K) -> (1, T, H, K)."""
     if shared_prefix_layout is None:
-        raise RuntimeError(
-            f"attention {SHARED!r} needs the layout of the pack: call the model through Policy"
-        )
+        raise CannotShare(f"{type(module).__name__} is not told which tokens belong together")
     unknown = [name for name in _UNKNOWN_TO_US if kwargs.get(name) is not None]
     if unknown or attention_mask is not None or (dropout and module.training):
         raise CannotShare(
             f"{type(module).__name__} asks for attention with {', '.join(unknown) or 'a mask or dropout'}"
         )
-    if value.shape[-1] != query.shape[-1]:
-        raise CannotShare(f"{type(module).__name__} has values of another size than its keys")
+    keys, values = query.shape[-1], value.shape[-1]
+    if keys != values:  # multi-head latent attention: zeros add nothing to a score or to an output
+        query, key, value = (
+            pad(part, (0, max(keys, values) - part.shape[-1])) for part in (query, key, value)
+        )
     out = shared_prefix_attention(
-        query, key, value, shared_prefix_layout, scale=scaling, backend=shared_prefix_backend,
-        window=sliding_window, softcap=softcap, sinks=s_aux,
+        query, key, value, shared_prefix_layout, scale=keys**-0.5 if scaling is None else scaling,
+        backend=shared_prefix_backend, window=sliding_window, softcap=softcap, sinks=s_aux,
     )  # fmt: skip
-    return out.transpose(1, 2), None
+    return out[..., :values].transpose(1, 2), None
 
 
 AttentionInterface.register(SHARED, _attention)
@@ -82,6 +91,8 @@ def _head_sizes(config: Any) -> list[int]:
     """Head sizes of a model's attention layers; more than one where some layers are global."""
     text = config.get_text_config()
     usual = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if getattr(text, "qk_rope_head_dim", None):  # multi-head latent attention
+        usual = max(text.qk_rope_head_dim + (text.qk_nope_head_dim or 0), text.v_head_dim or 0)
     return sorted({usual, getattr(text, "global_head_dim", None) or usual})
 
 
@@ -103,12 +114,19 @@ def why_unshared(model: Any, longest: int) -> str | None:
     return None
 
 
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    """In place of a module's `train`: the mode it is in."""
+    return module
+
+
 def silence_dropout(model: nn.Module) -> None:
-    """Set the base model's own dropout to zero: policy and reference must be the same function at step 0."""
+    """Set the base model's own dropout and router noise to zero: policy and reference must be the same function at step 0."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if type(module).__name__ in _DRAW_EXPERTS:
+            module.eval()
+            module.train = MethodType(_stay, module)  # type: ignore[method-assign]
         for name, value in vars(module).items():
-            # rates that modules hand to functional dropout: attention_dropout, OPT's dropout, layerdrop, ...
-            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+            if isinstance(value, float) and ("dropout" in name or name in _NOISE):
                 setattr(module, name, 0.0)

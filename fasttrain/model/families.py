@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fasttrain.model.head import trunk
+
 # Families whose prompts are not seen causally: the tokens of an image see each other, or all of the prompt does.
 _BOTH_WAYS = {"gemma3": "images", "paligemma": "prompt"}
 
@@ -24,7 +26,7 @@ class FamilyInputs:
     """The other arguments of a family's forward, for packs of shared prompts and for ordinary sequences."""
 
     def __init__(self, model: Any, processor: Any) -> None:
-        base = model.base_model
+        base = trunk(model)
         self._accepts = set(inspect.signature(base.forward).parameters)
         self._processor = processor
         self._types_name = self._name_of_types()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from fasttrain.errors import UserError
 from fasttrain.ranks import full_shape
 from fasttrain_kernels import linear_logprob, linear_logprob_and_unit, with_unit_gradient
+
+_PREFIX_MODELS = ("paligemma",)
 
 
 class LogprobHead(nn.Linear):
@@ -48,6 +51,12 @@ class LogprobHead(nn.Linear):
         return out._replace(logprob=with_unit_gradient(hidden_ND, out.logprob, unit_ND))
 
 
+def trunk(model: Any) -> Any:
+    """The model without its head: `base_model`, except in classes whose prefix names no module of theirs (Llama 4's)."""
+    base = model.base_model
+    return getattr(model, "model", base) if base is model else base
+
+
 def install_head(model: Any) -> LogprobHead:
     """Put a LogprobHead with the same parameters in place of the model's lm_head."""
     old = model.get_output_embeddings()
@@ -55,13 +64,19 @@ def install_head(model: Any) -> LogprobHead:
         raise UserError(f"model.name: wanted a model with a plain linear head, got {type(old).__name__}")
     head = LogprobHead(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
     head.weight, head.bias = old.weight, old.bias
-    config = model.config  # not its text config: LLaVA around Gemma 2 calls the head without the cap
-    head.softcap = getattr(config, "final_logit_softcapping", None)
-    head.logit_scale = getattr(config, "logit_scale", None) or 1.0
-    if getattr(config, "logits_scaling", None):
-        head.logit_scale = 1.0 / config.logits_scaling
+    head.softcap, head.logit_scale = _transform(model.config)
     model.set_output_embeddings(head)
     return head
+
+
+def _transform(config: Any) -> tuple[float | None, float]:
+    """Softcap and scale of the logits, by the names that families have for them."""
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    softcap = next((getattr(config, name) for name in caps if getattr(config, name, None)), None)
+    scale = getattr(config, "logit_scale", None) or 1.0
+    if getattr(config, "logits_scaling", None):
+        scale = 1.0 / config.logits_scaling
+    return softcap, scale
 
 
 @torch.no_grad()
@@ -71,16 +86,48 @@ def check_head(model: Any, head: LogprobHead, device: torch.device) -> None:
     ids = torch.arange(1, 9, device=device)[None] % vocabulary
     logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
     theirs = logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
-    ours = head(hidden, ids[0, 1:]).logprob
+    hidden = trunk(model)(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+    off = _choose_transform(model, head, hidden, ids[0, 1:], theirs)
     if not theirs.isfinite().all():
         raise UserError(
             f"model.name: the logits of {type(model).__name__} are not finite: its weights hold nan or inf, or overflow in "
             f"{str(head.weight.dtype).removeprefix('torch.')}"
         )
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 0.25
-    if not torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance):
+    if not off <= tolerance * (1 + theirs.abs().max()):
         raise UserError(
             f"model.name: {type(model).__name__} computes its logits in a way fasttrain does not know "
-            f"(log-prob off by {(ours - theirs).abs().max():.3g})"
+            f"(log-prob off by {off:.3g})"
         )
+    if _sees_ahead(model, ids, hidden, tolerance):
+        raise UserError(
+            f"model.name: wanted a causal language model, got {type(model).__name__}, in which a token sees what follows it: "
+            "log-probs of answers would know the answers"
+        )
+
+
+def _choose_transform(
+    model: Any, head: LogprobHead, hidden_ND: Tensor, target_N: Tensor, theirs_N: Tensor
+) -> Tensor:
+    """Give the head the softcap and scale of the model's configuration or of its text part, whichever the model applies:
+    LLaVA around Gemma 2 leaves out the cap that Gemma 3n applies. Returns how far our log-probs are from the model's."""
+    if hidden_ND.shape[-1] != full_shape(head.weight)[1]:
+        return torch.tensor(math.inf)
+    found = []
+    for transform in dict.fromkeys([_transform(model.config), _transform(model.config.get_text_config())]):
+        head.softcap, head.logit_scale = transform
+        found.append(((head(hidden_ND, target_N).logprob - theirs_N).abs().max(), transform))
+    off, (head.softcap, head.logit_scale) = min(found, key=lambda entry: float(entry[0]))
+    return off
+
+
+def _sees_ahead(model: Any, ids: Tensor, hidden_TD: Tensor, tolerance: float) -> bool:
+    """Whether hidden states of a text's first half change with its second. A prefix language model is asked nothing: in a
+    text without images or answers every token is prefix."""
+    if model.config.model_type in _PREFIX_MODELS:
+        return False
+    half = ids.shape[1] // 2
+    other = torch.cat([ids[:, :half], ids[:, :half]], dim=1)
+    changed = trunk(model)(input_ids=other, use_cache=False).last_hidden_state[0, :half]
+    scale = hidden_TD[:half].abs().max().clamp(min=1.0)
+    return bool((changed - hidden_TD[:half]).abs().max() > tolerance * scale)

@@ -12,7 +12,7 @@ from torch import nn
 
 from fasttrain.config import LoraConfig
 from fasttrain.errors import UserError
-from fasttrain.model.head import LogprobHead
+from fasttrain.model.head import LogprobHead, trunk
 from fasttrain.progress import say
 
 # What stands between tower and language model: LLaVA's and most others', Idefics3's, Qwen-VL's and GLM-V's.
@@ -50,8 +50,8 @@ def _to_train(model: Any, train_projector: bool) -> list[str] | None:
 
 def language_model(model: Any) -> nn.Module:
     """The decoder without vision tower, projector and head."""
-    decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    return decoder
+    decoder: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else trunk(model)
+    return trunk(model) if decoder is model else decoder
 
 
 def auto_targets(model: Any) -> str:
@@ -59,10 +59,16 @@ def auto_targets(model: Any) -> str:
     decoder = language_model(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     names = {name for name, module in decoder.named_modules() if _is_linear(module)}
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in names} - _not_by_peft(model))
+    leaves = sorted({_leaf(name) for name in names} - _not_by_peft(model))
     if not leaves:
         raise UserError("lora.targets: wanted linear layers in the language model, found none; name them")
-    return rf"{re.escape(prefix)}\..*\.({'|'.join(leaves)})"
+    return rf"{re.escape(prefix)}\.(.*\.)?({'|'.join(leaves)})"
+
+
+def _leaf(name: str) -> str:
+    """What the names of a kind of layer end in, as a pattern; with the list it is in where that is a number."""
+    *_, parent, last = "", *name.split(".")
+    return rf"{parent}\.{last}" if last.isdigit() else last
 
 
 def _not_by_peft(model: Any) -> set[str]:
@@ -118,8 +124,10 @@ def _elements(parameter: nn.Parameter) -> int:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # bitsandbytes' quantised linears are subclasses; GPT-2's Conv1D is a linear by another name
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    # bitsandbytes' quantised linears are subclasses; GPT-2's Conv1D is a linear by another name; the routers of Llama 4 and
+    # Phi-3.5-MoE are subclasses that return more than a linear does
+    name = type(module).__name__
+    return (isinstance(module, nn.Linear) and not name.endswith("Router")) or name == "Conv1D"
 
 
 def attach_lora(model: Any, lora: LoraConfig, train_projector: bool) -> Any:

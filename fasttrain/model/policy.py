@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fasttrain.data.batch import PackBatch
 from fasttrain.errors import UserError
 from fasttrain.model.attention import SHARED, check_attention
-from fasttrain.model.head import LogprobHead, check_head, install_head
+from fasttrain.model.head import LogprobHead, check_head, install_head, trunk
 from fasttrain.model.no_waiting import trust_placeholders
+from fasttrain.model.routing import find_top_k, router_sums
 from fasttrain_kernels import SharedPrefixLayout
 
 
@@ -28,11 +29,23 @@ class Counts:
     passes: int = 0
 
 
+class PassOutput(NamedTuple):
+    """What the head returns for N rows (see `linear_logprob`), and the router's sums over the pass (`routing.py`)."""
+
+    logprob: Tensor
+    entropy: Tensor | None = None
+    log_p2: Tensor | None = None
+    top1: Tensor | None = None
+    mean_logit: Tensor | None = None
+    router_V: Tensor | None = None
+
+
 class Policy(nn.Module):
     """Wraps a causal LM, with images or without. Forward takes a PackBatch on the model's device and returns the
     head's output for its N rows.
 
-    attention: the backend of attention over shared prompts, "auto" for the best that can run.
+    attention: the backend of attention over shared prompts, "auto" for the best that can run. top_k: experts a token goes
+    to, in mixtures whose load-balancing loss is known once `check` has run.
     """
 
     def __init__(self, model: Any, attention: str = "auto") -> None:
@@ -44,6 +57,8 @@ class Policy(nn.Module):
         self.head: LogprobHead
         object.__setattr__(self, "head", install_head(model))  # registered once, inside the model
         self.counts = Counts()
+        self.top_k: int | None = None
+        self._routed: Tensor | None = None  # the router's sums over the pass that is running
         self.blank: dict[str, Tensor] | None = None  # set where several ranks train a model that takes images
 
     @property
@@ -51,10 +66,11 @@ class Policy(nn.Module):
         return self.head.weight.device
 
     def check(self) -> None:
-        """Refuse a model whose head does something our head does not."""
+        """Refuse a model whose head does something our head does not; find out how a mixture of experts routes."""
         shared = self.shared
         self.set_shared(False)
         check_head(self.model, self.head, self.device)
+        self.top_k = find_top_k(self.model, self.device)
         self.set_shared(shared)
 
     def set_shared(self, shared: bool) -> None:
@@ -67,16 +83,23 @@ class Policy(nn.Module):
             {"text_config": name} if hasattr(self.model.config, "text_config") else name
         )
 
-    def forward(self, batch: PackBatch, **wants: bool) -> Any:
-        """Log-probs of the batch's N completion tokens, fp32, in order (`.logprob`; what `wants` asks the head for)."""
+    def forward(self, batch: PackBatch, routing: bool = False, **wants: bool) -> PassOutput:
+        """Log-probs of the batch's N completion tokens, fp32, in order (`.logprob`; what `wants` asks the head for).
+
+        routing: also a mixture's router sums over the batch's tokens, each counted as often as `uses_T` says.
+        """
         if batch.shared != self.shared:
             raise ValueError(f"wanted a batch with shared={self.shared}, got shared={batch.shared}")
-        hidden_ND = self._hidden_shared(batch) if batch.shared else self._hidden_separate(batch)
+        routing = routing and self.top_k is not None
+        hidden = self._hidden_shared if batch.shared else self._hidden_separate
+        self._routed = None
+        hidden_ND = hidden(batch, routing)
+        router_V, self._routed = self._routed, None
         self.counts.head_rows += len(batch.target_N)
         self.counts.passes += 1
-        return self.head.score(hidden_ND, batch.target_N, **wants)
+        return PassOutput(**self.head.score(hidden_ND, batch.target_N, **wants)._asdict(), router_V=router_V)
 
-    def _hidden_shared(self, batch: PackBatch) -> Tensor:
+    def _hidden_shared(self, batch: PackBatch, routing: bool) -> Tensor:
         layout = SharedPrefixLayout.from_groups(batch.layout, batch.both_ways)
         if layout.bidirectional:
             check_attention(
@@ -92,12 +115,13 @@ class Policy(nn.Module):
             inputs,
             batch.images,
             blank=batch.pack.images and not batch.images,
+            uses_T=batch.uses_T if routing else None,
             shared_prefix_layout=layout,
             shared_prefix_backend=backend,
         )
         return hidden_TD.index_select(0, layout.predictor_rows(self.device))
 
-    def _hidden_separate(self, batch: PackBatch) -> Tensor:
+    def _hidden_separate(self, batch: PackBatch, routing: bool) -> Tensor:
         """The same rows from one ordinary causal pass per completion: no packing, no attention of ours."""
         rows, start = [], 0
         for (prompt, completions), images, inputs in zip(
@@ -106,7 +130,9 @@ class Policy(nn.Module):
             length = prompt + completions[0]
             self.counts.images += images
             ids_T = batch.input_ids_T[start : start + length]
-            hidden_TD = self._decode(ids_T, inputs, images, blank=batch.pack.images and not images)
+            uses_T = batch.uses_T[start : start + length] if routing else None
+            blank = batch.pack.images and not images
+            hidden_TD = self._decode(ids_T, inputs, images, blank=blank, uses_T=uses_T)
             rows.append(hidden_TD[prompt - 1 : length - 1])
             start += length
         return torch.cat(rows) + self._idle_passes(batch)
@@ -135,7 +161,7 @@ class Policy(nn.Module):
 
         def add_nothing(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
             hook.remove()
-            found = self.model.base_model.get_image_features(**inputs, return_dict=True)
+            found = trunk(self.model).get_image_features(**inputs, return_dict=True)
             features = getattr(found, "pooler_output", found)
             parts = [features] if isinstance(features, Tensor) else features
             return embedded + torch.stack([part.sum() for part in parts]).sum() * 0
@@ -147,15 +173,19 @@ class Policy(nn.Module):
             hook.remove()
 
     def _decode(
-        self, ids_T: Tensor, inputs: dict[str, Tensor], images: int, blank: bool = False, **extra: Any
-    ) -> Tensor:
+        self, ids_T: Tensor, inputs: dict[str, Tensor], images: int, blank: bool = False, uses_T: Tensor | None = None,
+        **extra: Any,
+    ) -> Tensor:  # fmt: skip
+        """Hidden states (T, D); with `uses_T` the router's sums are added to those of this pass."""
         dtype = self.model.dtype
+        if uses_T is not None:
+            extra["output_router_logits"] = True
         for name, value in inputs.items():
             extra[name] = value.to(dtype) if value.is_floating_point() else value
         self.counts.decoder_tokens += len(ids_T)
         try:
             with self._blank_image() if blank else contextlib.nullcontext():
-                out = self.model.base_model(input_ids=ids_T[None], use_cache=False, return_dict=True, **extra)
+                out = trunk(self.model)(input_ids=ids_T[None], use_cache=False, return_dict=True, **extra)
         except ValueError as error:
             if not images or "image tokens" not in str(error).lower():
                 raise
@@ -167,4 +197,8 @@ class Policy(nn.Module):
             ) from None
         if images:  # in this pass they agreed
             trust_placeholders(self.model)
+        if uses_T is not None:
+            assert self.top_k is not None
+            sums_V = router_sums(out.router_logits, uses_T, self.top_k)
+            self._routed = sums_V if self._routed is None else self._routed + sums_V
         return out.last_hidden_state[0]

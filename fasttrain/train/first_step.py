@@ -11,6 +11,7 @@ from fasttrain.data.batch import PackBatch, load_packs, whole
 from fasttrain.data.packs import Pack, Piece
 from fasttrain.errors import UserError
 from fasttrain.model.attention import CannotShare
+from fasttrain.model.policy import Policy
 from fasttrain.progress import say
 from fasttrain.ranks import ranks
 from fasttrain.train.engine import Engine
@@ -56,6 +57,21 @@ def check_sharing(job: Job) -> None:
         say(
             f"warning: sharing prefixes changes the log-probs of {type(policy.model).__name__} (by {off.max():.3g}); "
             "every completion runs as its own sequence"
+        )
+
+
+def check_routing(weight: float, policy: Policy) -> None:
+    """UserError if the recipe adds a load-balancing loss that the model does not have; a note if it leaves one out."""
+    if weight and policy.top_k is None:
+        raise UserError(
+            f"loss.router_aux_weight: wanted 0 with {type(policy.model).__name__}, which has no load-balancing loss of "
+            f"transformers' kind, got {weight:g}"
+        )
+    own = getattr(policy.model.config.get_text_config(), "router_aux_loss_coef", None)
+    if policy.top_k is not None and not weight and own:
+        say(
+            f"note: the router's load-balancing loss is reported as aux_loss and not added; the model's own weight is {own:g} "
+            "(loss.router_aux_weight)"
         )
 
 

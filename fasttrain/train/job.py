@@ -40,6 +40,7 @@ from fasttrain.model.load import (
 from fasttrain.model.lora import attach_lora, choose_trainable, language_model
 from fasttrain.model.policy import Policy
 from fasttrain.model.positions import why_too_long
+from fasttrain.model.routing import declares_routing
 from fasttrain.plan.run_memory import RunMemory
 from fasttrain.progress import say, ticker
 from fasttrain.ranks import full_shape, ranks
@@ -126,6 +127,12 @@ def _build_job(config: DPOConfig, objective: Objective) -> Job:
     folder = find_folder(config.model)
     model_config = load_model_config(folder, config.model)
     check_attention(config.model.attention, model_config, device, pick_dtype(config.model.dtype, device))
+    weight = config.loss.router_aux_weight
+    if weight and not declares_routing(model_config):
+        raise UserError(
+            f"loss.router_aux_weight: wanted a mixture of experts that returns its router's logits, got model type "
+            f"{model_config.model_type!r}"
+        )
     processor = load_processor(folder, config.model, takes_images(model_config))
     chat = ChatTokenizer(processor, stop_token_ids(processor, folder))
     memo = HashMemo(cache_root() / "hashes.sqlite")

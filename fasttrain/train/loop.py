@@ -29,7 +29,7 @@ from fasttrain.train.anatomy import most_and_least
 from fasttrain.train.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
 from fasttrain.train.engine import Engine, join_ranks, make_engine
 from fasttrain.train.final import write_final
-from fasttrain.train.first_step import check_first_step, check_sharing
+from fasttrain.train.first_step import check_first_step, check_routing, check_sharing
 from fasttrain.train.inputs import check_inputs, fingerprints
 from fasttrain.train.job import Job, all_or_none, build_job
 from fasttrain.train.losses import PairLoss
@@ -151,6 +151,7 @@ class Trainer:
             if checkpoint is not None:
                 check_inputs(checkpoint, self._inputs)
         engine = make_engine(job.policy, self.config, job.checkpointing)
+        check_routing(self.config.loss.router_aux_weight, job.policy)
         check_sharing(job)
         if self.loss.needs_reference:
             report = fill_references(job)
@@ -190,7 +191,8 @@ class Trainer:
         peak_flops: float,
     ) -> int:  # fmt: skip
         job, config = self.job, self.config.train
-        runner = StepRunner(engine, self.loss, job.train)
+        balance = self.config.loss.router_aux_weight
+        runner = StepRunner(engine, self.loss, job.train, balance)
         planned: deque[Step] = deque()
         batches = self._batches(order, done + 1, total, planned)
         with contextlib.closing(batches):
@@ -224,7 +226,7 @@ class Trainer:
                     work = self._work(step, result, runner.clock.read())
                     sums, work, changes = self._of_all_ranks(result, work)
                     check_finite(number, sums, norm)
-                    line |= step_metrics(self.loss, sums, norm, step.pairs)
+                    line |= step_metrics(self.loss, sums, norm, step.pairs, balance)
                     line["learning_rate"] = config.learning_rate * factor
                     line |= speed_metrics(work, self.loss.unit, peak_flops, peak_memory(job.device))
                     line |= self._evaluate(engine, final=number == total) if evaluates else {}
@@ -297,7 +299,9 @@ class Trainer:
         step = self._plan(data, 0, 0.0, groups)
         maker = job.maker(data, self.loss.needs_reference)
         batches = whole(load_packs(maker, step.packs, job.workers, job.device.type == "cuda"), data)
-        return evaluate(engine, self.loss, data, step, batches, stopped) | self._watcher.metrics(stopped)
+        balance = self.config.loss.router_aux_weight
+        means = evaluate(engine, self.loss, data, step, batches, stopped, balance)
+        return means | self._watcher.metrics(stopped)
 
     def _restore(self, engine: Engine) -> int:
         path = latest_checkpoint(self.folder / "checkpoints") if self.resume else None

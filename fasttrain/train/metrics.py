@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.errors import UserError
+from fasttrain.model.routing import balance_loss
 from fasttrain.train.anatomy import PARTS
 from fasttrain.train.objective import Objective
 
@@ -36,12 +38,26 @@ class StepWork:
         return self.image_tokens + self.prompt_tokens + self.answer_tokens
 
 
-def step_metrics(loss: Objective, sums: Tensor, grad_norm: Tensor | float, pairs: int) -> dict[str, float]:
+def step_metrics(
+    loss: Objective, sums: Tensor, grad_norm: Tensor | float, pairs: int, balance_weight: float = 0.0
+) -> dict[str, float]:
     """Means over the step's pairs from the device's sums; the one transfer of a logged step."""
     row = torch.cat(
         [sums.float(), torch.as_tensor(grad_norm, device=sums.device).float().reshape(1)]
     ).tolist()
-    return loss.metrics(row[:-1], pairs) | {"grad_norm": row[-1]}
+    return means_of(loss, row[:-1], pairs, balance_weight) | {"grad_norm": row[-1]}
+
+
+def means_of(
+    loss: Objective, row: Sequence[float], pairs: int, balance_weight: float = 0.0
+) -> dict[str, float]:
+    """The objective's metrics from its sums; with a mixture's router sums behind them also `aux_loss`, weighted in `loss`."""
+    own = len(loss.names)
+    means = loss.metrics(row[:own], pairs)
+    if len(row) > own:
+        means["aux_loss"] = float(balance_loss(torch.tensor(row[own:], dtype=torch.float64)))
+        means["loss"] += balance_weight * means["aux_loss"]
+    return means
 
 
 def check_finite(step: int, sums: Tensor, grad_norm: Tensor) -> None:

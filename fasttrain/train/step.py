@@ -12,15 +12,18 @@ from torch import Tensor
 from fasttrain.data.batch import NOBODY, PackBatch
 from fasttrain.data.packs import Step
 from fasttrain.data.prepared import PreparedData
+from fasttrain.model.routing import balance_share
 from fasttrain.ranks import ranks
 from fasttrain.train.anatomy import LogRatios, StepClock
 from fasttrain.train.engine import Engine
+from fasttrain.train.metrics import means_of
 from fasttrain.train.objective import Objective, PairResult
 
 
 @dataclass
 class StepResult:
-    """Sums over this rank's pairs of the step, on the device, and per-pack log-probs and log-ratios if they were asked for."""
+    """Sums over this rank's pairs of the step, then those of a mixture's router over its tokens, on the device; and
+    per-pack log-probs and log-ratios if they were asked for."""
 
     sums: Tensor
     layouts: list[tuple[list[tuple[int, list[int]]], int, bool]] = field(default_factory=list)
@@ -36,6 +39,7 @@ class _Deferred:
     batch: PackBatch
     value_N: Tensor
     side_N: Tensor | None
+    router_V: Tensor | None
     random: list[Tensor]
 
 
@@ -44,12 +48,16 @@ class StepRunner:
 
     A pack that holds its pairs whole goes forward and backward at once. Packs of split groups, and every pack when the loss
     couples pairs, run twice: first without gradient to get all log-probs of the step, then with the known derivative of the
-    loss by each of them.
+    loss by each of them. So do all packs, if there are several, when the load-balancing loss of a mixture of experts is added:
+    its gradient at a token depends on where the router sent all others.
     """
 
-    def __init__(self, engine: Engine, loss: Objective, data: PreparedData) -> None:
+    def __init__(
+        self, engine: Engine, loss: Objective, data: PreparedData, balance_weight: float = 0.0
+    ) -> None:
         self.engine, self.loss, self.data = engine, loss, data
         self.clock = StepClock(engine.policy.device)
+        self.balance_weight = balance_weight
 
     def run(
         self, step: Step, batches: Iterator[PackBatch], keep: bool = False, changes: bool = False
@@ -58,23 +66,27 @@ class StepRunner:
         device = self.engine.policy.device
         result = StepResult(torch.zeros(len(self.loss.names), device=device))
         deferred: list[_Deferred] = []
+        routed: list[Tensor | None] = []
+        coupled = self.loss.couples_pairs or (self.balance_weight > 0 and len(step.packs) > 1)
         for _ in step.packs:
             batch = next(batches)
             batch = batch.to(device)
             self.clock.mark("data")
-            whole = not (self.loss.couples_pairs or (batch.pack.twice and not self.loss.single))
+            whole = not (coupled or (batch.pack.twice and not self.loss.single))
             result.layouts.append((batch.layout, batch.images, not whole))
             result.image_tokens += batch.image_tokens * (1 if whole else 2)
             if not whole:
                 deferred.append(self._values(batch))
                 self.clock.mark("forward")
                 continue
-            out = self.engine.forward(batch, **self.loss.wants)
+            out = self.engine.forward(batch, routing=True, **self.loss.wants)
+            routed.append(None if out.router_V is None else out.router_V.detach())
+            balance = self._balance(out.router_V, self._over_ranks(routed[-1]))
             if keep:
                 result.seen.append((batch, out.logprob.detach()))
             if batch.pack.fill:
                 self.clock.mark("forward")
-                self.engine.backward(out.logprob.sum() * 0)
+                self.engine.backward(out.logprob.sum() * 0 + balance)
                 self.clock.mark("backward")
                 continue
             pairs = self.loss(
@@ -86,7 +98,7 @@ class StepRunner:
                 step.mean_chosen_length,
             )
             self.clock.mark("forward")
-            self.engine.backward(pairs.total / step.pairs)
+            self.engine.backward(pairs.total / step.pairs + balance)
             self.clock.mark("backward")
             result.sums += pairs.sums
             if changes and batch.reference_N is not None:
@@ -99,13 +111,26 @@ class StepRunner:
                 self._changes_of_deferred(deferred, result.changes)
             if keep:
                 result.seen += [(entry.batch, entry.value_N) for entry in deferred]
+        result.sums = with_router(result.sums, [*routed, *(entry.router_V for entry in deferred)])
         return result
+
+    def _over_ranks(self, rank_V: Tensor | None) -> Tensor | None:
+        """The router's sums over the step's tokens on all ranks, if its gradient needs them."""
+        if not self.balance_weight or rank_V is None or ranks().size == 1:
+            return rank_V
+        return torch.tensor(ranks().sum(rank_V.tolist()), device=rank_V.device)
+
+    def _balance(self, router_V: Tensor | None, total_V: Tensor | None) -> Tensor | float:
+        """What a pack adds to the step's loss for the gradient of its load-balancing loss."""
+        if not self.balance_weight or router_V is None or total_V is None:
+            return 0.0
+        return self.balance_weight * balance_share(router_V, total_V)
 
     @torch.no_grad()
     def _values(self, batch: PackBatch) -> _Deferred:
         random = random_state()
-        out = self.engine.forward(batch, **self.loss.wants)
-        return _Deferred(batch, out.logprob, self.loss.side(out), random)
+        out = self.engine.forward(batch, routing=True, **self.loss.wants)
+        return _Deferred(batch, out.logprob, self.loss.side(out), out.router_V, random)
 
     def _finish(self, step: Step, deferred: list[_Deferred]) -> Tensor:
         """Loss over all deferred pairs, then one backward per pack from the derivative by each log-prob."""
@@ -115,13 +140,15 @@ class StepRunner:
         (slope_N,) = torch.autograd.grad(
             pairs.total / step.pairs, leaf_N, allow_unused=True, materialize_grads=True
         )
+        total_V = self._over_ranks(_added([entry.router_V for entry in deferred]))
+        balanced = self.balance_weight > 0
         after = random_state()
         self.clock.mark("forward")
         for entry, slope in zip(deferred, slope_N.split([len(e.value_N) for e in deferred])):
             set_random_state(entry.random)  # the same dropout as in the first pass
-            out = self.engine.forward(entry.batch)
+            out = self.engine.forward(entry.batch, routing=balanced)
             self.clock.mark("forward")
-            self.engine.backward((out.logprob * slope).sum())
+            self.engine.backward((out.logprob * slope).sum() + self._balance(out.router_V, total_V))
             self.clock.mark("backward")
         set_random_state(after)
         return pairs.sums
@@ -135,6 +162,18 @@ class StepRunner:
             lengths_S = torch.cat([entry.batch.lengths_S for entry in deferred])
             logp_N = torch.cat([entry.value_N for entry in deferred])
             changes.add(ids, logp_N, torch.cat(references), lengths_S, pairs_P2)
+
+
+def _added(parts: list[Tensor | None]) -> Tensor | None:
+    """The sum of a mixture's router sums; None where there are none."""
+    found = [part.detach() for part in parts if part is not None]
+    return torch.stack(found).sum(0) if found else None
+
+
+def with_router(sums: Tensor, parts: list[Tensor | None]) -> Tensor:
+    """An objective's sums with the router's behind them: one vector, so that a logged step needs one transfer."""
+    total_V = _added(parts)
+    return sums if total_V is None else torch.cat([sums, total_V.to(sums)])
 
 
 def pairs_across(
@@ -206,26 +245,28 @@ def _of_all_ranks(here: _Sequences) -> _Sequences:
 @torch.no_grad()
 def evaluate(
     engine: Engine, loss: Objective, data: PreparedData, step: Step, batches: Iterator[PackBatch],
-    stopped: Callable[[], bool] = lambda: False,
+    stopped: Callable[[], bool] = lambda: False, balance_weight: float = 0.0,
 ) -> dict[str, float]:  # fmt: skip
     """Means over all pairs of an evaluation set, by metric name; nothing if it was `stopped` on the way."""
     policy = engine.policy
     training = policy.training
     policy.eval()
-    values, packs = [], []
+    values, packs, routed = [], [], []
     for batch in batches:
         if ranks().any(stopped()):
             break
         moved = batch.to(policy.device)
-        out = engine.forward(moved, **loss.wants)
+        out = engine.forward(moved, routing=True, **loss.wants)
         values.append(out.logprob)
+        routed.append(out.router_V)
         # an evaluation set's images do not fit
         packs.append((moved.without_inputs(), loss.side(out)))
     policy.train(training)
     if len(packs) < len(step.packs):
         return {}
     sums = pairs_across(torch.cat(values), packs, data, loss, step.mean_chosen_length).sums
-    means = loss.metrics(ranks().sum(sums.tolist()), step.pairs)
+    row = ranks().sum(with_router(sums, routed).tolist())
+    means = means_of(loss, row, step.pairs, balance_weight)
     return {f"eval_{name}": value for name, value in means.items()}
 
 

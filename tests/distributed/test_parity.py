@@ -13,6 +13,7 @@ from fasttrain.config import config_from_dict
 from fasttrain.ranks import ranks
 from fasttrain.train.loop import train_dpo
 
+MIXTURE = "mixtral"
 MIXED = "llava"  # its pairs: prompts with one image, two and none
 
 CASES: dict[str, tuple[str, list[str]]] = {
@@ -25,6 +26,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "projector rests": (  # some steps have no image: the projector's gradient is zero, not the last step's
         MIXED, ["model.train_projector=true", "train.pairs_per_step=1", "train.max_steps=9"],
     ),
+    "mixture": (MIXTURE, ["loss.router_aux_weight=0.5", "train.tokens_per_pack=110"]),
     "few": ("text", ["train.pairs_per_step=1", "data.limit_pairs=5", "train.epochs=4"]),  # a group a step
 }  # fmt: skip
 
@@ -35,10 +37,13 @@ def recipes(
     tiny_llava: Path,
     text_pairs: Callable[..., Path],
     vision_pairs: Callable[..., Path],
+    tiny_models: Any,
     tmp_path: Path,
 ) -> Callable[[str, str], Any]:
-    models = {"text": tiny_text, MIXED: tiny_llava}
-    files = {"text": text_pairs(tmp_path / "text.jsonl", 21), MIXED: vision_pairs(tmp_path / "images", 21)}
+    text = text_pairs(tmp_path / "text.jsonl", 21)
+    mixture = tiny_models.build_mixture(tmp_path / "mixture")
+    models = {"text": tiny_text, MIXED: tiny_llava, MIXTURE: mixture}
+    files = {"text": text, MIXTURE: text, MIXED: vision_pairs(tmp_path / "images", 21)}
 
     def make(case: str, tag: str, *overrides: str) -> Any:
         kind, changes = CASES[case]
@@ -87,9 +92,9 @@ def assert_same(ours: list[dict[str, Any]], truth: list[dict[str, Any]]) -> None
 @pytest.mark.parametrize(
     ("stage", "cases"),
     [
-        ("null", ["images", "unshared", "coupled"]),
-        ("2", ["text", "full", "split", "projector rests"]),
-        ("3", ["full", "few", "projector rests"]),
+        ("null", ["images", "unshared", "coupled", "mixture"]),
+        ("2", ["text", "full", "split", "projector rests", "mixture"]),
+        ("3", ["full", "few", "projector rests", "mixture"]),
     ],
 )
 def test_two_ranks_take_the_steps_of_one_process(

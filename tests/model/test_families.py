@@ -53,6 +53,56 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
         "its longrope position scaling depends on the longest sequence",
     ),
     "GptOss": ({"head_dim": 16, "num_local_experts": 4, "sliding_window": 14}, None),
+    "Gemma3n": (
+        {
+            "head_dim": 16,
+            "sliding_window": 13,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "vocab_size_per_layer_input": 320,
+            "hidden_size_per_layer_input": 16,
+            "num_kv_shared_layers": 0,
+            "laurel_rank": 8,
+            "intermediate_size": 112,
+            "activation_sparsity_pattern": [0.0, 0.0],
+        },
+        None,
+    ),
+    "Olmo2": ({}, None),
+    "SmolLM3": ({"no_rope_layers": [1, 0]}, None),
+    "Glm4": ({"head_dim": 16}, None),
+    "DeepseekV3": (
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 12,
+            "head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+        None,
+    ),
+    "Phimoe": ({"num_local_experts": 4, "router_jitter_noise": 0.01, "input_jitter_noise": 0.1}, None),
+    "Llama4": (
+        {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 112,
+            "attention_chunk_size": 14,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "moe_layers": [0],
+            "no_rope_layers": [1, 0],
+        },
+        "it has layers of type chunked_attention",
+    ),
+    "Nemotron": ({"head_dim": 16}, "NemotronAttention is not told which tokens belong together"),
     "Falcon": ({}, "does not take attention functions"),
     "Mamba": ({"state_size": 4}, "it has layers of type linear_attention"),
     "Qwen3Next": (
@@ -85,9 +135,12 @@ def build(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         if name in ("GPTNeoX", "OPT", "GPT2", "Falcon"):
             ids = {key: value for key, value in common.items() if key.endswith("_id") or key == "vocab_size"}
             common = ids | ({} if name == "GPT2" else SMALL)
-        text = "TextConfig" if name == "Gemma3 text" else "Config"
-        config = getattr(transformers, f"{family}{text}")(**(common | FAMILIES[name][0] | changes))
-        kind = "GPT2LMHeadModel" if name == "GPT2" else f"{family}ForCausalLM"
+        text = "TextConfig" if name in ("Gemma3 text", "Gemma3n", "Llama4") else "Config"
+        settings = FAMILIES[name][0] if name in FAMILIES else {}
+        config = getattr(transformers, f"{family}{text}")(**(common | settings | changes))
+        kind = {"GPT2": "GPT2LMHeadModel", "BertGeneration": "BertGenerationDecoder"}.get(
+            name, f"{family}ForCausalLM"
+        )
         tiny_models.draw_weights(getattr(transformers, kind)(config), 1).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
@@ -125,6 +178,31 @@ def test_sharing_prompts_gives_the_losses_of_ordinary_sequences(
     for a, b in zip(shared, ordinary):
         assert a["loss"] == pytest.approx(b["loss"], rel=5e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("BertGeneration", {"is_decoder": False}, "BertGenerationDecoder, in which a token sees what"),
+        ("RemBert", {"is_decoder": True, "num_hidden_layers": 1}, "RemBertForCausalLM computes its logits in a way"),
+    ],
+)  # fmt: skip
+def test_a_model_that_sees_ahead_or_has_another_head_is_refused_by_name(
+    name: str, changes: dict[str, Any], message: str, build: Callable[..., Path], text_pairs: Callable[..., Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    from fasttrain import train_dpo
+    from fasttrain.config import config_from_dict
+    from fasttrain.errors import UserError
+
+    pairs = text_pairs(tmp_path / "pairs.jsonl", 2)
+    raw = {
+        "model": {"name": str(build(name, **changes))},
+        "data": {"train": str(pairs)},
+        "train": {"output": str(tmp_path / "run")},
+    }
+    with pytest.raises(UserError, match=rf"model.name: .*{message}"):
+        train_dpo(config_from_dict(raw))
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def make_real_pass(
         ids_T[: images * config.image_seq_length] = config.image_token_id
         pixel_ICHW = torch.randn(images, 3, side, side)
     batch = PackBatch(
-        pack=Pack(()), shared=True, layout=layout, input_ids_T=ids_T, target_N=torch.randint(8, 300, (sum(lengths),)),
+        pack=Pack(()), shared=True, layout=layout, input_ids_T=ids_T, uses_T=torch.zeros(tokens), target_N=torch.randint(8, 300, (sum(lengths),)),
         lengths_S=torch.tensor(lengths), sequence_ids=[],
         inputs=[{} if pixel_ICHW is None else {"pixel_values": pixel_ICHW}], images_per_run=[images], both_ways=[[] for _ in layout],
         pairs_P2=torch.zeros(0, 2, dtype=torch.int64), reference_N=None, keys=[], broken=[],
