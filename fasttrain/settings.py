@@ -64,6 +64,10 @@ class ModelConfig:
     quantize: Literal["nf4", "int8"] | None = setting(
         None, "Quantise the frozen base model with bitsandbytes; int8 is not available yet."
     )
+    bos: Literal["template", "tokenizer"] = setting(
+        "template",
+        "Whether a prompt begins with the beginning-of-sequence token where only the tokenizer would write it: template is no.",
+    )
     train_projector: bool = setting(False, "Also train the vision-to-language projector, whole.")
     trust_remote_code: bool = setting(False, "Run Python code that comes with the model repository.")
 

@@ -34,7 +34,15 @@ NOTES = """## Fine print
   `experts.gate_up_proj` and `experts.down_proj` in a list to adapt it (peft's `target_parameters`; needs `lora.dropout: 0`).
   Mamba's `out_proj` and linears that peft takes for old names of fused experts (a shared expert's `gate_proj`) are left out too.
 * **train_projector** knows `multi_modal_projector`, `connector` and `visual.merger`, and refuses a model that has none of them.
-* **Mixtures of experts** are trained without an auxiliary router loss.
+* **Mixtures of experts.** The router's load-balancing loss stands in `metrics.jsonl` as `aux_loss` for every family whose class in
+  transformers has one, over all tokens of the step's sequences, two a pair: TRL's value, whatever is shared, packed or spread over
+  ranks. `loss.router_aux_weight` adds it to the loss (TRL adds it by the model's own weight unless told otherwise); a step of several
+  packs then runs each twice, for where the router sends a token depends on all others. Noise that routers add, or experts that they
+  draw, in training mode are switched off, as dropout is.
+* **Beginning of a prompt.** A prompt begins as the chat template says: llava-hf's LLaVA-1.5 writes no `<s>`, and gets none in TRL's
+  DPOTrainer and in vLLM's chat either. transformers' processors put one in front of such a chat, and LLaVA was trained with one;
+  `model.bos: tokenizer` does as they do, token for token. A note says which models are concerned. `fasttrain answer` and `eval`
+  ask an adapter as its run was trained; for merged models there is `--bos`.
 * **Reference cache.** With weights that are not fp32 the key also holds how attention was computed (the shared backend, or unshared):
   rounding differs by more than a first step's check allows.
 * **tflops, mfu** count the vision tower only where images have one size (LLaVA-1.5); in other families they leave it out.

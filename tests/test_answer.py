@@ -229,6 +229,67 @@ def test_an_adapter_with_a_trained_projector_answers_as_peft_loads_it(
     assert found != answers_of(plain, questions, Decoding(max_new_tokens=8))
 
 
+@pytest.mark.parametrize("family", ["text", "LLaVA-1.5", "LLaVA-NeXT"])
+@pytest.mark.parametrize("bos", ["template", "tokenizer"])
+def test_a_question_is_asked_with_the_prompt_ids_of_training(
+    family: str, bos: Any, tiny_models: ModuleType, tiny_families: ModuleType, tmp_path: Path, picture_questions: Path, text_questions: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from tokenizers.processors import TemplateProcessing
+
+    from fasttrain.data.images import image_size
+    from fasttrain.data.tokens import ChatTokenizer
+
+    build = tiny_models.build_tokenizer
+
+    def adds_bos(*given: Any, **named: Any) -> Any:
+        tokenizer = build(*given, **named)
+        front = [("<s>", tokenizer.bos_token_id)]
+        tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=front)
+        return tokenizer
+
+    monkeypatch.setattr(tiny_models, "build_tokenizer", adds_bos)
+    folder = tmp_path / "model"
+    if family == "LLaVA-NeXT":
+        tiny_families.save(tiny_models, folder, family)
+    elif family == "text":  # a window: no shared prompts, so `generate`
+        tiny_models.build_mistral_sliding(folder)
+    else:
+        tiny_models.build_llava(folder, template=tiny_models.CHATML)
+    model = LocalModel(ModelConfig(name=str(folder), bos=bos))
+    questions = read_questions(text_questions if family == "text" else picture_questions)[:3]
+    chat = ChatTokenizer(model.processor, model.stops, bos)
+    if not isinstance(model.generator, GenericGenerator):
+        for question in questions:
+            assert (
+                model.generator.prompt_ids(question).tolist()
+                == chat.prompt(question.messages, "x").ids.tolist()
+            )
+        return
+    for question in questions:
+        (inputs,) = [
+            model.generator._tokens([model.generator._with_images(question, question.messages)], question)
+        ]
+        sizes = [image_size(image) for image in question.images]
+        truth = chat.prompt(question.messages, "x", sizes).ids.tolist()
+        assert inputs["input_ids"][0].tolist() == truth
+        assert (truth[0] == chat.tokenizer.bos_token_id) == (bos == "tokenizer")
+
+
+def test_an_adapter_answers_with_the_bos_of_its_run(tmp_path: Path) -> None:
+    from fasttrain.answering.local import bos_of_run
+
+    final = tmp_path / "run" / "final"
+    final.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (final / name).touch()
+    assert bos_of_run(tmp_path / "run") == "template"
+    (tmp_path / "run" / "config.yaml").write_text("model: {name: m, bos: tokenizer}\n")
+    assert bos_of_run(tmp_path / "run") == bos_of_run(final) == "tokenizer"
+    (tmp_path / "run" / "config.yaml").write_text("model: {name: m}\n")
+    assert bos_of_run(tmp_path / "run") == "template"
+
+
 def test_a_sample_depends_on_the_seed_and_its_own_question_alone(
     tiny_text: Path, text_questions: Path
 ) -> None:

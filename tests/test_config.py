@@ -77,6 +77,7 @@ ADDED = {
     "data.eval_prompt_suffix",
     "data.eval_questions",
     "loss.router_aux_weight",
+    "model.bos",
     "model.trust_remote_code",
 }  # beyond the published keys
 

@@ -15,15 +15,17 @@ from fasttrain.answering.questions import Question, next_turn
 from fasttrain.data.images import open_image
 from fasttrain.data.pairs import IMAGE, Message
 from fasttrain.data.sources import BadRow
+from fasttrain.data.tokens import beginning
 
 
 class GenericGenerator:
     """Answers with whatever `generate` runs, one pass for prompt and images of every turn."""
 
-    def __init__(self, model: Any, processor: Any, stops: Sequence[int]) -> None:
+    def __init__(self, model: Any, processor: Any, stops: Sequence[int], bos: str = "template") -> None:
         self.model, self.processor, self.stops = model, processor, list(dict.fromkeys(stops))
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.takes_images = hasattr(processor, "image_processor")
+        self.bos = bos
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -55,9 +57,7 @@ class GenericGenerator:
         self, questions: list[Question], messages: list[tuple[Message, ...]], turn: int, decoding: Decoding
     ) -> list[Reply]:
         chats = [self._with_images(q, said) for q, said in zip(questions, messages)]
-        padded: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
-        options = {"processor_kwargs": padded} if self.takes_images else padded
-        inputs = self._render(chats, questions[0], tokenize=True, return_dict=True, **options)
+        inputs = self._tokens(chats, questions[0])
         moved = {
             key: value.to(self.model.device, self.model.dtype)
             if value.is_floating_point()
@@ -77,6 +77,19 @@ class GenericGenerator:
         )  # fmt: skip
         new_ST = output_ST[:, moved["input_ids"].shape[1] :].tolist()
         return [reply_of(tokens, set(self.stops), self.tokenizer) for tokens in new_ST]
+
+    def _tokens(self, chats: list[list[dict[str, Any]]], question: Question) -> Any:
+        """The chats' padded tokens and images, with the beginning-of-sequence token that training gave them."""
+        padded: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
+        if self.takes_images:
+            # of itself a processor adds the token unless the template wrote it
+            added = {} if self.bos == "tokenizer" else {"add_special_tokens": False}
+            options = {"processor_kwargs": padded | added}
+            return self._render(chats, question, tokenize=True, return_dict=True, **options)
+        texts = self._render(chats, question, tokenize=False)
+        bos = self.tokenizer.bos_token
+        adds = self.bos == "tokenizer" and bool(beginning(self.tokenizer)) and not texts[0].startswith(bos)
+        return self.tokenizer(texts, add_special_tokens=adds, **padded)
 
     def _with_images(self, question: Question, messages: tuple[Message, ...]) -> list[dict[str, Any]]:
         """Messages as the processor's chat template takes them, pictures in their places."""

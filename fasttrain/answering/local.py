@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from fasttrain.answering.batches import Budget, halving, plan_order, take_batches
 from fasttrain.answering.decoding import Decoding
@@ -67,7 +68,10 @@ class LocalModel:
         images = getattr(self.processor, "image_processor", None)
         settings = images.to_dict() if images is not None else None
         template = getattr(self.processor, "chat_template", None)
-        return identity_hash({**identity, "template": template, "images": str(settings), "stops": self.stops})
+        asked = {"template": template, "images": str(settings), "stops": self.stops}
+        if self.config.bos != "template":
+            asked["bos"] = self.config.bos
+        return identity_hash({**identity, **asked})
 
     @cached_property
     def generator(self) -> Generator | GenericGenerator:
@@ -80,7 +84,7 @@ class LocalModel:
             raise UserError(f"--model: wanted an embedding for all {tokens} tokens, got {rows} rows")
         if self.adapter is not None:
             model = load_adapter(model, self.adapter)
-        return make_generator(model, self.processor, self.stops)
+        return make_generator(model, self.processor, self.stops, self.config.bos)
 
     def images_of(self, questions: Sequence[Question]) -> list[tuple[str, ...]]:
         """Content hashes of each question's images."""
@@ -139,11 +143,13 @@ def batch_budget(model: Any, rows: int | None = None, tokens: int | None = None)
     return Budget(rows or _MOST_ROWS, tokens)
 
 
-def make_generator(model: Any, processor: Any, stops: Sequence[int]) -> Generator | GenericGenerator:
+def make_generator(
+    model: Any, processor: Any, stops: Sequence[int], bos: str = "template"
+) -> Generator | GenericGenerator:
     """The generator that shares image prompts where the model's layers and inputs allow it, else `generate`'s."""
-    chat = ChatTokenizer(processor, list(stops)) if shares_prompts(model) else None
+    chat = ChatTokenizer(processor, list(stops), bos) if shares_prompts(model) else None
     if chat is None or chat.sizes_matter:
-        return GenericGenerator(model, processor, stops)
+        return GenericGenerator(model, processor, stops, bos)
     positions = (
         model.config.get_text_config().max_position_embeddings if why_too_long(model, _ANY_LENGTH) else None
     )
@@ -174,6 +180,16 @@ def find_adapter(folder: Path) -> Path:
     raise UserError(
         f"--adapter: wanted a folder with adapter_config.json and adapter_model.safetensors, or a run's folder, got {folder}"
     )
+
+
+def bos_of_run(adapter: Path) -> str:
+    """How the run that made an adapter began its prompts; as its template says if the recipe is not beside it."""
+    recipe = find_adapter(adapter).resolve().parent / "config.yaml"
+    try:
+        found = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        return "tokenizer" if found["model"]["bos"] == "tokenizer" else "template"
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        return "template"
 
 
 def load_adapter(model: Any, folder: Path) -> Any:

@@ -22,6 +22,7 @@ _MODEL = (
     click.option("--revision", help="Hub revision of the model."),
     click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True, help="auto: bfloat16 on CUDA, float32 on CPU."),
     click.option("--quantize", type=click.Choice(["nf4"]), help="Quantise the model with bitsandbytes."),
+    click.option("--bos", type=click.Choice(["template", "tokenizer"]), help="As model.bos in a recipe. Default: as the adapter's run did, else template."),
     click.option("--model-id", help="What the answers are signed with. Default: the run's or the model's name."),
 )  # fmt: skip
 _DECODING = (
@@ -65,6 +66,7 @@ class AnswerOptions:
     revision: str | None
     dtype: Any
     quantize: Any
+    bos: Any
     model_id: str | None
     temperature: float
     top_p: float
@@ -93,13 +95,14 @@ class AnswerOptions:
         """The model or the server; UserError for a mistake in either."""
         if self.server is not None:
             return self._server()
-        from fasttrain.answering.local import LocalModel
+        from fasttrain.answering.local import LocalModel, bos_of_run
         from fasttrain.config import ModelConfig
 
-        config = ModelConfig(
-            name=self.model, revision=self.revision, dtype=self.dtype, quantize=self.quantize
-        )
         try:
+            bos = self.bos or (bos_of_run(self.adapter) if self.adapter is not None else "template")
+            config = ModelConfig(
+                name=self.model, revision=self.revision, dtype=self.dtype, quantize=self.quantize, bos=bos
+            )
             return LocalModel(config, self.adapter, rows=self.batch_size, tokens=self.tokens_per_batch)
         except UserError as error:
             raise UserError(str(error).replace("model.name:", "--model:", 1)) from None
@@ -108,7 +111,7 @@ class AnswerOptions:
         from fasttrain.answering.server import ServerModel
         from fasttrain_data.calls.dispatch import CallLimits
 
-        for name in ("adapter", "revision", "quantize", "batch_size", "tokens_per_batch"):
+        for name in ("adapter", "revision", "quantize", "bos", "batch_size", "tokens_per_batch"):
             if getattr(self, name) is not None:
                 raise UserError(
                     f"--{name.replace('_', '-')}: wanted with a model in this process, got it with --server"

@@ -47,7 +47,7 @@ def entry_key(
         "files": [[path, *contents(Path(path).expanduser(), memo)] for path in paths],
         "root": data.image_root and os.path.realpath(Path(data.image_root).expanduser()),
         "data": [data.max_length, data.overflow, data.on_bad_row],
-        "tokenizer": [fast.to_str(), str(getattr(chat.processor, "chat_template", None)), chat.end_tokens],
+        "tokenizer": [fast.to_str(), str(getattr(chat.processor, "chat_template", None)), chat.end_tokens, chat.bos],
         "images": [chat.fingerprint(), chat.image_token_id, _settings(chat.processor)],
         "more": more,
     }  # fmt: skip

@@ -19,6 +19,13 @@ from fasttrain.errors import UserError
 _PROBE = "probe of the template"
 
 
+def beginning(tokenizer: Any) -> list[int]:
+    """The beginning-of-sequence token, as ids, if the tokenizer puts it, and nothing else, in front of a text."""
+    with_it, without = (tokenizer(_PROBE, add_special_tokens=add)["input_ids"] for add in (True, False))
+    front = with_it[: with_it.index(without[0])] if without[0] in with_it else []
+    return list(front) if tokenizer.bos_token_id is not None and front == [tokenizer.bos_token_id] else []
+
+
 @dataclass(frozen=True)
 class EncodedPrompt:
     """text: as rendered, images as placeholders. runs: how many tokens stand in place of each image token of its ids."""
@@ -33,12 +40,15 @@ class ChatTokenizer:
     """Renders with the chat template and tokenizes without adding anything the template does not write.
 
     `processor` is a processor (vision model) or a tokenizer (text model). `end_tokens` are the texts of the tokens that end
-    an assistant turn.
+    an assistant turn. With bos="tokenizer" a prompt begins with what the tokenizer puts in front of a text, if it does and the
+    template does not.
     """
 
-    def __init__(self, processor: Any, end_token_ids: list[int]) -> None:
+    def __init__(self, processor: Any, end_token_ids: list[int], bos: str = "template") -> None:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.bos = bos
+        self.bos_ids = beginning(self.tokenizer)
         self.pixels = PixelMaker(processor) if hasattr(processor, "image_processor") else None
         self.image_token: str | None = getattr(processor, "image_token", None) if self.pixels else None
         self.end_tokens = [self.tokenizer.convert_ids_to_tokens(i) for i in end_token_ids]
@@ -76,9 +86,9 @@ class ChatTokenizer:
         text = self._render([self._message(message) for message in messages], generation=True, where=where)
         self._check_placeholders(text, messages, where)
         if self.placeholders is None:
-            return EncodedPrompt(text, self._ids(text), text)
+            return EncodedPrompt(text, self._ids(text, front=True), text)
         expanded, runs = self.placeholders.expand(text, sizes)
-        return EncodedPrompt(text, self._ids(expanded, runs), expanded, tuple(runs))
+        return EncodedPrompt(text, self._ids(expanded, runs, front=True), expanded, tuple(runs))
 
     def completion(
         self,
@@ -111,7 +121,7 @@ class ChatTokenizer:
                 f"{full[max(0, len(prompt.text) - 40) :][:80]!r} after {prompt.text[-40:]!r}",
             )  # fmt: skip
         text = self._end_turn(full[len(prompt.text) :], where, field)
-        ids = self._ids(prompt.expanded + text, prompt.runs)
+        ids = self._ids(prompt.expanded + text, prompt.runs, front=True)
         if len(ids) > len(prompt.ids) and np.array_equal(ids[: len(prompt.ids)], prompt.ids):
             return ids[len(prompt.ids) :]
         self.split_boundary += 1
@@ -189,9 +199,24 @@ class ChatTokenizer:
                     f"{found}: the text itself holds {token}, or the template renders no images",
                 )  # fmt: skip
 
-    def _ids(self, text: str, runs: Sequence[int] = ()) -> np.ndarray:
-        """Token ids, every image token repeated as often as `runs` says."""
+    def leaves_out_bos(self) -> bool:
+        """Whether the tokenizer would begin a prompt with a token that the template does not write and that is left out."""
+        text = self._render(
+            [self._message(("user", (("text", _PROBE),)))], generation=True, where="model.name"
+        )
+        return bool(self.bos_ids) and self.bos == "template" and not text.startswith(self.tokenizer.bos_token)
+
+    def _ids(self, text: str, runs: Sequence[int] = (), front: bool = False) -> np.ndarray:
+        """Token ids, every image token repeated as often as `runs` says; `front`: the text is that of a whole prompt."""
         ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        if (
+            front
+            and self.bos == "tokenizer"
+            and self.bos_ids
+            and not text.startswith(self.tokenizer.bos_token)
+        ):
+            # as ids: behind the token's text, the first word would lose the space that some tokenizers put before it
+            ids = np.concatenate([np.asarray(self.bos_ids, np.int32), ids])
         if not runs:
             return ids
         times = np.ones(len(ids), np.int64)

@@ -150,7 +150,7 @@ def _read_pairs(config: DPOConfig, folder: Path, vision: bool, source: str) -> H
     from fasttrain.progress import ticker
 
     processor = load_processor(folder, config.model, vision)
-    chat = ChatTokenizer(processor, stop_token_ids(processor, folder))
+    chat = ChatTokenizer(processor, stop_token_ids(processor, folder), config.model.bos)
     memo = HashMemo(cache_root() / "hashes.sqlite")
     try:
         data = config.data

@@ -134,7 +134,7 @@ def _build_job(config: DPOConfig, objective: Objective) -> Job:
             f"{model_config.model_type!r}"
         )
     processor = load_processor(folder, config.model, takes_images(model_config))
-    chat = ChatTokenizer(processor, stop_token_ids(processor, folder))
+    chat = ChatTokenizer(processor, stop_token_ids(processor, folder), config.model.bos)
     memo = HashMemo(cache_root() / "hashes.sqlite")
     pair_files, folders = split_eval(config.data.eval)
     if folders and ranks().size > 1:
@@ -236,6 +236,12 @@ def _finish(
     preparing: tuple[Preparation, Preparation | None], chat: ChatTokenizer
 ) -> tuple[PreparedData, PreparedData | None]:
     train, evaluation = preparing
+    if chat.pixels is not None and chat.leaves_out_bos():
+        bos = chat.tokenizer.bos_token
+        say(
+            f"note: the chat template writes no {bos}, and prompts begin without it, as in TRL and vLLM; transformers' processors put "
+            f"it in front of a chat, as model.bos: tokenizer does here"
+        )
     with _notes(chat):
         return train.finish(), evaluation.finish() if evaluation else None
 

@@ -140,7 +140,11 @@ class Trainer:
         self._stop = self._told_split = False
         self._inputs: dict[str, str] = {}
         self._watcher = Watcher(
-            job.policy, job.processor, stop_token_ids(job.processor, job.model_folder), job.watches
+            job.policy,
+            job.processor,
+            stop_token_ids(job.processor, job.model_folder),
+            job.watches,
+            self.config.model.bos,
         )
 
     def run(self) -> RunResult:

@@ -205,13 +205,14 @@ def _usage(job: Job) -> str:
         load = [f'model = PeftModel.from_pretrained({auto}.from_pretrained("{name}"), "final")']
     else:
         load = [f'model = {auto}.from_pretrained("final")']
+    added = "" if job.config.model.bos == "tokenizer" else ", add_special_tokens=False"
     if vision:
         head.insert(0, "from PIL import Image")
         ask = [
             f'processor = {tool}.from_pretrained("final")',
             'content = [{"type": "image"}, {"type": "text", "text": "What does the picture show?"}]',
             'prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)',
-            'inputs = processor(images=Image.open("picture.jpg"), text=prompt, add_special_tokens=False, return_tensors="pt")',
+            f'inputs = processor(images=Image.open("picture.jpg"), text=prompt{added}, return_tensors="pt")',
             "answer = model.generate(**inputs, max_new_tokens=200, do_sample=False)",
             'print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         ]

@@ -94,8 +94,15 @@ def open_watches(folders: Sequence[Path], data: DataConfig, memo: HashMemo) -> l
 class Watcher:
     """Asks the policy the questions of all watches."""
 
-    def __init__(self, policy: Policy, processor: Any, stops: Sequence[int], watches: list[Watch]) -> None:
-        self.policy, self.watches = policy, watches
+    def __init__(
+        self,
+        policy: Policy,
+        processor: Any,
+        stops: Sequence[int],
+        watches: list[Watch],
+        bos: str = "template",
+    ) -> None:
+        self.policy, self.watches, self._bos = policy, watches, bos
         self._processor, self._stops = processor, stops
         self._generator: Any = None
 
@@ -136,7 +143,7 @@ class Watcher:
         tokens = min(watch.benchmark.max_new_tokens, MOST_NEW_TOKENS)
         with _as_generator(self.policy), Progress(watch.benchmark.name, len(asked), "questions") as progress:
             if self._generator is None:
-                self._generator = make_generator(self.policy.model, self._processor, self._stops)
+                self._generator = make_generator(self.policy.model, self._processor, self._stops, self._bos)
 
             def done(question: Question, replies: list[Reply] | Failed) -> None:
                 if stopped():

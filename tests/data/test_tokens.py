@@ -228,6 +228,78 @@ def test_no_bos_is_added_beyond_the_template(text_chat: Any, vision_chat: Any) -
     assert bos not in text_chat().prompt(QUESTION, "x").ids
 
 
+@pytest.fixture
+def llama_like(tiny_models: ModuleType) -> Callable[[str], Any]:
+    """A LLaVA processor with what Llama's tokenizer does: <s> in front of a text, and a space before its first word."""
+
+    def build(template: str) -> Any:
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+        from transformers import LlavaProcessor, PreTrainedTokenizerFast
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        made = Tokenizer(models.BPE(unk_token="<unk>"))
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+        words = ["USER: what is it ? ASSISTANT: a bar be brief and this " * 3] * 20
+        made.train_from_iterator(
+            words, trainers.BpeTrainer(vocab_size=120, special_tokens=special, show_progress=False)
+        )
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+            additional_special_tokens=["<image>"],
+        )  # fmt: skip
+        pixels = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+        return LlavaProcessor(
+            image_processor=pixels, tokenizer=tokenizer, patch_size=7, vision_feature_select_strategy="default",
+            num_additional_image_tokens=1, chat_template=template,
+        )  # fmt: skip
+
+    return build
+
+
+@pytest.mark.parametrize("template", ["LLAVA_HF", "VICUNA"])
+@pytest.mark.parametrize("messages", [QUESTION, (user(IMAGE, "what is it?"),), CONVERSATION])
+def test_bos_of_the_tokenizer_gives_the_ids_of_transformers_own_chat_path(
+    template: str, messages: tuple[Message, ...], llama_like: Callable[[str], Any], tiny_models: ModuleType
+) -> None:
+    from PIL import Image
+
+    processor = llama_like(globals().get(template) or getattr(tiny_models, template))
+    chat = ChatTokenizer(processor, [2], bos="tokenizer")
+    prompt = chat.prompt(messages, "x")
+    spoken = [
+        {
+            "role": role,
+            "content": [
+                {"type": "image", "image": Image.new("RGB", (30, 30))} if part == IMAGE else {"type": "text", "text": part[1]}
+                for part in parts
+            ],
+        }
+        for role, parts in messages
+    ]  # fmt: skip
+    truth = processor.apply_chat_template(spoken, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert prompt.ids.tolist() == list(truth["input_ids"][0])
+    assert prompt.ids[0] == 1 and prompt.ids.tolist().count(1) == 1
+    # the answer goes on from there, as it does without
+    answer = chat.completion(messages, prompt, "a bar", "x")
+    plain = ChatTokenizer(processor, [2])
+    assert answer.tolist() == plain.completion(messages, plain.prompt(messages, "x"), "a bar", "x").tolist()
+
+
+def test_what_the_template_leaves_out_is_told(
+    llama_like: Callable[[str], Any], tiny_models: ModuleType
+) -> None:
+    silent, writes = llama_like(LLAVA_HF), llama_like(tiny_models.VICUNA)
+    chat = ChatTokenizer(silent, [2])
+    assert chat.leaves_out_bos() and 1 not in chat.prompt(QUESTION, "x").ids
+    assert not ChatTokenizer(silent, [2], bos="tokenizer").leaves_out_bos()
+    assert not ChatTokenizer(writes, [2]).leaves_out_bos()
+    silent.tokenizer._tokenizer.post_processor = None  # a tokenizer that puts nothing in front
+    assert not ChatTokenizer(silent, [2]).leaves_out_bos()
+    assert 1 not in ChatTokenizer(silent, [2], bos="tokenizer").prompt(QUESTION, "x").ids
+
+
 def test_prompt_and_completion_are_one_rendering_tokenized_together(
     vision_chat: Any, tiny_models: ModuleType
 ) -> None:
