@@ -99,7 +99,7 @@ class AnswerOptions:
         from fasttrain.config import ModelConfig
 
         try:
-            bos = self.bos or (bos_of_run(self.adapter) if self.adapter is not None else "template")
+            bos: Any = self.bos or (bos_of_run(self.adapter) if self.adapter is not None else "template")
             config = ModelConfig(
                 name=self.model, revision=self.revision, dtype=self.dtype, quantize=self.quantize, bos=bos
             )

@@ -22,8 +22,9 @@ _PROBE = "probe of the template"
 def beginning(tokenizer: Any) -> list[int]:
     """The beginning-of-sequence token, as ids, if the tokenizer puts it, and nothing else, in front of a text."""
     with_it, without = (tokenizer(_PROBE, add_special_tokens=add)["input_ids"] for add in (True, False))
-    front = with_it[: with_it.index(without[0])] if without[0] in with_it else []
-    return list(front) if tokenizer.bos_token_id is not None and front == [tokenizer.bos_token_id] else []
+    bos = tokenizer.bos_token_id
+    begins = bos is not None and list(with_it[: 1 + len(without)]) == [bos, *without]
+    return [bos] if begins else []
 
 
 @dataclass(frozen=True)
