@@ -248,6 +248,89 @@ def aya_vision(tiny_models: ModuleType) -> Parts:
     return config, processor
 
 
+def paligemma(tiny_models: ModuleType) -> Parts:
+    """PaliGemma: all tokens of a prompt see each other both ways, an answer's only what came before."""
+    import transformers
+
+    tokenizer = tokenizer_with(tiny_models, image_token="<image>")
+    template = tokenizer.chat_template
+    pixels = pil("siglip", "SiglipImageProcessorPil", size={"height": 28, "width": 28})
+    pixels.image_seq_length = 16
+    processor = transformers.PaliGemmaProcessor(
+        image_processor=pixels, tokenizer=tokenizer, chat_template=template
+    )
+    text = tiny_models.language_config(tokenizer, head_dim=16)
+    config = transformers.PaliGemmaConfig(
+        text_config=transformers.GemmaConfig(**text), vision_config={**VISION, "vision_use_head": False},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), projection_dim=64, hidden_size=64,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    config.vision_config.projection_dim = 64
+    return config, processor
+
+
+def pixtral(kind: str) -> Callable[[ModuleType], Parts]:
+    """Pixtral and Mistral 3: patches of images of any size, a token at the end of every row."""
+
+    def build(tiny_models: ModuleType) -> Parts:
+        import transformers
+
+        from fasttrain.model.no_videos import pixtral_processor
+
+        tokenizer = tokenizer_with(tiny_models, "[IMG]", "[IMG_BREAK]", "[IMG_END]", image="[IMG]")
+        vision = transformers.PixtralVisionConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=7,
+        )  # fmt: skip
+        text = transformers.MistralConfig(**tiny_models.language_config(tokenizer))
+        image_id = tokenizer.convert_tokens_to_ids("[IMG]")
+        merge = 2 if kind == "Mistral3" else 1
+        more = {"spatial_merge_size": 2} if merge == 2 else {"vision_feature_select_strategy": "full"}
+        config = getattr(transformers, f"{kind}Config")(
+            text_config=text, vision_config=vision, image_token_index=image_id, vision_feature_layer=-1,
+            tie_word_embeddings=False, **more,
+        )  # fmt: skip
+        size = {"longest_edge": 56}
+        pixels = pil("pixtral", "PixtralImageProcessorPil", size=size, patch_size={"height": 7, "width": 7})
+        processor = pixtral_processor()(
+            image_processor=pixels, tokenizer=tokenizer, patch_size=7, spatial_merge_size=merge,
+            chat_template=tokenizer.chat_template,
+        )  # fmt: skip
+        return config, processor
+
+    build.__doc__ = pixtral.__doc__
+    return build
+
+
+def glm4v(tiny_models: ModuleType) -> Parts:
+    """GLM-4.1V: patches of any number, positions on three axes, norms after each layer's parts as well."""
+    import transformers
+
+    marks = ("<|video|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
+    image = "<|begin_of_image|><|image|><|end_of_image|>"
+    tokenizer = tokenizer_with(tiny_models, "<|image|>", *marks, image=image)
+    id_of = tokenizer.convert_tokens_to_ids
+    text = tiny_models.language_config(
+        tokenizer, rope_parameters=rope(mrope_section=[2, 1, 1], partial_rotary_factor=0.5)
+    )
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 7, "image_size": 56,
+        "out_hidden_size": 64,
+    }  # fmt: skip
+    config = transformers.Glm4vConfig(
+        text_config=text, vision_config=vision, image_token_id=id_of("<|image|>"), video_token_id=id_of("<|video|>"),
+        image_start_token_id=id_of("<|begin_of_image|>"), image_end_token_id=id_of("<|end_of_image|>"),
+        video_start_token_id=id_of("<|begin_of_video|>"), video_end_token_id=id_of("<|end_of_video|>"),
+    )  # fmt: skip
+    pixels = pil(
+        "glm4v", "Glm4vImageProcessorPil", patch_size=7, merge_size=2,
+        size={"shortest_edge": 28 * 28 * 2, "longest_edge": 56 * 56 * 2},
+    )  # fmt: skip
+    processor = image_only(
+        "glm4v", image_processor=pixels, tokenizer=tokenizer, chat_template=tokenizer.chat_template
+    )
+    return config, processor
+
+
 def mllama(tiny_models: ModuleType) -> Parts:
     """Llama 3.2 Vision: the decoder's cross-attention layers look at the tiles; one token stands for an image."""
     import transformers
@@ -290,15 +373,39 @@ FAMILIES: dict[str, Callable[[ModuleType], Parts]] = {
         },
         head_dim=16,
     ),
+    "Qwen3-VL-MoE": qwen_vl(
+        "qwen3_vl_moe", "Qwen3VLMoe",
+        {
+            "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 7, "out_hidden_size": 64,
+            "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
+        },
+        head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48,
+    ),
+    "Qwen3.5": qwen_vl(
+        "qwen3_5", "Qwen3_5",
+        {
+            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 7, "out_hidden_size": 64,
+            "num_position_embeddings": 64,
+        },
+        head_dim=16, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=2,
+        linear_key_head_dim=16, linear_value_head_dim=16,
+    ),
+    "GLM-4.1V": glm4v,
     "LLaVA-NeXT": llava_next,
     "LLaVA-OneVision": llava_onevision,
     "Idefics3": idefics3("idefics3", "Idefics3", "idefics3"),
     "SmolVLM": idefics3("smolvlm", "SmolVLM", "smolvlm"),
     "InternVL": internvl,
     "Gemma 3": gemma3,
+    "PaliGemma": paligemma,
+    "Pixtral": pixtral("Llava"),
+    "Mistral 3": pixtral("Mistral3"),
     "Aya Vision": aya_vision,
     "Mllama": mllama,
 }  # fmt: skip
 
 # Why families that do not share prompts do not.
-UNSHARED = {"Mllama": "it sees images through cross-attention layers"}
+UNSHARED = {
+    "Mllama": "it sees images through cross-attention layers",
+    "Qwen3.5": "it has layers of type linear_attention",
+}

@@ -255,7 +255,8 @@ class _Builder:
         if self.family is None:
             return dict(images or {})
         ids = np.concatenate([self.prompts[number], self.targets[number]])
-        return {**(images or {}), **self.family.sequence(ids, images)}
+        prompt = len(self.prompts[number])
+        return {**(images or {}), **self.family.sequence(ids, images, prompt)}
 
 
 def whole(batches: Iterable[PackBatch], data: PreparedData) -> Generator[PackBatch]:

@@ -131,7 +131,14 @@ def image_size(ref: ImageRef) -> tuple[int, int]:
 
 
 # What processors return for the text, not for the images.
-_OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+_OF_TEXT = (
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "cross_attention_mask",
+    "labels",
+)
 
 
 class PixelMaker:
@@ -152,7 +159,13 @@ class PixelMaker:
         """`pixel_values` and its companions (sizes, grids, masks); ValueError if an image is broken."""
         images = [open_image(content) for content in contents]
         text = " ".join([self.processor.image_token] * len(images))
-        inputs = self.processor(images=[images], text=[text], add_special_tokens=False, return_tensors="pt")
+        with (
+            warnings.catch_warnings()
+        ):  # some processors make numpy arrays of tensors in a way that numpy deprecates
+            warnings.simplefilter("ignore", DeprecationWarning)
+            inputs = self.processor(
+                images=[images], text=[text], add_special_tokens=False, return_tensors="pt"
+            )
         return {name: value for name, value in inputs.items() if name not in _OF_TEXT}
 
 

@@ -74,9 +74,11 @@ class FamilyInputs:
         edges = np.flatnonzero(np.diff(inside))
         return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
 
-    def sequence(self, ids: np.ndarray, images: ImageInputs | None) -> ImageInputs:
-        """What the processor would return besides ids, mask and images for one ordinary sequence."""
+    def sequence(self, ids: np.ndarray, images: ImageInputs | None, prompt: int) -> ImageInputs:
+        """What the processor would return besides ids, mask and images for one ordinary sequence whose prompt is so long."""
         inputs = self.token_types(ids)
+        if self._both_ways == "prompt":  # its tokens are of type 0, and see each other
+            inputs["token_type_ids"] = (torch.arange(len(ids)) >= prompt).long()[None]
         if images and "cross_attention_mask" in self._accepts:
             inputs["cross_attention_mask"] = self._cross_attention_mask(ids, images)
         return inputs

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from fasttrain.config import ModelConfig
 from fasttrain.errors import UserError
-from fasttrain.model.no_videos import without_videos
+from fasttrain.model.no_videos import PIXTRAL, pixtral_processor, processor_name, without_videos
 
 WEIGHTS = ("*.safetensors",)
 
@@ -102,6 +102,7 @@ def takes_images(model_config: Any) -> bool:
 def load_processor(folder: Path, config: ModelConfig, has_images: bool) -> Any:
     """The processor of a vision model (PIL image processing), or the tokenizer of a text model."""
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+    from transformers.utils import is_torchvision_available
 
     loader: Any = AutoTokenizer
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
@@ -110,6 +111,8 @@ def load_processor(folder: Path, config: ModelConfig, has_images: bool) -> Any:
             if has_images:
                 kind = AutoConfig.from_pretrained(folder, **options).model_type
                 loader, options["backend"] = without_videos(kind) or AutoProcessor, "pil"
+                if processor_name(folder) == PIXTRAL and not is_torchvision_available():
+                    loader = pixtral_processor()
             processor = loader.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
         kind = "processor" if has_images else "tokenizer"

@@ -1,16 +1,21 @@
-"""Processors of families that also take videos, on machines without torchvision: the same processor, for images only.
+"""Processors on machines without torchvision that transformers refuses there, though their image processing needs only PIL.
 
-transformers makes video processors with torchvision alone and refuses the whole processor where it is missing, also to
-those who have no videos. Image processing needs only PIL.
+Video processors are made with torchvision alone, and the whole processor is refused where it is missing, also to those who
+have no videos: the same processor is made for images only. Pixtral's imports torchvision for a function that its PIL image
+processing has too.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+PIXTRAL = "PixtralProcessor"
 
 
 def without_videos(model_type: str) -> Any | None:
@@ -20,12 +25,14 @@ def without_videos(model_type: str) -> Any | None:
     from transformers.utils import is_torchvision_available
 
     name = PROCESSOR_MAPPING_NAMES.get(model_type)
-    if name is None or is_torchvision_available():
+    if name in (None, PIXTRAL) or is_torchvision_available():
         return None
     found: Any = getattr(transformers, name)
-    kept = [attribute for attribute in found.get_attributes() if attribute != "video_processor"]
-    if len(kept) == len(found.get_attributes()):
+    attributes = found.get_attributes()
+    if "video_processor" not in attributes:
         return None
+    place = attributes.index("video_processor")
+    kept = [attribute for attribute in attributes if attribute != "video_processor"]
 
     class Images(found):  # type: ignore[misc]
         # what templates and settings ask a video processor for
@@ -37,13 +44,35 @@ def without_videos(model_type: str) -> Any | None:
 
         @classmethod
         def _get_arguments_from_pretrained(cls, *names: Any, **options: Any) -> list[Any]:
-            return [
-                *super()._get_arguments_from_pretrained(*names, **options),
-                None,
-            ]  # the third is the videos'
+            made = super()._get_arguments_from_pretrained(*names, **options)
+            return [*made[:place], None, *made[place:]]
 
     Images.__name__ = Images.__qualname__ = name
     return Images
+
+
+def pixtral_processor() -> Any:
+    """PixtralProcessor, of Pixtral and Mistral 3, with what it imports from the torchvision module taken from the PIL one."""
+    package = "transformers.models.pixtral"
+    same = importlib.import_module(f"{package}.image_processing_pil_pixtral")
+    torchvision = f"{package}.image_processing_pixtral"
+    sys.modules[torchvision] = same
+    try:
+        return importlib.import_module(f"{package}.processing_pixtral").PixtralProcessor
+    finally:
+        del sys.modules[torchvision]
+
+
+def processor_name(folder: Path) -> str | None:
+    """The class that a model's files name for its processor, if they do."""
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        try:
+            name = json.loads((folder / file).read_text(encoding="utf-8")).get("processor_class")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if name is not None:
+            return str(name)
+    return None
 
 
 def save_processor(processor: Any, source: Path, folder: Path) -> None:
