@@ -11,7 +11,6 @@ with templates that write nothing after it: `CHATML_NEWLINE_FIRST` and `VICUNA`.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -192,24 +191,40 @@ def test_llava_steps_equal_trl(
     assert_same_steps(ours, theirs, 10)
 
 
-@pytest.mark.parametrize("family", ["Qwen2.5-VL", "LLaVA-NeXT"])
+# Qwen3.5 cannot share prompts: its runs of single sequences are compared here.
+@pytest.mark.parametrize(
+    "family",
+    [
+        "Qwen2.5-VL",
+        "LLaVA-NeXT",
+        "LLaVA-OneVision",
+        "Idefics3",
+        "InternVL",
+        "Gemma 3",
+        "Mistral 3",
+        "Qwen3.5",
+    ],
+)
 def test_other_vision_families_steps_equal_trl(
-    family: str, vision_pairs: Callable[..., Path], tiny_models: ModuleType, tmp_path: Path,
+    family: str, vision_pairs: Callable[..., Path], tiny_models: ModuleType, tiny_families: ModuleType, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    path = Path(__file__).parent / "tiny_families.py"
-    spec = importlib.util.spec_from_file_location("tiny_families", path)
-    assert spec is not None and spec.loader is not None
-    tiny_families = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny_families)
+    """Prompts of one to three images, in later turns too, some after a system's turn."""
     # nothing behind the end-of-turn token, which TRL would score
     monkeypatch.setattr(tiny_models, "CHATML", tiny_models.CHATML_NEWLINE_FIRST)
     model = tiny_families.save(tiny_models, tmp_path / "model", family)
     adapter = tiny_models.build_adapter(model, tmp_path / "adapter", b_std=0.05)
-    pairs = vision_pairs(tmp_path / "data", 12, per_prompt=PER_PROMPT, images=(1,))
-    theirs = trl_steps(model, adapter, pairs, tmp_path / "trl", 3)
-    ours = fasttrain_steps(model, adapter, pairs, tmp_path / "ours", 3, train={"tokens_per_pack": 300})
-    assert_same_steps(ours, theirs, 3)
+    pairs = vision_pairs(
+        tmp_path / "data", 8, per_prompt=PER_PROMPT[:4], images=(1, 2, 3, 1), turns=(1, 2, 2, 1)
+    )
+    rows = tiny_models.read_rows(pairs)
+    system = {"role": "system", "content": [{"type": "text", "text": "answer the question"}]}
+    for row in rows[1:4]:
+        row["prompt"].insert(0, system)
+    tiny_models.write_rows(pairs, rows)
+    theirs = trl_steps(model, adapter, pairs, tmp_path / "trl", 2)
+    ours = fasttrain_steps(model, adapter, pairs, tmp_path / "ours", 2, train={"tokens_per_pack": 300})
+    assert_same_steps(ours, theirs, 2)
 
 
 @pytest.mark.parametrize(("kind", "label_smoothing"), [("hinge", 0.0), ("ipo", 0.0), ("robust", 0.1)])

@@ -200,7 +200,8 @@ def build_adapter(base: Path, folder: Path, *, seed: int = 4, rank: int = 4, b_s
     has_images = hasattr(AutoConfig.from_pretrained(base), "vision_config")
     auto = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
     names = "[qkvo]_proj|gate_proj|up_proj|down_proj"
-    targets = rf".*language_model.*\.({names})" if has_images else rf".*\.({names})"
+    # Idefics3 calls its decoder text_model, as it calls nothing else
+    targets = rf".*(language_model|model\.text_model).*\.({names})" if has_images else rf".*\.({names})"
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(auto.from_pretrained(base, dtype=torch.float32), config)
     generator = torch.Generator().manual_seed(seed)

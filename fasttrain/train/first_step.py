@@ -36,16 +36,18 @@ def tolerance(job: Job, lengths_S: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_sharing(job: Job) -> None:
-    """For decoders the tests do not cover: one group, shared against ordinary sequences; fall back when they differ."""
+    """For decoders the tests do not cover: two groups in one pack against ordinary sequences; fall back when they differ.
+
+    The group of the longest prompt is one of them: some layers look back only so far, or scale positions from some length on.
+    """
     policy = job.policy
     kinds = {policy.model.config.model_type, policy.model.config.get_text_config().model_type}
     if not policy.shared or kinds <= VERIFIED:
         return
-    number = _telling_group(job)
-    piece = Piece(number, tuple(range(len(job.train.lengths(number)) - 1)))
+    pieces = _telling_pieces(job)
     try:
-        shared, lengths_S = _sums_of(job, piece, shared=True)
-        ordinary, _ = _sums_of(job, piece, shared=False)
+        shared, lengths_S = _sums_of(job, pieces, shared=True)
+        ordinary, _ = _sums_of(job, pieces, shared=False)
     except CannotShare as error:
         policy.set_shared(False)
         say(f"warning: {error}, which cannot share prefixes; every completion runs as its own sequence")
@@ -75,6 +77,19 @@ def check_routing(weight: float, policy: Policy) -> None:
         )
 
 
+def _telling_pieces(job: Job) -> tuple[Piece, ...]:
+    """The telling group whole, and one pair of the group with the longest sequence, if that is another."""
+    telling = _telling_group(job)
+    paired = [n for n in range(len(job.train)) if job.train.pair_count(n)]
+    longest = max(paired, key=lambda n: int(job.train.lengths(n)[0] + job.train.lengths(n)[1:].max()))
+    pieces = [Piece(telling, tuple(range(len(job.train.lengths(telling)) - 1)))]
+    if longest != telling:
+        pieces.append(
+            Piece(longest, tuple(int(c) for c in dict.fromkeys(job.train.pairs(longest)[0].tolist())))
+        )
+    return tuple(pieces)
+
+
 def _telling_group(job: Job) -> int:
     """The smallest group with a pair, of some of many; one with images if any has some, and one that reaches beyond the layers' window."""
     window = getattr(job.policy.model.config.get_text_config(), "sliding_window", None) or 0
@@ -87,11 +102,11 @@ def _telling_group(job: Job) -> int:
     return min(job.train.some_groups(), key=order)
 
 
-def _sums_of(job: Job, piece: Piece, shared: bool) -> tuple[Tensor, Tensor]:
-    """Log-probs (S,) and lengths (S,) of one group's completions; leaves the policy in that mode."""
+def _sums_of(job: Job, pieces: tuple[Piece, ...], shared: bool) -> tuple[Tensor, Tensor]:
+    """Log-probs (S,) and lengths (S,) of the groups' completions; leaves the policy in that mode."""
     job.policy.set_shared(shared)
     maker = job.maker(job.train, with_reference=False)
-    (batch,) = whole(load_packs(maker, [Pack((piece,), shared)], 0, False), job.train)
+    (batch,) = whole(load_packs(maker, [Pack(pieces, shared)], 0, False), job.train)
     batch = batch.to(job.device)
     return sequence_sums(job.policy(batch).logprob, batch.lengths_S), batch.lengths_S
 

@@ -65,6 +65,64 @@ def test_sharing_prompts_with_images_gives_the_losses_of_ordinary_sequences(
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", tiny_families.FAMILIES)
+def test_every_family_has_a_projector_that_train_projector_finds(name: str, tiny_models: ModuleType) -> None:
+    import torch
+    import transformers
+
+    from fasttrain.config import LoraConfig
+    from fasttrain.model.head import install_head
+    from fasttrain.model.lora import attach_lora, choose_trainable, in_projector
+
+    config, _ = tiny_families.FAMILIES[name](tiny_models)
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    install_head(model)
+    adapted = attach_lora(model, LoraConfig(rank=2, alpha=4, targets=["q_proj"]), train_projector=True)
+    choose_trainable(model, adapted, train_projector=True)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
+    assert trained and all(in_projector(n) for n in trained)
+    towers = ("vision_tower", "vision_model.encoder", "visual.blocks", "language_model", "text_model")
+    assert not any(tower in n for n in trained for tower in towers)
+
+
+@pytest.mark.parametrize(
+    "name", ["Idefics3", "Qwen3-VL", "Gemma 3"]
+)  # connector; merger and deepstack's; LLaVA's name
+def test_a_projector_trains_the_same_through_shared_prompts(
+    name: str, build: Callable[[str], Path], vision_pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, pairs = build(name), vision_pairs(tmp_path / "data", 6, images=(1, 2, 0))
+    settings = ["model.train_projector=true", "train.projector_learning_rate=0.01"]
+    shared = train(model, pairs, tmp_path, *settings)
+    frozen = train(model, pairs, tmp_path)
+    ordinary = train(model, pairs, tmp_path, *settings, "train.share_prefix=false")
+    assert shared[0]["grad_norm"] > frozen[0]["grad_norm"] * 1.0001
+    assert shared[1]["loss"] != pytest.approx(frozen[1]["loss"], rel=1e-5)
+    for a, b in zip(shared, ordinary):
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft tells what it does with parameters
+def test_experts_named_in_lora_targets_train_the_same_through_shared_prompts(
+    build: Callable[[str], Path], vision_pairs: Callable[..., Path], tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model, pairs = build("Qwen3-VL-MoE"), vision_pairs(tmp_path / "data", 6, images=(1, 2, 0))
+    plain = train(model, pairs, tmp_path)
+    assert "the fused weights of the experts" in capfd.readouterr().err
+    targets = "lora.targets=[q_proj, experts.gate_up_proj, experts.down_proj]"
+    shared = train(model, pairs, tmp_path, targets)
+    assert "the fused weights" not in capfd.readouterr().err
+    ordinary = train(model, pairs, tmp_path, targets, "train.share_prefix=false")
+    assert shared[0]["aux_loss"] == pytest.approx(plain[0]["aux_loss"], rel=1e-5)
+    assert shared[0]["grad_norm"] != pytest.approx(plain[0]["grad_norm"], rel=1e-2)
+    for a, b in zip(shared, ordinary):
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
 def test_a_processor_that_needs_torchvision_is_one_line(tmp_path: Path) -> None:
     import json
 
@@ -76,9 +134,11 @@ def test_a_processor_that_needs_torchvision_is_one_line(tmp_path: Path) -> None:
 
     if is_torchvision_available():
         pytest.skip("torchvision is installed")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral3"}))
-    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "PixtralProcessor"}))
-    with pytest.raises(
-        UserError, match=r"model\.name: cannot load a processor .*: PixtralProcessor requires the Torchvision"
-    ):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "cohere2_vision"}))
+    about = {
+        "processor_class": "Cohere2VisionProcessor",
+        "image_processor": {"image_processor_type": "Cohere2VisionImageProcessor"},
+    }
+    (tmp_path / "processor_config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"model\.name: cannot load a processor .*: .*[Tt]orchvision"):
         load_processor(tmp_path, ModelConfig(name=str(tmp_path)), True)
