@@ -15,8 +15,10 @@ Made from the tests by `python tests/models_page.py`; a test checks that it is c
 a prompt with all its answers. A family that cannot share says so in one line and runs every answer as an ordinary sequence.
 Last made with transformers {version}.
 
-Any other causal language model, and any other vision-language model that `AutoModelForImageTextToText` knows, is checked on its
-first step, shared against ordinary log-probs of one group, before sharing is trusted.
+Any other causal language model, and any other vision-language model that `AutoModelForImageTextToText` knows, is checked before
+its first step: two groups in one pass, one of them that of the longest prompt, against ordinary sequences. Where the log-probs differ
+by more than rounding, a warning says so and every completion runs as its own sequence. Models whose tokens see what follows them, or
+whose logits are no linear function of the last hidden states (with a scale or a softcap), are refused by name.
 """
 
 NOTES = """## Fine print
@@ -25,15 +27,22 @@ NOTES = """## Fine print
   images of these sizes, once for each different list of sizes. Images are never cut.
 * **torchvision is not needed.** Images go through transformers' PIL image processors. Processors that also take videos (Qwen-VL,
   LLaVA-OneVision, SmolVLM, InternVL) need torchvision for the videos alone and are loaded without them where it is missing; what a
-  run saves in `final/` names them again. `PixtralProcessor` (Pixtral, Mistral 3) cannot be loaded without torchvision: one line says so.
-  SmolVLM's processor needs `num2words`.
+  run saves in `final/` names them again. Pixtral's processor, of Mistral 3 too, imports torchvision for one function and gets it from
+  its PIL twin. Families without a PIL image processor (Llama 4, Cohere 2 Vision, LFM2-VL, Molmo 2, Kimi) need torchvision: one line says
+  so. SmolVLM's processor needs `num2words`.
 * **Positions.** Where a family has positions on several axes (Qwen-VL), those of a prompt come from the model's own `get_rope_index`;
   every answer goes on behind the prompt's last position on every axis.
 * **lora.targets: auto** is every linear layer of the language model except the head, none of the vision parts. Mixtures of experts
   keep their experts in one fused parameter per layer, which is no linear layer: `auto` leaves it alone and says so; name
   `experts.gate_up_proj` and `experts.down_proj` in a list to adapt it (peft's `target_parameters`; needs `lora.dropout: 0`).
   Mamba's `out_proj` and linears that peft takes for old names of fused experts (a shared expert's `gate_proj`) are left out too.
-* **train_projector** knows `multi_modal_projector`, `connector` and `visual.merger`, and refuses a model that has none of them.
+* **train_projector** knows `multi_modal_projector`, `connector` and `visual.merger` with `visual.deepstack_merger_list`: those of every
+  family above, asked of each in the tests. It refuses a model that has none of them.
+* **Logits** are the model's own in transformers. Aya Vision's class applies no `logit_scale`, though its text configuration has one:
+  TRL 1.16 applies it, so its figures differ there. Beside TRL's `DPOTrainer`, step by step, stand Llama, LLaVA-1.5, Qwen2.5-VL,
+  LLaVA-NeXT, LLaVA-OneVision, Idefics3, InternVL, Gemma 3, Mistral 3, a Mixtral with its router's loss, and, unshared, Qwen3.5;
+  TRL cannot run Mllama's batches.
+* **Latent attention** (DeepSeek-V2 and V3, `glm4_moe_lite`, MiniCPM3), whose values are shorter than its keys, is filled up with zeros.
 * **Mixtures of experts.** The router's load-balancing loss stands in `metrics.jsonl` as `aux_loss` for every family whose class in
   transformers has one, over all tokens of the step's sequences, two a pair: TRL's value, whatever is shared, packed or spread over
   ranks. `loss.router_aux_weight` adds it to the loss (TRL adds it by the model's own weight unless told otherwise); a step of several

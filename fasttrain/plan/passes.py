@@ -43,6 +43,10 @@ def count_pass(
     `keep_gradients`: parameters' gradients pile up until the pass is over (plain torch); else each is gone as soon as it is made
     (ZeRO), and the caller adds its buckets.
     """
+    if _recurrent(model.config.get_text_config()):
+        raise CannotCount(
+            f"{type(model).__name__} has recurrent layers, whose plain code runs token by token"
+        )
     parameters = unique_parameters(model)
     hooks = []
     if not keep_gradients:
@@ -68,6 +72,12 @@ def count_pass(
 
 class CannotCount(UserError):
     """A model whose pass needs real values; its memory cannot be predicted."""
+
+
+def _recurrent(config: Any) -> bool:
+    """Whether layers scan their tokens: on tensors without values that takes a minute and more for a pack."""
+    kinds = set(getattr(config, "layer_types", None) or [])
+    return bool(kinds & {"linear_attention", "mamba", "recurrent", "hybrid"})
 
 
 def _drop(parameter: Tensor) -> None:
