@@ -82,6 +82,7 @@ def load_model_config(folder: Path, config: ModelConfig) -> Any:
         raise UserError(
             f"model.name: cannot read {folder / 'config.json'}: {str(error).splitlines()[0]}"
         ) from None
+    _let_read(found)
     encodes = any(getattr(part, "is_encoder_decoder", False) for part in (found, found.get_text_config()))
     known = found.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.trust_remote_code
     if encodes or not (known or takes_images(found)):
@@ -90,6 +91,17 @@ def load_model_config(folder: Path, config: ModelConfig) -> Any:
             f"{found.model_type!r}"
         )
     return found
+
+
+def _let_read(config: Any) -> None:
+    """Let values be read that differ between layers (Gemma 4): we take those of most layers, and the others by their names."""
+    heterogeneous = False
+    for part in (config, config.get_text_config()):
+        if getattr(part, "is_heterogeneous", False):
+            part.allow_global_per_layer_attribute_access = heterogeneous = True
+    if heterogeneous:
+        name = "transformers.integrations.heterogeneity.configuration_utils"  # it would warn of what is asked for here
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def takes_images(model_config: Any) -> bool:

@@ -67,6 +67,19 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
         },
         None,
     ),
+    "Gemma4": (
+        {
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 1,
+            "sliding_window": 13,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "vocab_size_per_layer_input": 320,
+            "hidden_size_per_layer_input": 16,
+            "num_kv_shared_layers": 0,
+        },
+        None,
+    ),
     "Olmo2": ({}, None),
     "SmolLM3": ({"no_rope_layers": [1, 0]}, None),
     "Glm4": ({"head_dim": 16}, None),
@@ -135,7 +148,7 @@ def build(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         if name in ("GPTNeoX", "OPT", "GPT2", "Falcon"):
             ids = {key: value for key, value in common.items() if key.endswith("_id") or key == "vocab_size"}
             common = ids | ({} if name == "GPT2" else SMALL)
-        text = "TextConfig" if name in ("Gemma3 text", "Gemma3n", "Llama4") else "Config"
+        text = "TextConfig" if name in ("Gemma3 text", "Gemma3n", "Gemma4", "Llama4") else "Config"
         settings = FAMILIES[name][0] if name in FAMILIES else {}
         config = getattr(transformers, f"{family}{text}")(**(common | settings | changes))
         kind = {"GPT2": "GPT2LMHeadModel", "BertGeneration": "BertGenerationDecoder"}.get(
