@@ -174,6 +174,18 @@ class PreparedData:
             numbers = numbers[np.linspace(0, len(numbers) - 1, most).astype(np.int64)]
         return [int(number) for number in numbers]
 
+    def longest_sequence(self) -> int:
+        """Number of the group with pairs whose prompt with one completion is longest; while `lazy`, of one that may be."""
+        most = self._bounds[:, 1].astype(np.int64)
+        lengths, starts = np.asarray(self._lengths, np.int64), np.asarray(self._length_starts)
+        if len(lengths):
+            answers = lengths.copy()
+            answers[starts[:-1]] = 0
+            sequences = lengths[starts[:-1]] + np.maximum.reduceat(answers, starts[:-1])
+            slots = np.asarray(self._slots)
+            most = np.where(slots < 0, most, sequences[np.maximum(slots, 0)])
+        return int(np.where(self.pair_counts() > 0, most, -1).argmax())
+
     def longest_beyond(self, tokens: int) -> int:
         """Tokens of the longest group if they are more than `tokens`, else `tokens`; tokenizes groups that may be longer."""
         longest = max(tokens, int(np.diff(np.asarray(self._token_starts)).max(initial=0)))

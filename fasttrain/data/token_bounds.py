@@ -85,7 +85,7 @@ class TokenBounds:
             return None
         size = len if plain else self._bytes
         sizes = [size(answer) for answer in answers]
-        prompt = shape.literal_bytes
+        prompt = shape.literal_bytes + (len(self.chat.bos_ids) if self.chat.bos == "tokenizer" else 0)
         for text in texts:
             if not text or text.isspace():
                 return None

@@ -80,8 +80,7 @@ def check_routing(weight: float, policy: Policy) -> None:
 def _telling_pieces(job: Job) -> tuple[Piece, ...]:
     """The telling group whole, and one pair of the group with the longest sequence, if that is another."""
     telling = _telling_group(job)
-    paired = [n for n in range(len(job.train)) if job.train.pair_count(n)]
-    longest = max(paired, key=lambda n: int(job.train.lengths(n)[0] + job.train.lengths(n)[1:].max()))
+    longest = job.train.longest_sequence()
     pieces = [Piece(telling, tuple(range(len(job.train.lengths(telling)) - 1)))]
     if longest != telling:
         pieces.append(
