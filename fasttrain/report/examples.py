@@ -63,7 +63,7 @@ class PairReader:
 
 def _same_prompt(pair: Any, other: Any) -> bool:
     """As rows are grouped for training: equal text, equal image files or equal bytes in them."""
-    if pair.prompt_hash() != other.prompt_hash() or len(pair.images) != len(other.images):
+    if pair.messages != other.messages or len(pair.images) != len(other.images):
         return False
     try:
         return pair.images == other.images or all(
