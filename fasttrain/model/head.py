@@ -23,7 +23,9 @@ class LogprobHead(nn.Linear):
 
     softcap: float | None = None
     logit_scale: float = 1.0
-    sharded = False  # its weight is gathered for the module's forward only
+    # set by the engine where the weight is frozen and is gathered for the module's forward only (ZeRO-3); not read off the weight,
+    # which DeepSpeed would gather for the asking
+    gathered_once = False
 
     def forward(  # type: ignore[override]
         self, hidden: Tensor, target_N: Tensor | None = None, unit: bool = False, **wants: bool
@@ -44,7 +46,7 @@ class LogprobHead(nn.Linear):
 
     def score(self, hidden_ND: Tensor, target_N: Tensor, **wants: bool) -> Any:
         """The same log-probs; a frozen head whose weight is sharded is not gathered again for the backward."""
-        if not self.sharded or self.weight.requires_grad or not torch.is_grad_enabled():
+        if not self.gathered_once or not torch.is_grad_enabled():
             return self(hidden_ND, target_N, **wants)
         # ZeRO-3 gathers a module's weights when the gradient of its output arrives: this output has none
         out, unit_ND = self(hidden_ND.detach(), target_N, unit=True, **wants)

@@ -56,14 +56,12 @@ class Policy(nn.Module):
         self.ordinary_attention = model.config.get_text_config()._attn_implementation
         self.head: LogprobHead
         object.__setattr__(self, "head", install_head(model))  # registered once, inside the model
+        # kept here: under ZeRO-3 even asking a weight for its device inside a forward gathers it, on the ranks that ask
+        self.device: torch.device = self.head.weight.device
         self.counts = Counts()
         self.top_k: int | None = None
         self._routed: Tensor | None = None  # the router's sums over the pass that is running
         self.blank: dict[str, Tensor] | None = None  # set where several ranks train a model that takes images
-
-    @property
-    def device(self) -> torch.device:
-        return self.head.weight.device
 
     def check(self) -> None:
         """Refuse a model whose head does something our head does not; find out how a mixture of experts routes."""

@@ -175,12 +175,6 @@ def _build_job(config: DPOConfig, objective: Objective) -> Job:
     identity = model_identity(folder, model_config, dtype, config.model.quantize, adapter, memo)
     train, evaluation = datasets or _finish(preparing, chat)
     policy.set_shared(_may_share(config, model, chat, [train, *([evaluation] if evaluation else [])]))
-    if zero3 and not policy.shared and train.account.images and ranks().size > 1:
-        # one rank's gathers overtook the other's here, over gloo; not understood yet
-        raise UserError(
-            "distributed.zero_stage: wanted 2 or null for completions with images that run as their own sequences "
-            "(train.share_prefix false, or a model that cannot share), got 3"
-        )
     shape = measure_shape(model)
     memory = RunMemory(config, model_config, model.dtype, train, device, ranks().size)
     checkpointing, tokens = memory.settings()

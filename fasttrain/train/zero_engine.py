@@ -109,7 +109,33 @@ def _read_settings(name: str, stage: int | None) -> dict[str, Any]:
             f"distributed.deepspeed_config: {name}: wanted zero_optimization.stage {stage} as "
             f"distributed.zero_stage, got {theirs}"
         )
+    _check_offload(found.get("zero_optimization") or {}, name, stage)
     return found
+
+
+def _check_offload(zero: dict[str, Any], name: str, stage: int | None) -> None:
+    """UserError for what has not been run: states on a disk, and parameters that stage 2 does not part."""
+    for key in ("offload_optimizer", "offload_param"):
+        where = (zero.get(key) or {}).get("device", "none")
+        if where not in ("none", "cpu"):
+            raise UserError(
+                f"distributed.deepspeed_config: {name}: zero_optimization.{key}.device: wanted cpu or none, got {where}"
+            )
+        if key == "offload_param" and where != "none" and stage != 3:
+            raise UserError(
+                f"distributed.deepspeed_config: {name}: zero_optimization.offload_param: wanted distributed.zero_stage 3, "
+                f"whose parameters are in parts, got {stage}"
+            )
+    if (zero.get("offload_optimizer") or {}).get("ratio", 1.0) != 1.0:
+        raise UserError(
+            f"distributed.deepspeed_config: {name}: zero_optimization.offload_optimizer.ratio: wanted 1, all of the state "
+            f"offloaded, got {zero['offload_optimizer']['ratio']}"
+        )
+
+
+def _device(settings: dict[str, Any], offload: str) -> str:
+    """Where `offload_optimizer` or `offload_param` puts things; "none" if it does not."""
+    return str((settings["zero_optimization"].get(offload) or {}).get("device", "none"))
 
 
 def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
@@ -132,12 +158,12 @@ class ZeroEngine:
             checkpoint_decoder(policy.model)
         named = trainable_parameters(policy)
         groups = parameter_groups(named, config.train)
-        policy.head.sharded = self.stage == 3
+        policy.head.gathered_once = self.stage == 3 and not policy.head.weight.requires_grad
         settings = deepspeed_settings(config, policy.model.dtype)
-        offload = settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
-        optimizer = (
-            _cpu_adam(deepspeed, groups) if offload else make_optimizer(groups, config.train.optimizer)
-        )
+        self.offloaded = _device(settings, "offload_optimizer") != "none"
+        # torch's AdamW runs offloaded states too, where they lie, with the same numbers as anywhere else; DeepSpeed's own for
+        # the CPU is compiled at the first start and rounds its bias correction in fp32
+        optimizer = make_optimizer(groups, config.train.optimizer)
         self.engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)
         self.optimizer: TrainedState = ZeroState(self.engine, named, self.stage)
 
@@ -153,18 +179,28 @@ class ZeroEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         self.engine.step()
-        if self.stage == 3:  # what the next step gives no gradient would keep this one's
-            self.engine.optimizer.grad_partitions_flat_buffer.zero_()
+        self._forget_gradients()
         return torch.as_tensor(
             self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.policy.device
         )
 
+    def _forget_gradients(self) -> None:
+        """Zero DeepSpeed's buffers: what the next step gives no gradient would keep this one's."""
+        inner = self.engine.optimizer
+        if self.stage == 3:
+            inner.grad_partitions_flat_buffer.zero_()
+        if not self.offloaded:
+            return
+        inner.norm_for_param_grads.clear()
+        gradients = [flat.grad for flat in flat_masters(self.engine, self.stage) if flat.grad is not None]
+        for buffer in [*gradients, *getattr(inner, "accumulated_grads_in_cpu", {}).values()]:
+            buffer.zero_()
 
-def _cpu_adam(deepspeed: Any, groups: list[dict[str, Any]]) -> Any:
-    """DeepSpeed's AdamW for a state that lies in the memory of the CPU."""
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    return DeepSpeedCPUAdam(groups, betas=(0.9, 0.999), eps=1e-8, adamw_mode=True)
+def flat_masters(engine: Any, stage: int | None) -> list[Tensor]:
+    """This rank's part of the trained weights, in fp32, a flat tensor per group."""
+    inner = engine.optimizer
+    return list(inner.fp32_partitioned_groups_flat if stage == 3 else inner.single_partition_of_fp32_groups)
 
 
 class ZeroState:
@@ -210,13 +246,7 @@ class ZeroState:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _flat(self) -> list[Tensor]:
-        optimizer = self.engine.optimizer
-        flat = (
-            optimizer.fp32_partitioned_groups_flat
-            if self.stage == 3
-            else optimizer.single_partition_of_fp32_groups
-        )
-        return list(flat)
+        return flat_masters(self.engine, self.stage)
 
     def _step(self) -> Tensor | None:
         """How many updates were made; None before the first."""
@@ -242,7 +272,9 @@ class ZeroState:
             return
         for flat in self._flat():
             zeros = {moment: torch.zeros_like(flat) for moment in MOMENTS}
-            self.engine.optimizer.optimizer.state[flat] = {"step": steps[0].clone(), **zeros}
+            self.engine.optimizer.optimizer.state[flat] = {
+                "step": steps[0].to(flat.device, copy=True), **zeros,
+            }  # fmt: skip
         self._link_moments()
         for name, parameter in self.named:
             for moment in MOMENTS:

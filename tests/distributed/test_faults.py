@@ -74,18 +74,26 @@ def numbers(folder: Path) -> list[tuple[float, ...]]:
     return [(line["step"], line["loss"], line["grad_norm"], line["rewards/margins"]) for line in lines]
 
 
+ENGINES = [
+    pytest.param([], id="plain"),
+    pytest.param(["-s", "distributed.zero_stage=2"], id="ZeRO-2", marks=pytest.mark.slow),
+    pytest.param(["-s", "distributed.zero_stage=3"], id="ZeRO-3", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_killed_rank_stops_the_run_which_resumes_to_the_same_numbers(
-    recipe: Path, run_ranks: Any, command: Any, tmp_path: Path
+    recipe: Path, run_ranks: Any, command: Any, tmp_path: Path, engine: list[str]
 ) -> None:
-    undisturbed = run_ranks(command("dpo", "-c", recipe, "-s", f"train.output={tmp_path / 'whole'}"))
+    undisturbed = run_ranks(command("dpo", "-c", recipe, *engine, "-s", f"train.output={tmp_path / 'whole'}"))
     assert undisturbed.codes == [0, 0], undisturbed.stderr
-    ended = run_ranks(command("dpo", "-c", recipe, before=strike(1, 12, killed)))
+    ended = run_ranks(command("dpo", "-c", recipe, *engine, before=strike(1, 12, killed)))
     assert ended.codes == [1, KILLED], ended.stderr
     (message,) = ended.messages
     assert message.startswith("fasttrain: error: rank 1 (") and "killed (SIGKILL" in message
     assert "Traceback" not in ended.stderr
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())[-1] < "step-000008"
-    again = run_ranks(command("dpo", "-c", recipe, "--resume"))
+    again = run_ranks(command("dpo", "-c", recipe, *engine, "--resume"))
     assert again.codes == [0, 0], again.stderr
     assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
 
@@ -97,6 +105,7 @@ def test_death_of_the_first_rank_is_told_by_the_second(recipe: Path, run_ranks: 
     assert message.startswith("fasttrain: error: rank 0 (") and "SIGKILL" in message
 
 
+@pytest.mark.parametrize("engine", [ENGINES[0], ENGINES[2]])
 @pytest.mark.parametrize(
     ("rank", "error", "code", "words"),
     [
@@ -105,9 +114,9 @@ def test_death_of_the_first_rank_is_told_by_the_second(recipe: Path, run_ranks: 
     ],
 )  # fmt: skip
 def test_failing_rank_is_named_once_with_its_cause(
-    recipe: Path, run_ranks: Any, command: Any, rank: int, error: Exception, code: int, words: str
-) -> None:
-    ended = run_ranks(command("dpo", "-c", recipe, before=strike(rank, 9, raising(error))))
+    recipe: Path, run_ranks: Any, command: Any, engine: list[str], rank: int, error: Exception, code: int, words: str
+) -> None:  # fmt: skip
+    ended = run_ranks(command("dpo", "-c", recipe, *engine, before=strike(rank, 9, raising(error))))
     assert ended.codes == [code, code], ended.stderr
     (message,) = ended.messages
     assert message.startswith(f"fasttrain: error: rank {rank} (") and words in message

@@ -1,0 +1,53 @@
+"""A deepspeed_config is merged over ours, except what the recipe decides and what has never been run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fasttrain.config import config_from_dict
+from fasttrain.errors import UserError
+from fasttrain.train.zero_engine import deepspeed_settings
+
+
+def settings(folder: Path, written: Any, stage: int = 3) -> dict[str, Any]:
+    path = folder / "deepspeed.json"
+    path.write_text(json.dumps(written))
+    config = config_from_dict(
+        {
+            "model": {"name": "unused"},
+            "data": {"train": "unused"},
+            "distributed": {"zero_stage": stage, "deepspeed_config": str(path)},
+        }
+    )
+    return deepspeed_settings(config, torch.float32)
+
+
+def test_what_the_file_says_stands_and_the_rest_stays_ours(tmp_path: Path) -> None:
+    zero = {"stage": 3, "sub_group_size": 7, "offload_param": {"device": "cpu"}, "overlap_comm": "auto"}
+    merged = settings(tmp_path, {"zero_optimization": zero, "train_batch_size": "auto"})
+    assert merged["zero_optimization"]["sub_group_size"] == 7
+    assert merged["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    assert merged["zero_optimization"]["overlap_comm"] is torch.cuda.is_available()
+    assert merged["train_micro_batch_size_per_gpu"] == 1 and "train_batch_size" not in merged
+
+
+@pytest.mark.parametrize(
+    ("written", "stage", "words"),
+    [
+        ([1], 3, "wanted a JSON object, got list"),
+        ({"optimizer": {"type": "Adam"}}, 3, "optimizer is set by the recipe"),
+        ({"zero_optimization": {"stage": 2}}, 3, "wanted zero_optimization.stage 3 .*, got 2"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, 3, "offload_optimizer.device: wanted cpu or none, got nvme"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, 3, "offload_param.device: wanted cpu or none, got nvme"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, 2, "offload_param: wanted distributed.zero_stage 3, .* got 2"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, 3, "ratio: wanted 1, .* got 0.5"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_by_name(tmp_path: Path, written: Any, stage: int, words: str) -> None:
+    with pytest.raises(UserError, match=rf"^distributed.deepspeed_config: .*deepspeed.json: .*{words}"):
+        settings(tmp_path, written, stage)
