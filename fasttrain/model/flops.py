@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from fasttrain.model.lora import fused_experts, in_projector, language_model
+from fasttrain.ranks import full_shape
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def measure_shape(model: Any) -> ModelShape:
         if isinstance(module, nn.Linear):
             size = module.in_features * module.out_features  # a quantised weight has fewer elements
         elif type(module).__name__ == "Conv1D":
-            size = module.weight.numel()
+            size = full_shape(module.weight).numel()
         else:
             continue
         if "lora_" in name:
@@ -50,7 +51,7 @@ def measure_shape(model: Any) -> ModelShape:
         else:
             frozen += size
     for parameter in fused_experts(model).values():  # every token goes through some of the experts
-        active = _experts_per_token(config) * (parameter.numel() // parameter.shape[0])
+        active = _experts_per_token(config) * full_shape(parameter)[1:].numel()
         trained, frozen = (
             (trained + active, frozen) if parameter.requires_grad else (trained, frozen + active)
         )
@@ -62,7 +63,7 @@ def measure_shape(model: Any) -> ModelShape:
         trained_weights=trained,
         adapter_weights=adapter,
         attention_width=config.num_hidden_layers * heads * head_size,
-        head_weights=head.numel(),
+        head_weights=full_shape(head).numel(),
         head_trained=head.requires_grad,
         vision_per_image=vision,
         projector_backward_per_image=projector_backward,
@@ -123,7 +124,7 @@ def _vision_flops(model: Any) -> tuple[int, int]:
         return 0, 0  # patches of any number: not counted
     patches = (vision.image_size // vision.patch_size) ** 2
     weights = sum(m.in_features * m.out_features for m in tower.modules() if isinstance(m, nn.Linear))
-    patch = sum(m.weight.numel() for m in tower.modules() if isinstance(m, nn.Conv2d))
+    patch = sum(full_shape(m.weight).numel() for m in tower.modules() if isinstance(m, nn.Conv2d))
     attention = 4 * vision.hidden_size * (patches + 1) ** 2 * vision.num_hidden_layers
     flops = 2 * (patches + 1) * weights + 2 * patches * patch + attention
     seen: dict[int, nn.Linear] = {}

@@ -14,6 +14,7 @@ from fasttrain.config import LoraConfig
 from fasttrain.errors import UserError
 from fasttrain.model.head import LogprobHead, trunk
 from fasttrain.progress import say
+from fasttrain.ranks import full_shape
 
 # What stands between tower and language model: LLaVA's and most others', Idefics3's, Qwen-VL's and GLM-V's.
 _PROJECTORS = ("multi_modal_projector", "connector", "visual.merger", "visual.deepstack_merger_list")
@@ -93,7 +94,7 @@ def fused_experts(model: Any) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in decoder.named_parameters()
-        if parameter.dim() == 3 and "lora_" not in name and "experts" in name
+        if len(full_shape(parameter)) == 3 and "lora_" not in name and "experts" in name
     }
 
 
@@ -102,8 +103,9 @@ def _targets(model: Any, lora: LoraConfig) -> tuple[Any, list[str] | None]:
     experts = fused_experts(model)
     if lora.targets == "auto":
         if experts:
-            share = sum(map(_elements, experts.values())) / sum(
-                map(_elements, language_model(model).parameters())
+            every = language_model(model).parameters()
+            share = sum(full_shape(p).numel() for p in experts.values()) / sum(
+                full_shape(p).numel() for p in every
             )
             kinds = sorted({".".join(name.split(".")[-2:]) for name in experts})
             say(
@@ -117,10 +119,6 @@ def _targets(model: Any, lora: LoraConfig) -> tuple[Any, list[str] | None]:
         wanted for wanted in lora.targets if any(f".{name}".endswith(f".{wanted}") for name in experts)
     ]
     return [name for name in lora.targets if name not in parameters], parameters or None
-
-
-def _elements(parameter: nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -61,7 +61,8 @@ class Policy(nn.Module):
         self.counts = Counts()
         self.top_k: int | None = None
         self._routed: Tensor | None = None  # the router's sums over the pass that is running
-        self.blank: dict[str, Tensor] | None = None  # set where several ranks train a model that takes images
+        # set where ranks that train a model with images must all run the same modules (ZeRO)
+        self.blank: dict[str, Tensor] | None = None
 
     def check(self) -> None:
         """Refuse a model whose head does something our head does not; find out how a mixture of experts routes."""
@@ -182,7 +183,7 @@ class Policy(nn.Module):
             extra[name] = value.to(dtype) if value.is_floating_point() else value
         self.counts.decoder_tokens += len(ids_T)
         try:
-            with self._blank_image() if blank else contextlib.nullcontext():
+            with self._blank_image() if blank and self.blank else contextlib.nullcontext():
                 out = trunk(self.model)(input_ids=ids_T[None], use_cache=False, return_dict=True, **extra)
         except ValueError as error:
             if not images or "image tokens" not in str(error).lower():

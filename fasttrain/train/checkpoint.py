@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fasttrain.errors import UserError
 from fasttrain.files import atomic_folder, remove_leftovers, write_json
 from fasttrain.ranks import ranks
 from fasttrain.train.engine import TrainedState
+from fasttrain.train.tensor_file import TensorFile, TensorStream, write_tensors
 
 
 def checkpoint_name(step: int) -> str:
@@ -45,12 +46,15 @@ def save_checkpoint(
         for rank, own in enumerate(ranks().gather(_random()))
         for kind, state in own.items()
     }
-    if ranks().main:
+    if not ranks().main:  # take part in gathering what the first writes
+        write_tensors(weights, None)
+        write_tensors(tensors, None)
+    else:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_folder(path) as temporary:
-            _save(weights, temporary / "weights.safetensors")
-            _save(tensors, temporary / "optimizer.safetensors")
-            _save(random, temporary / "random.safetensors")
+            write_tensors(weights, temporary / "weights.safetensors")
+            write_tensors(tensors, temporary / "optimizer.safetensors")
+            write_tensors(TensorStream.of(random), temporary / "random.safetensors")
             state = {"step": step, "ranks": ranks().size, "inputs": inputs or {}, "optimizer": plain}
             write_json(temporary / "state.json", state)
         for old in list_checkpoints(folder)[:-keep]:
@@ -64,27 +68,26 @@ def _random() -> dict[str, torch.Tensor]:
     return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
 
 
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    # clone: safetensors refuses tensors that share memory, as bitsandbytes' quantisation maps do
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
-
-
 def restore_checkpoint(path: Path, optimizer: TrainedState) -> int:
     """Load weights, optimizer and random states; the step they belong to. UserError names a damaged file."""
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        weights = load_file(path / "weights.safetensors")
-        tensors = load_file(path / "optimizer.safetensors")
         random = load_file(path / "random.safetensors")
+        with (
+            TensorFile(path / "weights.safetensors") as weights,
+            TensorFile(path / "optimizer.safetensors") as tensors,
+        ):
+            missing = set(optimizer.names) ^ set(weights)
+            if missing:
+                raise UserError(
+                    f"{path}: the checkpoint is of another model: {min(missing)} is in only one of them"
+                )
+            optimizer.load_weights(weights)
+            optimizer.load_state(tensors, state["optimizer"])
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(
             f"{path}: the checkpoint is damaged ({error}); delete that folder to use the one before"
         ) from None
-    missing = set(optimizer.names) ^ set(weights)
-    if missing:
-        raise UserError(f"{path}: the checkpoint is of another model: {min(missing)} is in only one of them")
-    optimizer.load_weights(weights)
-    optimizer.load_state(tensors, state["optimizer"])
     _restore_random(random, int(state["step"]))
     return int(state["step"])
 

@@ -9,12 +9,13 @@ import numpy as np
 
 from fasttrain.config import DPOConfig
 from fasttrain.data.images import open_image
-from fasttrain.data.packs import Order, plan_step
+from fasttrain.data.packs import Order, Pack, plan_step, run_tokens
 from fasttrain.data.prepared import PreparedData
 from fasttrain.errors import UserError
 from fasttrain.model.flops import pass_flops
 from fasttrain.plan.passes import CannotCount
 from fasttrain.progress import Progress
+from fasttrain.ranks import full_shape, ranks
 from fasttrain.reference.fill import missing_completions
 from fasttrain.train.first_step import check_sharing
 from fasttrain.train.job import Job, build_job
@@ -69,13 +70,14 @@ def _report(job: Job) -> Iterator[str]:
     order = Order(job.train, config.train.pairs_per_step, config.train.shuffle, config.train.seed)
     total = config.train.max_steps or order.total_steps(config.train.epochs)
     steps = [
-        plan_step(job.train, number, epoch, groups, job.tokens_per_pack, job.policy.shared)
+        plan_step(job.train, number, epoch, groups, job.tokens_per_pack, job.policy.shared, ranks().size)
         for number, epoch, groups in order.steps(1, min(total, _STEPS_LOOKED_AT))
     ]
     shared, unshared, flops = _work(job, steps)
-    packs = [len(step.packs) for step in steps]
+    packs = [len(step.packs) / ranks().size for step in steps]
+    each = "packs each" if ranks().size == 1 else f"packs each on each of {ranks().size} ranks"
     yield (
-        f"steps       {total:,} of at least {config.train.pairs_per_step} {job.loss.unit}, {np.mean(packs):.1f} packs each "
+        f"steps       {total:,} of at least {config.train.pairs_per_step} {job.loss.unit}, {np.mean(packs):.1f} {each} "
         f"of up to {job.tokens_per_pack:,} tokens; prompts {'shared' if job.policy.shared else 'not shared'}"
     )
     yield (
@@ -84,7 +86,7 @@ def _report(job: Job) -> Iterator[str]:
     )
     if job.loss.needs_reference:
         yield _cached(job)
-    largest = max(max(_pack_tokens(job, step)) for step in steps)
+    largest = max(_tokens(job, pack) for step in steps for pack in step.packs)
     yield _memory(job, largest)
     yield from _example(job, numbers[0])
     yield "nothing was trained"
@@ -106,8 +108,8 @@ def _otherwise(job: Job) -> str:
 
 def _count(job: Job) -> str:
     parameters = list(job.policy.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    return f"{sum(p.numel() for p in parameters):,} parameters, {trained:,} trained"
+    trained = sum(full_shape(p).numel() for p in parameters if p.requires_grad)
+    return f"{sum(full_shape(p).numel() for p in parameters):,} parameters, {trained:,} trained"
 
 
 def _spread(values: np.ndarray) -> str:
@@ -115,29 +117,26 @@ def _spread(values: np.ndarray) -> str:
     return f"{low} to {high}, median {middle}"
 
 
-def _pack_tokens(job: Job, step) -> list[int]:  # type: ignore[no-untyped-def]
-    from fasttrain.data.packs import run_tokens
-
-    return [
-        sum(
-            run_tokens(job.train.lengths(p.group)[[0, *(1 + c for c in p.completions)]], pack.shared)
-            for p in pack.pieces
-        )
-        for pack in step.packs
-    ]
+def _tokens(job: Job, pack: Pack) -> int:
+    return sum(
+        run_tokens(job.train.lengths(p.group)[[0, *(1 + c for c in p.completions)]], pack.shared)
+        for p in pack.pieces
+    )
 
 
 def _work(job: Job, steps) -> tuple[int, int, int]:  # type: ignore[no-untyped-def]
     """Tokens, tokens of a trainer without sharing, and operations of an average step."""
     shared = unshared = flops = 0
     for step in steps:
-        shared += sum(_pack_tokens(job, step))
         for pack in step.packs:
+            if pack.fill:
+                continue
             layout, images = [], 0
             for piece in pack.pieces:
                 lengths = job.train.lengths(piece.group)
                 layout.append((int(lengths[0]), [int(lengths[1 + c]) for c in piece.completions]))
                 images += job.train.image_count(piece.group)
+            shared += _tokens(job, pack)
             flops += pass_flops(job.shape, layout, images, backward=True, checkpointing=job.checkpointing)
         for group in step.groups:
             lengths = job.train.lengths(group)

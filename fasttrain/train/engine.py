@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -13,17 +14,21 @@ from fasttrain.model.checkpointing import checkpoint_decoder
 from fasttrain.model.policy import Policy
 from fasttrain.ranks import start_ranks
 from fasttrain.train.optimizer import MasterOptimizer
+from fasttrain.train.tensor_file import TensorStream
 
 
 class TrainedState(Protocol):
-    """The trained weights and the optimizer's state as whole tensors by name; with several ranks, on the first."""
+    """The trained weights and the optimizer's state by name: whole tensors, made one at a time, kept on the first rank.
+
+    What is loaded is read one at a time too.
+    """
 
     names: list[str]
 
-    def weights(self) -> dict[str, Tensor]: ...
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
-    def load_weights(self, tensors: dict[str, Tensor]) -> None: ...
-    def load_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None: ...
+    def weights(self) -> TensorStream: ...
+    def state(self) -> tuple[TensorStream, dict[str, Any]]: ...
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None: ...
+    def load_state(self, tensors: Mapping[str, Tensor], plain: dict[str, Any]) -> None: ...
 
 
 class Engine(Protocol):

@@ -157,7 +157,7 @@ def _build_job(config: DPOConfig, objective: Objective) -> Job:
     policy = Policy(model, config.model.attention)
     if not zero3:  # the weights are not whole here: make_engine checks
         policy.check()
-    if chat.pixels is not None and ranks().size > 1:
+    if chat.pixels is not None and ranks().size > 1 and config.distributed.zero_stage is not None:
         policy.blank = blank_image(chat.pixels)
     torch.manual_seed(config.train.seed)  # a new adapter is the same however the model was loaded
     adapted = attach_lora(model, config.lora, config.model.train_projector) if config.lora else None
@@ -174,6 +174,8 @@ def _build_job(config: DPOConfig, objective: Objective) -> Job:
     dtype = str(pick_dtype(config.model.dtype, device)).removeprefix("torch.")
     identity = model_identity(folder, model_config, dtype, config.model.quantize, adapter, memo)
     train, evaluation = datasets or _finish(preparing, chat)
+    if policy.blank is not None:
+        _check_blank(model, train)
     policy.set_shared(_may_share(config, model, chat, [train, *([evaluation] if evaluation else [])]))
     shape = measure_shape(model)
     memory = RunMemory(config, model_config, model.dtype, train, device, ranks().size)
@@ -259,6 +261,15 @@ def _refuse_quantized(config: DPOConfig) -> None:
         raise UserError(
             f"distributed.zero_stage: wanted 2 with model.quantize {config.model.quantize}: quantised weights cannot be "
             "partitioned, got 3"
+        )
+
+
+def _check_blank(model: Any, train: PreparedData) -> None:
+    """Refuse a model whose images pass through layers that a sequence without images leaves out."""
+    if train.account.images and not hasattr(model.base_model, "get_image_features"):
+        raise UserError(
+            f"distributed.zero_stage: wanted null for {type(model).__name__} with images on several ranks: it runs other layers "
+            "with images than without, and under ZeRO all ranks must run the same"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from fasttrain.config import TrainConfig
 from fasttrain.errors import UserError
 from fasttrain.model.lora import in_projector
 from fasttrain.ranks import full_shape, ranks
+from fasttrain.train.tensor_file import TensorStream
 
 
 def learning_rate_factor(schedule: str, step: int, total: int, warmup_ratio: float) -> float:
@@ -101,18 +102,18 @@ class MasterOptimizer:
                     live.copy_(master)
         return norm
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> TensorStream:
         """The trained parameters in master precision, by name."""
-        return {name: master.detach() for name, master in zip(self.names, self.masters)}
+        return TensorStream.of({name: master.detach() for name, master in zip(self.names, self.masters)})
 
     @torch.no_grad()
-    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         for name, live, master in zip(self.names, self.live, self.masters):
             master.copy_(tensors[name])
             if live is not master:
                 live.copy_(master)
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self) -> tuple[TensorStream, dict[str, Any]]:
         """The optimizer's state as tensors by name, and what is not a tensor."""
         tensors: dict[str, Tensor] = {}
         plain: dict[str, Any] = {}
@@ -122,20 +123,19 @@ class MasterOptimizer:
                     tensors[f"{name}/{key}"] = value
                 else:
                     plain[f"{name}/{key}"] = value
-        return tensors, plain
+        return TensorStream.of(tensors), plain
 
-    def load_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], plain: dict[str, Any]) -> None:
+        states: dict[str, dict[str, Any]] = {}
+        for full in [*tensors, *plain]:
+            name, key = full.rsplit("/", 1)
+            states.setdefault(name, {})[key] = plain.get(full)
         for name, master in zip(self.names, self.masters):
-            prefix = f"{name}/"
-            state: dict[str, Any] = {
-                k.removeprefix(prefix): v for k, v in plain.items() if k.startswith(prefix)
-            }
-            for key, value in tensors.items():
-                if key.startswith(prefix):
-                    short = key.removeprefix(prefix)
-                    state[short] = value.to(master.device)
-            if state:
-                self.optimizer.state[master] = state
+            for key, value in states.get(name, {}).items():
+                if value is None:  # a tensor of our own: what is read may be the file's memory
+                    states[name][key] = tensors[f"{name}/{key}"].to(master.device, copy=True)
+            if name in states:
+                self.optimizer.state[master] = states[name]
 
 
 def _sum_over_ranks(gradients: list[Tensor]) -> None:

@@ -73,8 +73,9 @@ class StepRunner:
             batch = batch.to(device)
             self.clock.mark("data")
             whole = not (coupled or (batch.pack.twice and not self.loss.single))
-            result.layouts.append((batch.layout, batch.images, not whole))
-            result.image_tokens += batch.image_tokens * (1 if whole else 2)
+            if not batch.pack.fill:  # a repeat of other work is no work of the step's
+                result.layouts.append((batch.layout, batch.images, not whole))
+                result.image_tokens += batch.image_tokens * (1 if whole else 2)
             if not whole:
                 deferred.append(self._values(batch))
                 self.clock.mark("forward")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fasttrain.model.policy import Policy
 from fasttrain.ranks import full_shape, ranks
 from fasttrain.train.engine import TrainedState
 from fasttrain.train.optimizer import make_optimizer, parameter_groups, trainable_parameters
+from fasttrain.train.tensor_file import Entry, TensorStream
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What the recipe decides; a deepspeed_config that says otherwise would train something else than the recipe.
@@ -206,38 +208,44 @@ def flat_masters(engine: Any, stage: int | None) -> list[Tensor]:
 class ZeroState:
     """The trained weights and the optimizer's moments as whole tensors, gathered one at a time.
 
-    Every rank must call; only the first keeps what is gathered, so that a model whose state fits on no rank can be saved.
+    Every rank must call and iterate; only the first keeps what is gathered, until the next comes, so that a model whose state
+    fits on no rank can be saved.
     """
 
     def __init__(self, engine: Any, named: list[tuple[str, torch.nn.Parameter]], stage: int | None) -> None:
         self.engine, self.named, self.stage = engine, named, stage
         self.names = [name for name, _ in named]
 
-    def weights(self) -> dict[str, Tensor]:
-        """The trained parameters in fp32, by name, on the first rank; empty on the others."""
-        return dict(self._gathered(None))
+    def weights(self) -> TensorStream:
+        """The trained parameters in fp32, by name."""
+        entries = [Entry(name, torch.float32, tuple(full_shape(p))) for name, p in self.named]
+        return TensorStream(entries, self._gathered(None))
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors: dict[str, Tensor] = {}
+    def state(self) -> tuple[TensorStream, dict[str, Any]]:
         step = self._step()
+        if step is None:
+            return TensorStream.of({}), {}
         self._link_moments()
-        for moment in MOMENTS if step is not None else ():
-            tensors |= {f"{name}/{moment}": value for name, value in self._gathered(moment)}
-        if step is not None and ranks().main:
-            tensors |= {f"{name}/step": step.clone() for name in self.names}
-        return tensors, {}
+        moments = [
+            Entry(f"{name}/{moment}", torch.float32, tuple(full_shape(parameter)))
+            for moment in MOMENTS
+            for name, parameter in self.named
+        ]
+        steps = [Entry(f"{name}/step", torch.float32, ()) for name in self.names]
+        values = itertools.chain(*map(self._gathered, MOMENTS), itertools.repeat(step, len(steps)))
+        return TensorStream(moments + steps, values), {}
 
-    def _gathered(self, moment: str | None) -> Iterator[tuple[str, Tensor]]:
+    def _gathered(self, moment: str | None) -> Iterator[Tensor | None]:
+        """Each trained weight, or its moment, whole on the first rank."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        for name, parameter in self.named:
+        for _, parameter in self.named:
             whole = (
                 safe_get_full_fp32_param(parameter)
                 if moment is None
                 else safe_get_full_optimizer_state(parameter, moment)
             )
-            if ranks().main:
-                yield name, whole.detach().to("cpu", torch.float32).view(full_shape(parameter)).clone()
+            yield whole.detach().float().view(full_shape(parameter)) if ranks().main else None
 
     def _link_moments(self) -> None:
         """Tell ZeRO-2's parameters where their moments are: it links all groups when only the first has been updated."""
@@ -257,23 +265,24 @@ class ZeroState:
         return None
 
     @torch.no_grad()
-    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         import deepspeed
 
         for name, parameter in self.named:
+            whole = tensors[name]
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
-                parameter.data.copy_(tensors[name])
-            self._put(parameter, tensors[name], None)
+                parameter.data.copy_(whole)
+            self._put(parameter, whole, None)
 
     @torch.no_grad()
-    def load_state(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-        steps = [value for name, value in tensors.items() if name.endswith("/step")]
-        if not steps:
+    def load_state(self, tensors: Mapping[str, Tensor], plain: dict[str, Any]) -> None:
+        first = f"{self.names[0]}/step"
+        if first not in tensors:
             return
         for flat in self._flat():
             zeros = {moment: torch.zeros_like(flat) for moment in MOMENTS}
             self.engine.optimizer.optimizer.state[flat] = {
-                "step": steps[0].to(flat.device, copy=True), **zeros,
+                "step": tensors[first].to(flat.device, copy=True), **zeros,
             }  # fmt: skip
         self._link_moments()
         for name, parameter in self.named:

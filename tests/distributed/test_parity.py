@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +15,13 @@ import torch
 from fasttrain.config import config_from_dict
 from fasttrain.ranks import ranks
 from fasttrain.train.loop import train_dpo
+
+_spec = importlib.util.spec_from_file_location(
+    "tiny_families", Path(__file__).parent.parent / "tiny_families.py"
+)
+assert _spec is not None and _spec.loader is not None
+tiny_families = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tiny_families)
 
 MIXTURE = "mixtral"
 MIXED = "llava"  # its pairs: prompts with one image, two and none
@@ -28,6 +37,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
         MIXED, ["model.train_projector=true", "train.pairs_per_step=1", "train.max_steps=9"],
     ),
     "mixture": (MIXTURE, ["loss.router_aux_weight=0.5", "train.tokens_per_pack=110"]),
+    "nf4": (MIXED, ["model.quantize=nf4"]),
     "few": ("text", ["train.pairs_per_step=1", "data.limit_pairs=5", "train.epochs=4"]),  # a group a step
 }  # fmt: skip
 
@@ -111,7 +121,7 @@ def assert_same(ours: list[dict[str, Any]], truth: list[dict[str, Any]]) -> None
     ("stage", "zero", "cases"),
     [
         ("null", {}, ["images", "unshared", "coupled", "mixture"]),
-        ("2", {}, ["text", "full", "split", "projector rests", "mixture"]),
+        ("2", {}, ["text", "full", "split", "projector rests", "nf4", "mixture"]),
         ("2", ON_CPU, ["projector rests"]),
         ("3", IN_PARTS, ["full", "few", "projector rests", "unshared", "mixture"]),
         ("3", {**IN_PARTS, **ON_CPU, "offload_param": {"device": "cpu"}}, ["full", "projector rests"]),
@@ -142,6 +152,12 @@ def test_two_ranks_take_the_steps_of_one_process(
     for case, config in zip(cases, shared, strict=True):
         assert_same(lines(config), truth[case])
         assert_same_changes(config, one[case])
+        if (
+            case == "few"
+        ):  # idle ranks repeat work, and weights are in parts: neither changes what is reported
+            for ours, alone in zip(lines(config), truth[case], strict=True):
+                assert ours["tokens"] == alone["tokens"]
+                assert ours["tflops"] * ours["step_s"] == pytest.approx(alone["tflops"] * alone["step_s"])
 
 
 def test_ranks_that_tokenize_as_steps_ask_take_the_same_steps(
@@ -167,6 +183,26 @@ def test_ranks_that_tokenize_as_steps_ask_take_the_same_steps(
     assert ours["loss"] == pytest.approx(truth["loss"], rel=1e-5)
     assert ours["grad_norm"] == pytest.approx(truth["grad_norm"], rel=1e-5)
     assert ours["pairs"] == truth["pairs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "stage"), [("Qwen2.5-VL", "3"), ("Mllama", "null")])
+def test_other_families_take_the_steps_of_one_process(
+    family: str, stage: str, tiny_models: ModuleType, recipes: Callable[..., Any], run_ranks: Callable[..., Any],
+    deepspeed_config: Callable[..., str], tmp_path: Path,
+) -> None:  # fmt: skip
+    """Mllama runs other layers with images than without: only where ranks need not run the same modules."""
+    name = f"model.name={tiny_families.save(tiny_models, tmp_path / 'model', family)}"
+    one = recipes("images", "one", name)
+    train_dpo(one)
+    settings = [] if stage == "null" else [f"distributed.zero_stage={stage}", deepspeed_config(**IN_PARTS)]
+    two = recipes("images", "two", name, *settings)
+    ended = run_ranks(lambda: train_dpo(two))
+    assert ended.codes == [0, 0], ended.stderr
+    assert_same(lines(two), lines(one))
+    if family == "Mllama":
+        refused = run_ranks(lambda: train_dpo(recipes("images", "zero", name, "distributed.zero_stage=2")))
+        assert "distributed.zero_stage: wanted null for MllamaFor" in refused.stderr
 
 
 @pytest.mark.slow
