@@ -112,8 +112,12 @@ def _exchange(full: list[_Bin[T]], other: list[_Bin[T]], difference: int, budget
             for smaller, index in theirs:
                 given = size - smaller
                 if 0 < given < difference and given <= room:
-                    apart = abs(here.size - there.size)  # in this round, where ranks that share weights wait too
-                    miss = abs(2 * given - difference) + max(0, abs(here.size - there.size - 2 * given) - apart)
+                    apart = abs(
+                        here.size - there.size
+                    )  # in this round, where ranks that share weights wait too
+                    miss = abs(2 * given - difference) + max(
+                        0, abs(here.size - there.size - 2 * given) - apart
+                    )
                     if best is None or miss < best[0]:
                         best = (miss, given, here, there, mine, index)
     if best is None:
