@@ -192,11 +192,13 @@ def test_other_families_take_the_steps_of_one_process(
     deepspeed_config: Callable[..., str], tmp_path: Path,
 ) -> None:  # fmt: skip
     """Mllama runs other layers with images than without: only where ranks need not run the same modules."""
+    # one process runs fused norms, ZeRO-3 transformers' own: steps of the usual size would amplify the rounding
     name = f"model.name={tiny_families.save(tiny_models, tmp_path / 'model', family)}"
-    one = recipes("images", "one", name)
+    changes = [name, "train.learning_rate=1e-3"]
+    one = recipes("images", "one", *changes)
     train_dpo(one)
     settings = [] if stage == "null" else [f"distributed.zero_stage={stage}", deepspeed_config(**IN_PARTS)]
-    two = recipes("images", "two", name, *settings)
+    two = recipes("images", "two", *changes, *settings)
     ended = run_ranks(lambda: train_dpo(two))
     assert ended.codes == [0, 0], ended.stderr
     assert_same(lines(two), lines(one))
