@@ -307,10 +307,6 @@ class DPOConfig:
             raise UserError(
                 "train.compile: wanted false with distributed.zero_stage 3, which swaps the weights under the layers, got true"
             )
-        if self.distributed.zero_stage is not None and self.train.optimizer == "adamw_8bit":
-            raise UserError(
-                "train.optimizer: wanted adamw with distributed.zero_stage, which shards its state already, got adamw_8bit"
-            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -242,11 +242,6 @@ def test_model_and_pairs_must_be_given() -> None:
         config_from_dict({"model": {"name": "m"}, "data": {"train": []}})
 
 
-def test_8_bit_states_are_refused_where_zero_shards_them(tmp_path: Path) -> None:
-    told = mistake("", tmp_path, "train.optimizer=adamw_8bit", "distributed.zero_stage=2")
-    assert "train.optimizer: wanted adamw with distributed.zero_stage" in told
-
-
 def test_compiled_layers_are_refused_where_zero_3_swaps_their_weights(tmp_path: Path) -> None:
     told = mistake("", tmp_path, "train.compile=true", "distributed.zero_stage=3")
     assert "train.compile: wanted false with distributed.zero_stage 3" in told

@@ -63,11 +63,19 @@ def join_ranks(config: DPOConfig) -> None:
     start_ranks()
 
 
+def check_engine(config: DPOConfig, dtype: torch.dtype) -> None:
+    """UserError for settings that the recipe's engine would refuse."""
+    if config.distributed.zero_stage is not None:
+        from fasttrain.train.deepspeed_settings import deepspeed_settings
+
+        deepspeed_settings(config, dtype)
+
+
 def partitioned_loading(config: DPOConfig, dtype: torch.dtype) -> Any:
     """While the result lives, transformers builds and loads models as ZeRO-3 parts, a file at a time."""
     from transformers.integrations import HfDeepSpeedConfig
 
-    from fasttrain.train.zero_engine import deepspeed_settings
+    from fasttrain.train.deepspeed_settings import deepspeed_settings
 
     return HfDeepSpeedConfig(deepspeed_settings(config, dtype))
 

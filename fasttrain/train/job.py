@@ -46,7 +46,7 @@ from fasttrain.progress import say, ticker
 from fasttrain.ranks import full_shape, ranks
 from fasttrain.reference.cache import ReferenceCache, cache_folder
 from fasttrain.reference.key import CompletionKeys, identity_hash, model_identity
-from fasttrain.train.engine import partitioned_loading
+from fasttrain.train.engine import check_engine, partitioned_loading
 from fasttrain.train.losses import PairLoss
 from fasttrain.train.objective import Objective
 from fasttrain.train.watch import Watch, open_watches, split_eval
@@ -127,6 +127,7 @@ def _build_job(config: DPOConfig, objective: Objective) -> Job:
     folder = find_folder(config.model)
     model_config = load_model_config(folder, config.model)
     check_attention(config.model.attention, model_config, device, pick_dtype(config.model.dtype, device))
+    check_engine(config, pick_dtype(config.model.dtype, device))
     weight = config.loss.router_aux_weight
     if weight and not declares_routing(model_config):
         raise UserError(

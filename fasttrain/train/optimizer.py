@@ -13,6 +13,7 @@ from fasttrain.config import TrainConfig
 from fasttrain.errors import UserError
 from fasttrain.model.lora import in_projector
 from fasttrain.ranks import full_shape, ranks
+from fasttrain.train.eight_bit import MOMENTS, fresh_state, narrow
 from fasttrain.train.tensor_file import TensorStream
 
 
@@ -136,6 +137,10 @@ class MasterOptimizer:
                     states[name][key] = tensors[f"{name}/{key}"].to(master.device, copy=True)
             if name in states:
                 self.optimizer.state[master] = states[name]
+                if "exp_avg" in states[name] and hasattr(self.optimizer, "name2qmap"):  # written under ZeRO
+                    state = fresh_state(self.optimizer, master, int(states[name]["step"]))
+                    for moment in MOMENTS:
+                        narrow(state, moment, states[name][moment])
 
 
 def _sum_over_ranks(gradients: list[Tensor]) -> None:

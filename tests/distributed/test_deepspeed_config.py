@@ -11,7 +11,7 @@ import torch
 
 from fasttrain.config import config_from_dict
 from fasttrain.errors import UserError
-from fasttrain.train.zero_engine import deepspeed_settings
+from fasttrain.train.deepspeed_settings import deepspeed_settings
 
 
 def settings(folder: Path, written: Any, stage: int = 3) -> dict[str, Any]:
@@ -51,3 +51,17 @@ def test_what_the_file_says_stands_and_the_rest_stays_ours(tmp_path: Path) -> No
 def test_mistakes_are_told_by_name(tmp_path: Path, written: Any, stage: int, words: str) -> None:
     with pytest.raises(UserError, match=rf"^distributed.deepspeed_config: .*deepspeed.json: .*{words}"):
         settings(tmp_path, written, stage)
+
+
+def test_8_bit_states_are_not_offloaded(tmp_path: Path) -> None:
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
+    config = config_from_dict(
+        {
+            "model": {"name": "unused"},
+            "data": {"train": "unused"},
+            "train": {"optimizer": "adamw_8bit"},
+            "distributed": {"zero_stage": 2, "deepspeed_config": str(tmp_path / "zero.json")},
+        }
+    )
+    with pytest.raises(UserError, match=r"^train.optimizer: wanted adamw with .*offload_optimizer"):
+        deepspeed_settings(config, torch.float32)

@@ -279,3 +279,41 @@ def test_zero_3_gathers_a_frozen_head_once_a_pass_and_never_in_the_backward(
         assert len(passes) >= 4 and sum("backward" in held for held in passes) >= 4
         for held in passes:  # embeddings and head; a split group's packs pass twice, of which one goes back
             assert held.split() in (["gathered"] * 2, ["gathered"] * 2 + ["backward"]), held
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "legs"), [("2", {"again": 2, "plain": 1}), ("3", {"again": 2, "three": 3})]
+)
+def test_8_bit_states_resume_to_the_same_bits_and_on_other_ranks_to_8_bits(
+    recipes: Callable[..., Any],
+    run_ranks: Callable[..., Any],
+    stage: str,
+    legs: dict[str, int],
+) -> None:
+    """Scales belong to blocks of what a rank holds: another cut rounds the moments anew."""
+    states = ["train.optimizer=adamw_8bit", "lora.rank=64", "lora.alpha=64", "train.learning_rate=1e-3"]
+    zero = [f"distributed.zero_stage={stage}"]
+    one, whole = recipes("text", "one", *states), recipes("text", "two", *states, *zero)
+    train_dpo(one)
+    assert run_ranks(lambda: train_dpo(whole)).codes == [0, 0]
+    truth = lines(one)
+
+    def close(found: list[dict[str, Any]]) -> bool:
+        assert len(found) == len(truth) == 9 and truth[0]["loss"] - truth[-1]["loss"] > 0.1
+        return all(a["loss"] == pytest.approx(b["loss"], rel=0.02) for a, b in zip(found, truth, strict=True))
+
+    assert close(lines(whole))
+    for tag, size in legs.items():
+        start = recipes("text", tag, *states, *zero, "train.max_steps=4")
+        assert run_ranks(lambda config=start: train_dpo(config)).codes == [0, 0]
+        rest = recipes("text", tag, *states, *(zero if size > 1 else []))
+        ended = run_ranks(lambda config=rest: train_dpo(config, resume=True), size)
+        assert ended.codes == [0] * size, ended.stderr
+        assert close(lines(rest))
+        if tag == "again":
+            same = [
+                (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
+                for a, b in zip(lines(rest), lines(whole))
+            ]
+            assert all(same)
