@@ -33,12 +33,18 @@ def _backward(
     return 5 * _attention(q, k, is_causal)  # scores again, dv, dp, dq, dk
 
 
+def _added_product(out: Any, left: Any, right: Any, **_: Any) -> int:
+    """A product added in place, which torch's counter passes over; ours are most of LoRA's backward."""
+    return 2 * left[0] * left[1] * right[1]
+
+
 def counter() -> FlopCounterMode:
-    """A FlopCounterMode that counts visible pairs of attention, forward and backward."""
+    """A FlopCounterMode that counts visible pairs of attention, forward and backward, and products added in place."""
     return FlopCounterMode(
         display=False,
         custom_mapping={
             aten._scaled_dot_product_flash_attention_for_cpu: _forward,
             aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
+            aten.addmm_: _added_product,
         },
     )
