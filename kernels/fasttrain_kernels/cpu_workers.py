@@ -35,13 +35,19 @@ def _pool(count: int) -> ThreadPoolExecutor:
     with _lock:
         if count not in _pools:
             threads = torch.get_num_threads()
-            pool = ThreadPoolExecutor(count, "fasttrain-kernels", torch.set_num_threads, (1,))
+            pool = ThreadPoolExecutor(count, "fasttrain-kernels", _use_one_core)
             ready = threading.Barrier(count)
             list(pool.map(lambda _: ready.wait(), range(count)))
             # set_num_threads acts on its own thread and on threads not started yet: give the latter their number back.
             torch.set_num_threads(threads)
             _pools[count] = pool
         return _pools[count]
+
+
+def _use_one_core() -> None:
+    # A thread's first operation takes torch's number of threads over whatever was set before: let that happen now.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
 
 
 def run_on_workers(tasks: Sequence[Callable[[], T]]) -> list[T]:
