@@ -7,7 +7,8 @@
 
 Every contender has a process of its own; they take steps in turns, so that a busy machine hurts all alike. Medians of the
 turns are written, with the losses checked to be equal, operations counted, the matrix rate measured between the turns, and
-the peak memory of each process. A case that the results file already holds is left out, unless --again is given.
+the peak memory of each process. A case that the results file already holds is left out, unless --again is given. All contenders
+of a case are in memory together; where that is too much, name some at a time with --contender.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from step_contenders import LADDER
 
 HERE = Path(__file__).resolve().parent
 RIVALS = ("fasttrain", "plain", "trl")
+# TRL's memory and time for several pairs depend on whether they are one batch
+CONTENDERS = {"ladder": LADDER, "vlm-4x3": (*RIVALS, "trl-batched")}
 SAME_LOSS = 5e-5  # relative; TRL adds up hundreds of log-probs in fp32
 
 
@@ -254,7 +257,7 @@ def main() -> None:
         sys.path.pop(0)
     )  # transformers looks for a package called kernels, which is a script here
     for name in options.case:
-        names = options.contender or (LADDER if name == "ladder" else RIVALS)
+        names = options.contender or CONTENDERS.get(name, RIVALS)
         held = {(row["contender"], row["threads"]) for row in read_rows(options.out) if row["case"] == name}
         if not options.again and all((one, str(options.threads)) in held for one in names):
             print(f"{name}: in {options.out} already")

@@ -75,7 +75,7 @@ class Fasttrain(Contender):
         job.policy.train()
         set_adapter(job.policy, files.adapter)
         if not own_head:
-            job.policy.head.forward = _plain_head(job.policy.head)
+            job.policy.head.score = _plain_head(job.policy.head)
         groups = torch.arange(len(job.train)).numpy()
         largest = max(int(job.train.lengths(n).sum()) for n in range(len(job.train)))
         tokens = job.tokens_per_pack if packed else largest
@@ -107,18 +107,14 @@ def _peft_layers() -> Iterator[None]:
 
 def _plain_head(head: Any) -> Callable[..., Any]:
     """Whole logits of the label rows and log_softmax, as a careful trainer without our kernel does it."""
+    from fasttrain_kernels import LinearLogprob
 
-    class Output:
-        log_p2 = None
-
-        def __init__(self, logprob: Tensor) -> None:
-            self.logprob = logprob
-
-    def forward(hidden_ND: Tensor, target_N: Tensor, log_p2: bool = False) -> Output:
+    def score(hidden_ND: Tensor, target_N: Tensor, **wants: bool) -> Any:
+        assert not any(wants.values()), wants
         logits = F.linear(hidden_ND, head.weight).float()
-        return Output(logits.log_softmax(-1).gather(-1, target_N[:, None])[:, 0])
+        return LinearLogprob(logits.log_softmax(-1).gather(-1, target_N[:, None])[:, 0])
 
-    return forward
+    return score
 
 
 class Plain(Contender):
@@ -288,8 +284,8 @@ def make(name: str, files: Files) -> Contender:
         "plain": lambda: Plain(files),
         "trl": lambda: Trl(files, batch=1),
         "trl-batched": lambda: Trl(files, batch=pairs),
-        "cached reference": lambda: Trl(files, batch=pairs, cached=True),
-        "one image": lambda: Trl(files, batch=pairs, cached=True, one_image=True),
+        "cached reference": lambda: Trl(files, batch=1, cached=True),
+        "one image": lambda: Trl(files, batch=1, cached=True, one_image=True),
         "shared prefix": lambda: Fasttrain(files, packed=False, own_head=False, own_lora=False),
         "packing": lambda: Fasttrain(files, own_head=False, own_lora=False),
         "head": lambda: Fasttrain(files, own_lora=False),
@@ -298,4 +294,4 @@ def make(name: str, files: Files) -> Contender:
         return makers[name]()
 
 
-LADDER = ("trl-batched", "cached reference", "one image", "shared prefix", "packing", "head", "fasttrain")
+LADDER = ("trl", "cached reference", "one image", "shared prefix", "packing", "head", "fasttrain")
