@@ -164,7 +164,7 @@ def recipe(model: Path, pairs: Path, output: Path, rank: int, batch: int) -> dic
     return {
         "model": {"name": str(model), "dtype": "float32"},
         "lora": {"rank": rank, "alpha": 2 * rank},
-        "data": {"train": str(pairs), "workers": 0},
+        "data": {"train": str(pairs), "workers": 0, "max_length": 4096},
         "loss": {"beta": BETA},
         "train": {
             "output": str(output / "run"), "pairs_per_step": batch, "learning_rate": LEARNING_RATE,
