@@ -102,9 +102,9 @@ class Watch:
             self._note(failure)
             self._wake.send(b"!")
             self._thread.join(_ANSWER_S)
-        elif 0 in self._links or self._failures:  # else the first rank has done its part and left
-            if 0 in self._links:
-                _send(self._links[0], {"failed": asdict(failure)})
+        elif (link := self._links.get(0)) or self._failures:  # else the first rank has done its part and left
+            if link:
+                _send(link, {"failed": asdict(failure)})
             self._thread.join(_ANSWER_S)
         self._end(failure, speak=True)  # nobody answered
 
@@ -149,9 +149,11 @@ class Watch:
                 self._drop(other)
                 return
         if not data:
-            self._drop(other)
             self._note(Failure(other, "ended without a word, as when it is killed (SIGKILL, or the machine out "
                                "of memory) or its machine is lost", 1, _LOST))  # fmt: skip
+            self._drop(
+                other
+            )  # after the note: without both, `fail` in the main thread takes the rank for one that has left
             if self.rank > 1:  # the first rank is gone: the second speaks, the others end
                 time.sleep(_SETTLE_S)
                 self._end(self._failures[0], speak=False)

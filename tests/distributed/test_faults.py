@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import selectors
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,30 @@ def test_killed_rank_stops_the_run_which_resumes_to_the_same_numbers(
 
 def test_death_of_the_first_rank_is_told_by_the_second(recipe: Path, run_ranks: Any, command: Any) -> None:
     ended = run_ranks(command("dpo", "-c", recipe, before=strike(0, 9, killed)), size=3)
+    assert ended.codes == [KILLED, 1, 1], ended.stderr
+    (message,) = ended.messages
+    assert message.startswith("fasttrain: error: rank 0 (") and "SIGKILL" in message
+
+
+@pytest.mark.parametrize("slow", [1, 2])
+def test_one_message_however_late_a_rank_drops_its_connection(
+    recipe: Path, run_ranks: Any, command: Any, slow: int
+) -> None:
+    """The main thread's collective fails while the watching thread is still dropping the dead rank."""
+    kill = strike(0, 9, killed)
+
+    def install() -> None:
+        kill()
+        if os.environ["RANK"] == str(slow):
+            unregister = selectors.DefaultSelector.unregister
+
+            def late(self: selectors.BaseSelector, link: Any) -> Any:
+                time.sleep(1)
+                return unregister(self, link)
+
+            selectors.DefaultSelector.unregister = late  # type: ignore[method-assign]
+
+    ended = run_ranks(command("dpo", "-c", recipe, before=install), size=3)
     assert ended.codes == [KILLED, 1, 1], ended.stderr
     (message,) = ended.messages
     assert message.startswith("fasttrain: error: rank 0 (") and "SIGKILL" in message
