@@ -94,15 +94,15 @@ class Fasttrain(Contender):
 
 @contextlib.contextmanager
 def _peft_layers() -> Iterator[None]:
-    """Models built meanwhile keep peft's LoRA layers and transformers' norms and MLPs."""
+    """Models built meanwhile keep peft's LoRA layers and transformers' norms, MLPs and rotary positions."""
     from fasttrain.train import job
 
-    ours = job.fuse_lora, job.fuse_layers
-    job.fuse_lora = job.fuse_layers = lambda model: 0
+    ours = job.fuse_lora, job.fuse_layers, job.fuse_rotary
+    job.fuse_lora = job.fuse_layers = job.fuse_rotary = lambda model: 0
     try:
         yield
     finally:
-        job.fuse_lora, job.fuse_layers = ours
+        job.fuse_lora, job.fuse_layers, job.fuse_rotary = ours
 
 
 def _plain_head(head: Any) -> Callable[..., Any]:

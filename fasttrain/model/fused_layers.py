@@ -8,9 +8,10 @@ only where the formula is known.
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
-import re
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -132,18 +133,32 @@ def fuse_layers(decoder: nn.Module) -> int:
 
 def reads_like(kind: Any, model: Any) -> bool:
     """Whether two classes have the same source of forward."""
-    return _same_source(kind.forward, model.forward)
+    return same_source(kind.forward, model.forward)
 
 
 @functools.cache
-def _same_source(mine: Callable[..., Any], other: Callable[..., Any]) -> bool:
+def same_source(mine: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """Whether two functions are the same code, annotations, comments, docstrings and names of hub kernels aside."""
     try:
-        return _bare(inspect.getsource(mine)) == _bare(inspect.getsource(other))
-    except (OSError, TypeError):  # made at run time, or built in
+        return _code(mine) == _code(other)
+    except (OSError, TypeError, SyntaxError, ValueError):  # made at run time, built in, or no `def`
         return False
 
 
-def _bare(source: str) -> str:
-    """Code without annotations of its signature and without line breaks."""
-    signature, _, body = source.partition(":\n")
-    return re.sub(r"\s+", " ", re.sub(r"(: [\w.]+)|( -> .*)", "", signature) + body)
+def _code(function: Callable[..., Any]) -> str:
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    if not isinstance(definition, ast.FunctionDef):
+        raise TypeError(f"{function} is not written as a def")
+    given = definition.args
+    for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg):
+        if argument is not None:
+            argument.annotation = None
+    definition.returns = None
+    if ast.get_docstring(definition) is not None:
+        del definition.body[0]
+    definition.decorator_list = [
+        one
+        for one in definition.decorator_list
+        if not ast.unparse(one).startswith("use_kernel_forward_from_hub")
+    ]
+    return ast.unparse(definition)

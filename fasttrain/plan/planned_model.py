@@ -16,6 +16,7 @@ from fasttrain.model.attention import silence_dropout
 from fasttrain.model.flops import ModelShape, measure_shape
 from fasttrain.model.fused_layers import fuse_layers
 from fasttrain.model.fused_lora import fuse_lora
+from fasttrain.model.fused_rotary import fuse_rotary
 from fasttrain.model.head import install_head
 from fasttrain.model.lora import attach_lora, choose_trainable, in_projector, language_model
 from fasttrain.plan.known_models import known_config
@@ -125,6 +126,7 @@ def build_planned_model(
     with torch.device("meta"):
         adapted = attach_lora(model, lora, config.model.train_projector) if lora else None
     choose_trainable(model, adapted, config.model.train_projector)
+    fuse_rotary(language_model(model))
     if adapted is not None and stage != 3:
         fuse_lora(model)
         fuse_layers(language_model(model))

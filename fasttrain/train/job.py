@@ -27,6 +27,7 @@ from fasttrain.model.families import FamilyInputs
 from fasttrain.model.flops import ModelShape, measure_shape
 from fasttrain.model.fused_layers import fuse_layers
 from fasttrain.model.fused_lora import fuse_lora
+from fasttrain.model.fused_rotary import fuse_rotary
 from fasttrain.model.load import (
     find_folder,
     load_model,
@@ -163,6 +164,7 @@ def _build_job(config: DPOConfig, objective: Objective) -> Job:
     torch.manual_seed(config.train.seed)  # a new adapter is the same however the model was loaded
     adapted = attach_lora(model, config.lora, config.model.train_projector) if config.lora else None
     choose_trainable(model, adapted, config.model.train_projector)
+    fuse_rotary(language_model(model))
     if adapted is not None and config.distributed.zero_stage != 3:
         fuse_lora(model)
         if not config.train.compile:

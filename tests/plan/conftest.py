@@ -64,6 +64,7 @@ def make_real_pass(
     from fasttrain.data.packs import Pack
     from fasttrain.model.fused_layers import fuse_layers
     from fasttrain.model.fused_lora import fuse_lora
+    from fasttrain.model.fused_rotary import fuse_rotary
     from fasttrain.model.lora import attach_lora, choose_trainable, language_model
     from fasttrain.model.policy import Policy
     from fasttrain.train.engine import TorchEngine
@@ -78,6 +79,7 @@ def make_real_pass(
     policy = Policy(model)
     adapted = attach_lora(model, LoraConfig(**lora), projector) if lora else None
     choose_trainable(model, adapted, projector)
+    fuse_rotary(language_model(model))
     if adapted is not None and fused:
         fuse_lora(model)
         fuse_layers(language_model(model))
