@@ -76,7 +76,7 @@ class LogRatios:
         # fp64: a log-ratio is a small difference of two sums in the hundreds
         change_N = logp_N.detach().double() - reference_N.double()
         self.pairs += pairs
-        self.ratios.append(torch.stack(pair_sums(change_N, lengths_S, pairs_P2), dim=-1))
+        self.ratios.append(torch.stack(pair_sums(change_N, lengths_S, pairs_P2, validate=False), dim=-1))
 
     def extremes(self, data: PreparedData) -> list[list[float]]:
         """[row, place, chosen, rejected] of the step's most and least moved pairs; the one transfer.

@@ -53,11 +53,11 @@ class AnswerLoss:
     ) -> PairResult:  # fmt: skip
         """Divided by the step's mean length, so that the mean over its examples is the mean over its tokens."""
         assert side_N is not None
-        answer_P, _ = pair_sums(logp_N.double(), lengths_S, pairs_P2)
+        answer_P, _ = pair_sums(logp_N.double(), lengths_S, pairs_P2, validate=False)
         loss_P = -answer_P / mean_chosen_length
         with torch.no_grad():
-            right_P, _ = pair_sums(side_N[:, 0].double(), lengths_S, pairs_P2)
-            entropy_P, _ = pair_sums(side_N[:, 1].double(), lengths_S, pairs_P2)
+            right_P, _ = pair_sums(side_N[:, 0].double(), lengths_S, pairs_P2, validate=False)
+            entropy_P, _ = pair_sums(side_N[:, 1].double(), lengths_S, pairs_P2, validate=False)
             sums = torch.stack(
                 [
                     loss_P.detach().sum(),

@@ -208,7 +208,8 @@ def pairs_of(
     groups = dict.fromkeys(group for group, _ in index)
     ids = [(g, c, r) for g in groups for c, r in data.pairs(g).tolist()]
     places = [(index[g, c], index[g, r]) for g, c, r in ids]
-    return ids, torch.tensor(places, dtype=torch.int64, device=device).reshape(-1, 2)
+    places_P2 = torch.tensor(places, dtype=torch.int64).reshape(-1, 2)
+    return ids, places_P2.to(device, non_blocking=True)
 
 
 class _Sequences(NamedTuple):

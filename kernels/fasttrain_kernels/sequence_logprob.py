@@ -10,17 +10,17 @@ from torch import Tensor
 from .linear_logprob import linear_logprob
 
 
-def sequence_sums(value_N: Tensor, lengths_S: Tensor) -> Tensor:
+def sequence_sums(value_N: Tensor, lengths_S: Tensor, validate: bool = True) -> Tensor:
     """(S,) fp32 (fp64) sums of consecutive stretches of value_N (N,); lengths_S int64 (S,) add up to N.
 
-    Summed in fp64 and in order, so a sequence's sum does not depend on its neighbours.
+    Summed in fp64 and in order, so a sequence's sum does not depend on its neighbours. RuntimeError if the lengths do not add
+    up; `validate=False` skips that check, for which the host must wait for the device: wrong lengths then read outside value_N.
     """
-    total = torch.segment_reduce(value_N.double(), "sum", lengths=lengths_S.to(value_N.device), axis=0)
-    return total.to(_result(value_N))
+    return _wide_sums(value_N, lengths_S.to(value_N.device, non_blocking=True), validate).to(_result(value_N))
 
 
 def pair_sums(
-    value_N: Tensor, lengths_S: Tensor, pairs_P2: Tensor, ld_alpha: float | None = None
+    value_N: Tensor, lengths_S: Tensor, pairs_P2: Tensor, ld_alpha: float | None = None, validate: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Sums over the chosen and the rejected answer of every pair: (P,), (P,).
 
@@ -30,26 +30,30 @@ def pair_sums(
         pairs_P2: int64 (P, 2) indices of the chosen and the rejected completion.
         ld_alpha: LD-DPO (Liu et al., arXiv 2409.06411): in each pair the first min(Lc, Lr) tokens of both answers count
             fully, the rest times ld_alpha. None, or 1.0: the plain sum.
+        validate: as in `sequence_sums`.
     """
-    if ld_alpha is None:
-        sums_S = sequence_sums(value_N, lengths_S)
-        return sums_S[pairs_P2[:, 0]], sums_S[pairs_P2[:, 1]]
-    if not 0 <= ld_alpha <= 1:
+    if ld_alpha is not None and not 0 <= ld_alpha <= 1:
         raise ValueError(f"pair_sums: ld_alpha: wanted a number in [0, 1] or None, got {ld_alpha}")
-    full_P2 = _stretches(value_N, _starts(lengths_S)[pairs_P2], lengths_S[pairs_P2])
-    shared_P = lengths_S[pairs_P2].amin(1)
-    head_P2 = _stretches(value_N, _starts(lengths_S)[pairs_P2], shared_P[:, None].expand(-1, 2))
-    chosen_P, rejected_P = (head_P2 + ld_alpha * (full_P2 - head_P2)).to(_result(value_N)).unbind(1)
+    lengths_S = lengths_S.to(value_N.device, non_blocking=True)
+    sums_P2 = _wide_sums(value_N, lengths_S, validate)[pairs_P2]
+    if ld_alpha is not None:
+        shared_P = lengths_S[pairs_P2].amin(1)
+        head_P2 = _heads(value_N, lengths_S, pairs_P2, shared_P)
+        sums_P2 = head_P2 + ld_alpha * (sums_P2 - head_P2)
+    chosen_P, rejected_P = sums_P2.to(_result(value_N)).unbind(1)
     return chosen_P, rejected_P
 
 
 @torch.no_grad()
-def wpo_weights(logp_N: Tensor, log_p2_N: Tensor, lengths_S: Tensor, pairs_P2: Tensor) -> Tensor:
+def wpo_weights(
+    logp_N: Tensor, log_p2_N: Tensor, lengths_S: Tensor, pairs_P2: Tensor, validate: bool = True
+) -> Tensor:
     """(P,) weight of each pair, no gradient: WPO, Zhou et al., arXiv 2406.11827, eq. 2.
 
-    w = exp(mean over tokens of (logp - log sum_v p_v^2)) per answer; a pair's weight is the product of its two.
+    w = exp(mean over tokens of (logp - log sum_v p_v^2)) per answer; a pair's weight is the product of its two. `validate` as in
+    `sequence_sums`.
     """
-    mean_S = sequence_sums(logp_N.double() - log_p2_N.double(), lengths_S) / lengths_S.clamp(min=1)
+    mean_S = sequence_sums(logp_N.double() - log_p2_N.double(), lengths_S, validate) / lengths_S.clamp(min=1)
     return mean_S[pairs_P2].sum(1).exp().to(_result(logp_N))
 
 
@@ -57,19 +61,25 @@ def _result(value: Tensor) -> torch.dtype:
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
-def _starts(lengths: Tensor) -> Tensor:
-    return lengths.cumsum(0) - lengths
+def _wide_sums(value_N: Tensor, lengths_S: Tensor, validate: bool) -> Tensor:
+    """(S,) fp64."""
+    return torch.segment_reduce(value_N.double(), "sum", lengths=lengths_S, axis=0, unsafe=not validate)
 
 
-def _stretches(value_N: Tensor, start: Tensor, length: Tensor) -> Tensor:
-    """fp64 sums of value_N[start : start + length], for index tensors of any one shape."""
-    flat_start, flat_length = start.reshape(-1), length.reshape(-1)
-    offset = torch.arange(int(flat_length.sum()), device=value_N.device) - _starts(
-        flat_length
-    ).repeat_interleave(flat_length)
-    rows = flat_start.repeat_interleave(flat_length) + offset
-    picked = value_N.double().index_select(0, rows)
-    return torch.segment_reduce(picked, "sum", lengths=flat_length, axis=0).view(start.shape)
+def _heads(value_N: Tensor, lengths_S: Tensor, pairs_P2: Tensor, shared_P: Tensor) -> Tensor:
+    """(P, 2) fp64 sums of the first `shared_P` tokens of both answers of every pair.
+
+    The rows are cut where an answer starts and where a pair's head ends, into S + 2P pieces, a number the host knows; a head is
+    the sum of the pieces inside it.
+    """
+    start_S = lengths_S.cumsum(0) - lengths_S
+    first_K = start_S[pairs_P2].reshape(-1, 1)
+    end_K = first_K + shared_P[:, None].expand(-1, 2).reshape(-1, 1)
+    edge_J = torch.cat([start_S, end_K[:, 0]]).sort().values
+    length_J = torch.cat([edge_J[1:], edge_J.new_full((1,), len(value_N))]) - edge_J
+    piece_J = _wide_sums(value_N, length_J, validate=False)
+    inside_KJ = (edge_J >= first_K) & (edge_J < end_K)
+    return torch.where(inside_KJ, piece_J, 0.0).sum(1).view(-1, 2)
 
 
 def preference_logps(

@@ -193,6 +193,34 @@ def test_ld_alpha_scales_what_is_longer_than_the_shorter_answer() -> None:
     assert value.grad.tolist() == [1, 1, 1, 0.5, 1, 1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_sums_of_answers_that_many_pairs_cut_elsewhere(seed: int) -> None:
+    torch.manual_seed(seed)
+    lengths, pairs_P2 = torch.randint(0, 9, (5,)), torch.randint(0, 5, (1 + seed % 7, 2))
+    value = torch.randn(int(lengths.sum()), requires_grad=True)
+    answers = value.double().split(lengths.tolist())
+    for alpha in (None, 0.3):
+        expected = []
+        for pair in pairs_P2.tolist():
+            shared = min(len(answers[i]) for i in pair) if alpha is not None else 10
+            for i in pair:
+                expected.append(answers[i][:shared].sum() + (alpha or 0) * answers[i][shared:].sum())
+        expected_P2 = torch.stack(expected).float().view(-1, 2)
+        found_P2 = torch.stack(pair_sums(value, lengths, pairs_P2, alpha, validate=seed % 2 == 0), dim=1)
+        torch.testing.assert_close(found_P2, expected_P2)
+        weights = torch.randn(found_P2.shape)
+        slopes = [
+            torch.autograd.grad((sums * weights).sum(), value, retain_graph=True)[0]
+            for sums in (found_P2, expected_P2)
+        ]
+        torch.testing.assert_close(*slopes)
+
+
+def test_lengths_that_do_not_add_up_are_refused() -> None:
+    with pytest.raises(RuntimeError):
+        pair_sums(torch.ones(5), torch.tensor([2, 2]), torch.tensor([[0, 1]]))
+
+
 def test_wpo_weights_are_products_of_mean_token_confidences() -> None:
     logp, p2 = torch.tensor([-1.0, -3.0, -2.0]), torch.tensor([-0.5, -1.5, -1.0])
     weight = wpo_weights(logp, p2, torch.tensor([2, 1]), torch.tensor([[0, 1]]))

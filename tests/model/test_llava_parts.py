@@ -127,3 +127,34 @@ def test_a_processor_that_does_not_fit_the_model_is_one_line(
     (model / file).write_text(json.dumps(settings | change))
     with pytest.raises(UserError, match=f"model.name: {message}"):
         train(model, vision_pairs(tmp_path / "data", 4), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tower", "layers", "strategy"), [("CLIP", -2, "default"), ("Siglip", [-3, -1], "full")]
+)
+def test_passes_that_trust_the_placeholders_are_the_checked_one(
+    build: Callable[..., Path], tower: str, layers: Any, strategy: str
+) -> None:
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    from fasttrain.model.no_waiting import trust_placeholders
+
+    folder = build(tower, layers, strategy, "Llama")
+    model = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="eager")
+    image = model.config.image_token_id
+    ids = torch.randint(image + 1, image + 9, (1, 61))
+    ids[0, 4:20], ids[0, 29:45] = image, image
+    pixels = torch.randn(2, 3, 28, 28)
+    weights = list(model.parameters())
+    found = []
+    for _ in range(2):
+        hidden = model.model(input_ids=ids, pixel_values=pixels, use_cache=False).last_hidden_state
+        gradients = torch.autograd.grad(hidden.square().sum(), weights, allow_unused=True)
+        found.append([hidden.detach(), *gradients])
+        trust_placeholders(model)
+    assert "forward" in vars(model.model)
+    for checked, trusted in zip(*found, strict=True):
+        assert (checked is None) == (trusted is None)
+        if checked is not None:
+            torch.testing.assert_close(trusted, checked, rtol=1e-6, atol=1e-6 * float(checked.abs().max()))
