@@ -8,7 +8,8 @@
 Every contender has a process of its own; they take steps in turns, so that a busy machine hurts all alike. Medians of the
 turns are written, with the losses checked to be equal, operations counted, the matrix rate measured between the turns, and
 the peak memory of each process. A case that the results file already holds is left out, unless --again is given. All contenders
-of a case are in memory together; where that is too much, name some at a time with --contender.
+of a case are in memory together; where they are more than four, each gives its free memory back after its step, and
+pays for it again in the next. Where that is too much still, name some at a time with --contender.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ RIVALS = ("fasttrain", "plain", "trl")
 # TRL's memory and time for several pairs depend on whether they are one batch
 CONTENDERS = {"ladder": LADDER, "vlm-4x3": (*RIVALS, "trl-batched")}
 SAME_LOSS = 5e-5  # relative; TRL adds up hundreds of log-probs in fp32
+MANY = 4  # contenders whose memory, kept between turns, may be too much together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +141,12 @@ def _turns(
 ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, float]]]:
     steps: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
     rates = []
-    for worker in workers:  # the first step allocates
-        worker.ask("step") if turns > 1 else None
+    for worker in workers if turns > 1 else ():  # the first step allocates
+        _step(worker, len(workers))
     for turn in range(turns):
         rates.append(workers[0].ask("rate"))
         for worker in workers:
-            answer = worker.ask("step")
+            answer = _step(worker, len(workers))
             steps[worker.name].append(answer)
             print(f"  turn {turn + 1}  {worker.name:17s} {answer['wall_s']:8.2f} s  {answer['cpu_s']:8.2f} s of processor  "
                   f"loss {answer['loss']:.7f}", flush=True)  # fmt: skip
@@ -152,6 +154,13 @@ def _turns(
         if max(losses) - min(losses) > SAME_LOSS * max(losses):
             raise SystemExit(f"the contenders compute different losses: {losses}")
     return steps, rates
+
+
+def _step(worker: Worker, workers: int) -> dict[str, Any]:
+    answer = worker.ask("step")
+    if workers > MANY:
+        worker.ask("rest")
+    return answer
 
 
 def _distinct_tokens(case: Case) -> int:
