@@ -69,7 +69,7 @@ def pairs(options: argparse.Namespace) -> Iterator[Point]:
 
 def prompt(options: argparse.Namespace) -> Iterator[Point]:
     """Prompt tokens of a 1:1 pair, answers of 64."""
-    for tokens in (64, 128, 256, 512, 1024, 2048, 3584):
+    for tokens in (64, 128, 256, 512, 1024, 2048, 4096):
         yield {"x": tokens} | _step(Case("prompt", "smollm2", [[64, 64]], tokens), options)
 
 

@@ -124,7 +124,7 @@ def measure(case: Case, names: tuple[str, ...], options: argparse.Namespace) -> 
         finally:
             for worker in workers:
                 worker.close()
-    tokens = _distinct_tokens(case)
+    tokens = sum(case.groups)
     rate = statistics.median(entry["rate"] for entry in rates)
     rate_cpu = statistics.median(entry["rate_cpu"] for entry in rates)
     print(
@@ -161,11 +161,6 @@ def _step(worker: Worker, workers: int) -> dict[str, Any]:
     if workers > MANY:
         worker.ask("rest")
     return answer
-
-
-def _distinct_tokens(case: Case) -> int:
-    image = 576 if case.has_images else 0
-    return sum(image + case.prompt_tokens + sum(lengths) for lengths in case.answers)
 
 
 def _row(

@@ -43,6 +43,12 @@ class Case:
     def pairs(self) -> int:
         return sum(len(lengths) - 1 for lengths in self.answers)
 
+    @property
+    def groups(self) -> list[int]:
+        """Tokens of every prompt with its answers, the prompt once."""
+        image = 576 if self.has_images else 0
+        return [image + self.prompt_tokens + sum(lengths) for lengths in self.answers]
+
 
 CASES = {
     case.name: case
@@ -159,16 +165,16 @@ def write_adapter(model: Path, folder: Path, rank: int, seed: int = 1) -> Path:
     return path
 
 
-def recipe(model: Path, pairs: Path, output: Path, rank: int, batch: int) -> dict[str, Any]:
-    """fasttrain's recipe for a case; everything that is not here is its default."""
+def recipe(model: Path, pairs: Path, output: Path, rank: int, batch: int, longest: int = 0) -> dict[str, Any]:
+    """fasttrain's recipe for a case whose longest group has `longest` tokens; everything that is not here is its default."""
     return {
         "model": {"name": str(model), "dtype": "float32"},
         "lora": {"rank": rank, "alpha": 2 * rank},
-        "data": {"train": str(pairs), "workers": 0, "max_length": 4096},
+        "data": {"train": str(pairs), "workers": 0, "max_length": 8192},
         "loss": {"beta": BETA},
         "train": {
             "output": str(output / "run"), "pairs_per_step": batch, "learning_rate": LEARNING_RATE,
-            "gradient_checkpointing": False, "tokens_per_pack": 4096, "shuffle": False,
+            "gradient_checkpointing": False, "tokens_per_pack": max(4096, longest), "shuffle": False,
         },
         "track": [],
     }  # fmt: skip

@@ -68,7 +68,9 @@ class Fasttrain(Contender):
         from fasttrain.train.loop import fill_references
         from fasttrain.train.step import StepRunner
 
-        raw = recipe(files.model, files.pairs, files.folder, files.rank, files.case.pairs)
+        raw = recipe(
+            files.model, files.pairs, files.folder, files.rank, files.case.pairs, max(files.case.groups)
+        )
         with contextlib.nullcontext() if own_lora else _peft_layers():
             job = build_job(config_from_dict(raw))
         fill_references(job)

@@ -14,7 +14,7 @@ from fasttrain.data.batch import PackBatch
 from fasttrain.errors import UserError
 from fasttrain.model.attention import SHARED, check_attention
 from fasttrain.model.head import LogprobHead, check_head, install_head, trunk
-from fasttrain.model.no_waiting import trust_placeholders
+from fasttrain.model.no_waiting import embed_with_images, images_are_alike
 from fasttrain.model.routing import find_top_k, router_sums
 from fasttrain_kernels import SharedPrefixLayout
 
@@ -53,6 +53,9 @@ class Policy(nn.Module):
         self.model = model
         self.attention = attention
         self.shared = False
+        self._images_fit = (
+            False  # a pass has shown that every image makes as many features as it has placeholders
+        )
         self.ordinary_attention = model.config.get_text_config()._attn_implementation
         self.head: LogprobHead
         object.__setattr__(self, "head", install_head(model))  # registered once, inside the model
@@ -179,12 +182,18 @@ class Policy(nn.Module):
         dtype = self.model.dtype
         if uses_T is not None:
             extra["output_router_logits"] = True
+        base = trunk(self.model)
+        alike = bool(images) and images_are_alike(base, inputs)
         for name, value in inputs.items():
             extra[name] = value.to(dtype) if value.is_floating_point() else value
         self.counts.decoder_tokens += len(ids_T)
         try:
             with self._blank_image() if blank and self.blank else contextlib.nullcontext():
-                out = trunk(self.model)(input_ids=ids_T[None], use_cache=False, return_dict=True, **extra)
+                if alike and self._images_fit:
+                    extra["inputs_embeds"] = embed_with_images(base, ids_T, extra.pop("pixel_values"))
+                else:
+                    extra["input_ids"] = ids_T[None]
+                out = base(use_cache=False, return_dict=True, **extra)
         except ValueError as error:
             if not images or "image tokens" not in str(error).lower():
                 raise
@@ -194,8 +203,7 @@ class Policy(nn.Module):
                 "the processor's settings (vision_feature_select_strategy, patch_size, num_additional_image_tokens, image sizes) "
                 "do not fit config.json"
             ) from None
-        if images:  # in this pass they agreed
-            trust_placeholders(self.model)
+        self._images_fit = self._images_fit or alike
         if uses_T is not None:
             assert self.top_k is not None
             sums_V = router_sums(out.router_logits, uses_T, self.top_k)

@@ -132,29 +132,44 @@ def test_a_processor_that_does_not_fit_the_model_is_one_line(
 @pytest.mark.parametrize(
     ("tower", "layers", "strategy"), [("CLIP", -2, "default"), ("Siglip", [-3, -1], "full")]
 )
-def test_passes_that_trust_the_placeholders_are_the_checked_one(
+def test_images_are_put_into_text_as_transformers_does(
     build: Callable[..., Path], tower: str, layers: Any, strategy: str
 ) -> None:
     import torch
     from transformers import LlavaForConditionalGeneration
 
-    from fasttrain.model.no_waiting import trust_placeholders
+    from fasttrain.model.no_waiting import embed_with_images
 
     folder = build(tower, layers, strategy, "Llama")
     model = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="eager")
     image = model.config.image_token_id
-    ids = torch.randint(image + 1, image + 9, (1, 61))
-    ids[0, 4:20], ids[0, 29:45] = image, image
+    ids = torch.randint(image + 1, image + 9, (61,))
+    ids[4:20], ids[29:45] = image, image
     pixels = torch.randn(2, 3, 28, 28)
     weights = list(model.parameters())
     found = []
-    for _ in range(2):
-        hidden = model.model(input_ids=ids, pixel_values=pixels, use_cache=False).last_hidden_state
+    for ways in (
+        {"input_ids": ids[None], "pixel_values": pixels},
+        {"inputs_embeds": embed_with_images(model.model, ids, pixels)},
+    ):
+        hidden = model.model(**ways, use_cache=False).last_hidden_state
         gradients = torch.autograd.grad(hidden.square().sum(), weights, allow_unused=True)
         found.append([hidden.detach(), *gradients])
-        trust_placeholders(model)
-    assert "forward" in vars(model.model)
-    for checked, trusted in zip(*found, strict=True):
-        assert (checked is None) == (trusted is None)
-        if checked is not None:
-            torch.testing.assert_close(trusted, checked, rtol=1e-6, atol=1e-6 * float(checked.abs().max()))
+    for theirs, ours in zip(*found, strict=True):
+        assert (theirs is None) == (ours is None)
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max()))
+
+
+def test_only_a_tower_of_one_image_size_goes_uncompared(build: Callable[..., Path]) -> None:
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    from fasttrain.model.no_waiting import images_are_alike
+
+    folder = build("CLIP", -2, "default", "Llama")
+    base = LlavaForConditionalGeneration.from_pretrained(folder).model
+    pixels, sizes = torch.zeros(1, 3, 28, 28), torch.tensor([[28, 28]])
+    assert images_are_alike(base, {"pixel_values": pixels})
+    assert not images_are_alike(base, {"pixel_values": pixels, "image_sizes": sizes})  # as Pixtral's
+    assert not images_are_alike(base.language_model, {"pixel_values": pixels})
