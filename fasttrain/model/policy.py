@@ -183,7 +183,8 @@ class Policy(nn.Module):
         if uses_T is not None:
             extra["output_router_logits"] = True
         base = trunk(self.model)
-        alike = bool(images) and images_are_alike(base, inputs)
+        # DeepSpeed wants modules called in the same order on all ranks, also on those whose pack has no image
+        alike = bool(images) and self.blank is None and images_are_alike(base, inputs)
         for name, value in inputs.items():
             extra[name] = value.to(dtype) if value.is_floating_point() else value
         self.counts.decoder_tokens += len(ids_T)
