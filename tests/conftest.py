@@ -5,12 +5,14 @@ from __future__ import annotations
 import atexit
 import importlib.util
 import os
+import random
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -106,6 +108,53 @@ def text_pairs(tiny_models: ModuleType) -> Callable[..., Path]:
 def vision_pairs(tiny_models: ModuleType) -> Callable[..., Path]:
     """Draws images and writes a pair file: `vision_pairs(folder, count, ...)`; see tests/tiny_models.py."""
     return tiny_models.vision_pairs
+
+
+_WORDS = [
+    "the",
+    "chart",
+    "shows",
+    "a",
+    "red",
+    "bar",
+    "left",
+    "of",
+    "blue",
+    "and",
+    "highest",
+    "value",
+    "is",
+    "42",
+    "percent",
+]
+
+
+def _question(rng: random.Random) -> str:
+    return " ".join(rng.choice(_WORDS) for _ in range(rng.randint(2, 17))) + "?"
+
+
+@pytest.fixture
+def picture_questions(tmp_path: Path, tiny_models: ModuleType) -> Path:
+    """Eleven questions: three about one image, two about two images, some without, some of two turns."""
+    rng = random.Random(5)
+    images = [[0], [0], [], [1], [2, 3], [], [0], [4], [3, 2], [5], []]
+    rows = []
+    for number, shown in enumerate(images):
+        for image in shown:
+            tiny_models.draw_image(tmp_path / f"{image}.png", seed=image)
+        row: dict[str, Any] = {"question_id": number, "images": [f"{image}.png" for image in shown]}
+        rows.append(
+            row
+            | ({"turns": [_question(rng), _question(rng)]} if number % 4 == 3 else {"text": _question(rng)})
+        )
+    return tiny_models.write_rows(tmp_path / "questions.jsonl", rows)
+
+
+@pytest.fixture
+def text_questions(tmp_path: Path, tiny_models: ModuleType) -> Path:
+    rng = random.Random(6)
+    rows = [{"question_id": f"q{n}", "turns": [_question(rng) for _ in range(1 + n % 3)]} for n in range(9)]
+    return tiny_models.write_rows(tmp_path / "text.jsonl", rows)
 
 
 @pytest.fixture

@@ -108,12 +108,20 @@ def _rewrapped(outer: Any, inner: types.FunctionType, mine: types.FunctionType) 
     if wrapped is None or not isinstance(outer, types.FunctionType):
         return None
     cells = outer.__closure__ or ()
-    new = tuple(types.CellType(wrapped) if cell.cell_contents is held else cell for cell in cells)
-    if new == cells:
+    holding = [_holds(cell, held) for cell in cells]
+    if not any(holding):
         return None
-    again = _copy(outer, outer.__globals__, new)
+    new = (types.CellType(wrapped) if holds else cell for cell, holds in zip(cells, holding))
+    again = _copy(outer, outer.__globals__, tuple(new))
     again.__dict__["__wrapped__"] = wrapped
     return again
+
+
+def _holds(cell: types.CellType, held: Any) -> bool:
+    try:
+        return cell.cell_contents is held
+    except ValueError:  # an empty cell
+        return False
 
 
 def _copy(

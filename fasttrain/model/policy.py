@@ -14,7 +14,7 @@ from fasttrain.data.batch import PackBatch
 from fasttrain.errors import UserError
 from fasttrain.model.attention import SHARED, check_attention
 from fasttrain.model.head import LogprobHead, check_head, install_head, trunk
-from fasttrain.model.no_waiting import embed_with_images, images_are_alike
+from fasttrain.model.no_waiting import embed_with_images, images_are_alike, trust_placeholders
 from fasttrain.model.routing import find_top_k, router_sums
 from fasttrain_kernels import SharedPrefixLayout
 
@@ -183,14 +183,15 @@ class Policy(nn.Module):
         if uses_T is not None:
             extra["output_router_logits"] = True
         base = trunk(self.model)
+        alike = bool(images) and images_are_alike(base, inputs)
         # DeepSpeed wants modules called in the same order on all ranks, also on those whose pack has no image
-        alike = bool(images) and self.blank is None and images_are_alike(base, inputs)
+        ours = alike and self._images_fit and self.blank is None
         for name, value in inputs.items():
             extra[name] = value.to(dtype) if value.is_floating_point() else value
         self.counts.decoder_tokens += len(ids_T)
         try:
             with self._blank_image() if blank and self.blank else contextlib.nullcontext():
-                if alike and self._images_fit:
+                if ours:
                     extra["inputs_embeds"] = embed_with_images(base, ids_T, extra.pop("pixel_values"))
                 else:
                     extra["input_ids"] = ids_T[None]
@@ -204,7 +205,10 @@ class Policy(nn.Module):
                 "the processor's settings (vision_feature_select_strategy, patch_size, num_additional_image_tokens, image sizes) "
                 "do not fit config.json"
             ) from None
-        self._images_fit = self._images_fit or alike
+        if alike and not self._images_fit:
+            self._images_fit = True
+            if self.blank is not None:
+                trust_placeholders(base)
         if uses_T is not None:
             assert self.top_k is not None
             sums_V = router_sums(out.router_logits, uses_T, self.top_k)
