@@ -35,6 +35,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 THIRD_PARTY_WARNINGS = (
     # peft 0.21 asks transformers 5.23 whether checkpointing is on by the name that 5.23 deprecated.
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    # Python 3.12 warns of every fork beside threads; pytest-xdist's has one that waits for orders.
+    "ignore:.*use of fork:DeprecationWarning",
 )
 
 
@@ -44,6 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # A child forked after this process has begun threads of its own may hang: those tests go first in every process.
+    items.sort(key=lambda item: item.get_closest_marker("forks") is None)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu:
         import torch

@@ -146,7 +146,7 @@ def test_help_answers_without_torch() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.forks
 def test_answering_that_is_killed_again_and_again_writes_the_undisturbed_file(
     tiny_llava: Path, picture_questions: Path, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ import torch
 from fasttrain.errors import UserError
 from fasttrain.model.policy import Policy
 
+pytestmark = pytest.mark.forks
 KILLED = -signal.SIGKILL
 
 

@@ -15,6 +15,8 @@ import pytest
 
 from fasttrain.model.policy import Policy
 
+pytestmark = pytest.mark.forks
+
 
 def stored(root: Path) -> dict[bytes, bytes]:
     """Every key and log-prob in the cache, read without our code."""

@@ -23,6 +23,7 @@ assert _spec is not None and _spec.loader is not None
 tiny_families = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(tiny_families)
 
+pytestmark = pytest.mark.forks
 MIXTURE = "mixtral"
 MIXED = "llava"  # its pairs: prompts with one image, two and none
 

@@ -18,6 +18,8 @@ from fasttrain.ranks import ranks
 from fasttrain.train import final
 from fasttrain.train.loop import train_dpo
 
+pytestmark = pytest.mark.forks
+
 
 @pytest.fixture
 def model(tiny_models: ModuleType, tmp_path: Path) -> Path:

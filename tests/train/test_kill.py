@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.forks
 TIMINGS = {
     "step_s", "data_s", "forward_s", "backward_s", "update_s", "pairs_per_s", "tokens_per_s", "tflops", "mfu", "peak_bytes",
 }  # fmt: skip
@@ -70,7 +71,6 @@ class Run:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_killed_runs_give_the_metrics_of_an_undisturbed_run(
     tiny_llava: Path, vision_pairs: Callable[..., Path], tmp_path: Path
 ) -> None:
