@@ -116,7 +116,7 @@ def eval_command(bench: str, **given: Any) -> int:  # fmt: skip
         _tell_unjudged(benchmark, answers, own["data"], own["out"])
         return EXIT_TYPED_FAILURES if failed else 0
     if reading.limit is not None:
-        judge = dataclasses.replace(judge, partial=True)
+        judge = dataclasses.replace(judge, partial=True, limit=reading.limit)
     return _judge(bench, own["data"], answers, own["out"], judge, dry_run) or (
         EXIT_TYPED_FAILURES if failed else 0
     )
@@ -266,4 +266,4 @@ def _judge(bench: str, data: Path, answers: Path, out: Path, judge: Any, dry_run
     for line in score_lines(scores):
         click.echo(line)
     click.echo(f"scores: {out / 'scores.json'}")
-    return EXIT_TYPED_FAILURES if scores.get("excluded") else 0
+    return EXIT_TYPED_FAILURES if scores["excluded"] or scores["missing"] else 0

@@ -135,7 +135,10 @@ def _json_rows(path: Path, images: bool) -> Iterator[MMBenchRow]:
             raise BadRow(where, "index", f"an index of its own, {seen[row.index]} has it too", str(row.index))
         seen[row.index] = where
         if images:
-            row = replace(row, image=read_prompt(given, row.question, where, path.parent)[1][0])
+            found = read_prompt(given, row.question, where, path.parent)[1]
+            if len(found) != 1:
+                raise BadRow(where, "image", "one image", str(len(found)))
+            row = replace(row, image=found[0])
         yield row
 
 
@@ -179,6 +182,9 @@ def _cells(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _row(where: str, cells: dict[str, str]) -> MMBenchRow:
+    for name in ("index", "question"):
+        if name not in cells:
+            raise BadRow(where, name, "a value", None)
     try:
         index = int(float(cells["index"])) if "." in cells["index"] else int(cells["index"])
     except (ValueError, OverflowError):

@@ -137,7 +137,8 @@ def test_a_judge_scores_at_the_end_and_length_stands_beside_the_score(
         "-o",
         tmp_path / "f",
     )
-    assert fasttrain(*again, *judge, "--partial")[0] == 0
+    code, text, _ = fasttrain(*again, *judge, "--partial")
+    assert code == 3 and "questions without an answer, not in the score: 78" in text
     assert json.loads((tmp_path / "f" / "scores.json").read_text())["score"] == 7.0
 
 

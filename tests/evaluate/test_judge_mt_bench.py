@@ -12,6 +12,7 @@ import pytest
 
 from fasttrain.errors import UserError
 from fasttrain.evaluate.judging import JudgeOptions, judge_benchmark
+from fasttrain.evaluate.judging.told import score_lines
 from fasttrain_data.calls.dispatch import CallLimits
 
 CATEGORIES = ("writing", "math", "stem")
@@ -237,7 +238,21 @@ def test_missing_answers_are_refused_unless_partial(
     with pytest.raises(UserError, match=r"m\.jsonl: wanted an answer to each of 6 questions, got none to 3"):
         judge_benchmark("mt-bench", data, answers, tmp_path / "out", options(judge_double))
     scores = judge_benchmark("mt-bench", data, answers, tmp_path / "out", options(judge_double, partial=True))
-    assert scores["n"] == 6
+    assert scores["n"] == 6 and scores["missing"] == 3 and scores["unknown"] == 0
+    assert "questions without an answer, not in the score: 3" in score_lines(scores)
+
+
+def test_answers_to_no_question_are_counted_and_a_limit_takes_the_first(
+    data: Path, tmp_path: Path, judge_double: Any, write_rows: Callable[..., Path]
+) -> None:
+    rows = answer_rows("m", lambda n, turn: "x") + [{"question_id": 999, "choices": [{"turns": ["x", "y"]}]}]
+    answers = write_rows(tmp_path / "m.jsonl", rows)
+    scores = judge_benchmark("mt-bench", data, answers, tmp_path / "all", options(judge_double))
+    assert (scores["n"], scores["missing"], scores["unknown"]) == (12, 0, 1)
+    assert "answers that belong to no question: 1" in score_lines(scores)
+    judge_double.bodies.clear()
+    scores = judge_benchmark("mt-bench", data, answers, tmp_path / "two", options(judge_double, limit=2))
+    assert (scores["n"], scores["missing"], scores["unknown"]) == (4, 0, 1) and len(judge_double.bodies) == 4
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from fasttrain.errors import UserError
 from fasttrain.evaluate.benchmarks import ReadOptions
 from fasttrain.evaluate.mmbench import read
 from fasttrain.evaluate.mmbench_file import read_rows, with_rotations
@@ -275,6 +276,22 @@ def test_the_model_is_asked_every_rotation_and_the_spreadsheet_holds_the_tables_
     assert [int(row["index"]) for row in sheet] == [1, 1156, 1745]
     assert set(sheet[0]) == {"index", "question", "A", "B", "C", "D", "prediction"}
     assert sheet[0]["prediction"] == rows[0]["text"].replace("\x00", "") and sheet[1]["B"] == "Mother and son"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"index": None}, r"index: wanted a value, got None"),
+        ({"question": None}, r"question: wanted a value, got None"),
+        ({"images": []}, r"image: wanted one image, got 0"),
+    ],
+)
+def test_a_row_that_lacks_a_field_is_named(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
+    row = {"index": 1, "question": "Which?", "options": {"A": "this", "B": "that"}, "answer": "A"} | wrong
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=message):
+        read_rows(path)
 
 
 def test_a_spreadsheet_keeps_text_that_xml_would_spoil(tmp_path: Path) -> None:

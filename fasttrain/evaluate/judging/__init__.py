@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 from fasttrain.errors import UserError, mistakes_of_data_tools
 from fasttrain.evaluate.judging.calls import Forecast, JudgeCalls
 from fasttrain.evaluate.judging.clients import Client
+from fasttrain.evaluate.judging.inputs import Gaps
 from fasttrain.evaluate.judging.options import JudgeOptions, judge_options, take_judge_options
 from fasttrain.evaluate.judging.outcome import about_judge
 from fasttrain.evaluate.judging.request import JudgeRequest
@@ -25,6 +27,8 @@ JUDGED = ("mt-bench", "mm-vet", "llava-bench", "alpaca-eval")
 
 
 class _Benchmark(Protocol):
+    gaps: Gaps
+
     def requests(self) -> list[JudgeRequest]: ...
 
     def score(self, calls: JudgeCalls, out: Path) -> dict[str, Any]: ...
@@ -38,13 +42,14 @@ def judge_benchmark(
     data: folder with the benchmark's files. Writes into `out`: results.jsonl (a row per judged answer), the
     benchmark's official judgment files, and judge.journal.jsonl, from which a rerun takes every reply that was
     paid for. Replies that cannot be read and calls that failed are left out of every mean and counted under
-    "excluded". UserError for mistakes in files or options, and when the server refuses key or model.
+    "excluded", questions without an answer (`judge.partial`) under "missing", answers to no question under "unknown". UserError for mistakes in files or options, and when the server refuses key or model.
     """
     with mistakes_of_data_tools():
         _check_answers(answers)
         benchmark = _read(bench, data, answers, judge)
         with JudgeCalls(out, judge, client) as calls:
             scores = benchmark.score(calls, out)
+            scores |= dataclasses.asdict(benchmark.gaps)
             scores["judge"] = about_judge(calls)
     if len(scores["judge"]["versions"]) > 1:
         versions = ", ".join(scores["judge"]["versions"])

@@ -14,7 +14,7 @@ from typing import Any
 
 from fasttrain.evaluate.judging import outcome
 from fasttrain.evaluate.judging.calls import JudgeCalls, Judgment
-from fasttrain.evaluate.judging.inputs import answered, find_file, insert, model_name, text_of
+from fasttrain.evaluate.judging.inputs import Gaps, find_file, insert, model_name, text_of
 from fasttrain.evaluate.judging.options import JudgeOptions
 from fasttrain.evaluate.judging.parsing import preferred_of
 from fasttrain.evaluate.judging.request import JudgeRequest
@@ -62,6 +62,7 @@ class AlpacaEval:
         given, self.duplicates = _read_outputs(answers)
         self.reference_model = model_name(path, references.values(), "generator")
         self.model = model_name(answers, given.values(), "generator")
+        self.gaps = Gaps()
         self.items = [
             Item(
                 instruction=name,
@@ -70,7 +71,7 @@ class AlpacaEval:
                 output=given[name]["output"],
                 swapped=rng_of("alpaca-eval", options.seed, name).random() < 0.5,
             )
-            for name in answered(references, given, answers, options.partial)
+            for name in self.gaps.answered(references, given, answers, options)
         ]
 
     def requests(self) -> list[JudgeRequest]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fasttrain.evaluate.judging.options import JudgeOptions
 from fasttrain_data.errors import BadRow, UserError
 from fasttrain_data.jsonl import Row, read_rows
 
@@ -70,20 +72,35 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def answered(questions: Iterable[Any], answers: Iterable[Any], path: Path, partial: bool) -> list[Any]:
-    """Ids of the questions to judge; UserError when answers are missing (unless `partial`) or fit no question."""
-    wanted, there = list(questions), set(answers)
-    missing = [name for name in wanted if name not in there]
-    if len(missing) == len(wanted):
-        raise UserError(
-            f"{path}: wanted answers to the benchmark's questions, got none of its {len(wanted)} ids"
-        )
-    if missing and not partial:
-        raise UserError(
-            f"{path}: wanted an answer to each of {len(wanted)} questions, got none to {len(missing)} of them, first "
-            f"{missing[0]!r}; --partial scores the others"
-        )
-    return [name for name in wanted if name in there]
+@dataclass
+class Gaps:
+    """missing: questions that an answer file leaves without an answer. unknown: its answers that belong to no question."""
+
+    missing: int = 0
+    unknown: int = 0
+
+    def answered(
+        self, questions: Iterable[Any], answers: Iterable[Any], path: Path, options: JudgeOptions
+    ) -> list[Any]:
+        """Ids of the questions to judge, the first `options.limit`; what does not fit is counted.
+
+        UserError when no answer fits, and when one is missing without `options.partial`.
+        """
+        wanted, there = list(questions), set(answers)
+        found = [name for name in wanted if name in there][: options.limit]
+        if not found:
+            raise UserError(
+                f"{path}: wanted answers to the benchmark's questions, got none of its {len(wanted)} ids"
+            )
+        self.missing = len(wanted[: options.limit]) - len(found)
+        self.unknown = len(there.difference(wanted))
+        if self.missing and not options.partial:
+            first = next(name for name in wanted if name not in there)
+            raise UserError(
+                f"{path}: wanted an answer to each of {len(wanted[: options.limit])} questions, got none to {self.missing} of "
+                f"them, first {first!r}; --partial scores the others"
+            )
+        return found
 
 
 def model_name(answers: Path, rows: Iterable[Row], *names: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fasttrain.evaluate.judging import outcome
 from fasttrain.evaluate.judging.calls import JudgeCalls, Judgment
-from fasttrain.evaluate.judging.inputs import answered, by_id, find_file, model_name, read_object, text_of
+from fasttrain.evaluate.judging.inputs import Gaps, by_id, find_file, model_name, read_object, text_of
 from fasttrain.evaluate.judging.options import JudgeOptions
 from fasttrain.evaluate.judging.parsing import score_pair_leniently, score_pair_of
 from fasttrain.evaluate.judging.request import JudgeRequest
@@ -44,7 +44,8 @@ class LlavaBench:
         self.rules = _read_rules(data)
         rows, self.duplicates = by_id(answers)
         self.model = model_name(answers, (row for _, row in rows.values()), "model_id")
-        self.items = _read_items(data, answers, {name: row for name, (_, row) in rows.items()}, options)
+        given, self.gaps = {name: row for name, (_, row) in rows.items()}, Gaps()
+        self.items = _read_items(data, answers, given, options, self.gaps)
         for item in self.items:
             if item.rule not in self.rules:
                 raise UserError(f"{self.rules_path(data)}: wanted the rule {item.rule!r}, got no such key")
@@ -164,7 +165,9 @@ def _read_rules(data: Path) -> dict[str, dict[str, str]]:
     return rules
 
 
-def _read_items(data: Path, answers: Path, given: dict[Any, Row], options: JudgeOptions) -> list[Item]:
+def _read_items(
+    data: Path, answers: Path, given: dict[Any, Row], options: JudgeOptions, gaps: Gaps
+) -> list[Item]:
     path = find_file(data, ("questions.jsonl", "qa90_questions.jsonl"), "the questions", _ORIGIN)
     references_path = find_file(
         data, ("answers_gpt4.jsonl", "qa90_gpt4_answer.jsonl"), "the reference answers", _ORIGIN
@@ -173,7 +176,7 @@ def _read_items(data: Path, answers: Path, given: dict[Any, Row], options: Judge
     questions, _ = by_id(path)
     prefix, contexts = _read_contexts(data)
     items = []
-    for name in answered(questions, given, answers, options.partial):
+    for name in gaps.answered(questions, given, answers, options):
         place, row = questions[name]
         image, category = text_of(path, place, row, "image"), text_of(path, place, row, "category")
         if image not in contexts:

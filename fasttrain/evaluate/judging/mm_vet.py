@@ -14,7 +14,7 @@ from typing import Any
 
 from fasttrain.evaluate.judging import outcome
 from fasttrain.evaluate.judging.calls import JudgeCalls, Judgment
-from fasttrain.evaluate.judging.inputs import answered, find_file, insert, read_object
+from fasttrain.evaluate.judging.inputs import Gaps, find_file, insert, read_object
 from fasttrain.evaluate.judging.options import JudgeOptions
 from fasttrain.evaluate.judging.parsing import correctness_of
 from fasttrain.evaluate.judging.request import JudgeRequest
@@ -56,7 +56,8 @@ class MMVet:
         self.options = options
         self.model = answers.stem
         self.prompt = _read_prompt(data, options)
-        self.items = _read_items(data, answers, options)
+        self.gaps = Gaps()
+        self.items = _read_items(data, answers, options, self.gaps)
 
     def requests(self) -> list[JudgeRequest]:
         """The first try of each question."""
@@ -191,11 +192,11 @@ def _read_prompt(data: Path, options: JudgeOptions) -> str:
     return text if there else text + "\n" + " | ".join(names) + " | "
 
 
-def _read_items(data: Path, answers: Path, options: JudgeOptions) -> list[Item]:
+def _read_items(data: Path, answers: Path, options: JudgeOptions, gaps: Gaps) -> list[Item]:
     path = find_file(data, ("mm-vet.json", "mm-vet/mm-vet.json"), "the questions", _ORIGIN)
     questions, given = read_object(path), read_object(answers)
     items = []
-    for name in answered(questions, given, answers, options.partial):
+    for name in gaps.answered(questions, given, answers, options):
         row = questions[name]
         if not isinstance(row, dict) or not isinstance(row.get("capability"), list):
             raise UserError(f"{path}: {name}: wanted question, answer and capability, got {str(row)[:60]!r}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from fasttrain.evaluate.judging import outcome
 from fasttrain.evaluate.judging.calls import JudgeCalls, Judgment
-from fasttrain.evaluate.judging.inputs import answered, by_id, fill, find_file, model_name, text_of, texts_of
+from fasttrain.evaluate.judging.inputs import Gaps, by_id, fill, find_file, model_name, text_of, texts_of
 from fasttrain.evaluate.judging.options import JudgeOptions
 from fasttrain.evaluate.judging.parsing import rating_of
 from fasttrain.evaluate.judging.request import JudgeRequest
@@ -74,7 +74,8 @@ class MTBench:
         self.options = options
         self.templates = read_templates(data)
         self.answers = read_answers(answers)
-        self.turns = list(read_turns(data, self.answers, options))
+        self.gaps = Gaps()
+        self.turns = list(read_turns(data, self.answers, options, self.gaps))
 
     def requests(self) -> list[JudgeRequest]:
         return [self._request(turn) for turn in self.turns]
@@ -200,14 +201,14 @@ def read_answers(path: Path) -> Answers:
     return Answers(model=model, turns=turns, duplicates=duplicates, path=path)
 
 
-def read_turns(data: Path, answers: Answers, options: JudgeOptions) -> Iterator[Turn]:
+def read_turns(data: Path, answers: Answers, options: JudgeOptions, gaps: Gaps) -> Iterator[Turn]:
     """Every turn to judge, questions in file order."""
     path = find_file(
         data, ("question.jsonl", "mt_bench/question.jsonl", "*question.jsonl"), "the questions", _ORIGIN
     )
     questions, _ = by_id(path)
     references = _References(data, options.model)
-    for name in answered(questions, answers.turns, answers.path, options.partial):
+    for name in gaps.answered(questions, answers.turns, answers.path, options):
         place, row = questions[name]
         asked = tuple(texts_of(path, place, row, "turns"))
         category = text_of(path, place, row, "category")

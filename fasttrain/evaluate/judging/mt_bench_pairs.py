@@ -8,6 +8,7 @@ from typing import Any
 
 from fasttrain.evaluate.judging import outcome
 from fasttrain.evaluate.judging.calls import JudgeCalls, Judgment
+from fasttrain.evaluate.judging.inputs import Gaps
 from fasttrain.evaluate.judging.mt_bench import (
     API_ERROR,
     Answers,
@@ -36,7 +37,8 @@ class MTBenchPairs:
         self.options = options
         self.templates = read_templates(data)
         self.answers, self.baseline = read_answers(answers), read_answers(options.baseline)
-        self.turns = list(read_turns(data, self.answers, options))
+        self.gaps = Gaps()
+        self.turns = list(read_turns(data, self.answers, options, self.gaps))
         for turn in self.turns:
             if len(self.baseline.turns.get(turn.question_id, ())) < turn.number:
                 raise UserError(

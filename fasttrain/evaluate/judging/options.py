@@ -23,7 +23,7 @@ class JudgeOptions:
 
     temperature, max_output_tokens: None is the benchmark's own. baseline: answers to compare with, MT-Bench's pairwise
     mode or AlpacaEval's reference outputs. prompt: a file with the judge's prompt, for benchmarks that ship none.
-    partial: score only questions that have an answer. retry: statuses of earlier calls that are tried again.
+    partial: score only questions that have an answer. limit: judge the first so many questions. retry: statuses of earlier calls that are tried again.
     """
 
     model: str
@@ -40,6 +40,7 @@ class JudgeOptions:
     baseline: Path | None = None
     prompt: Path | None = None
     partial: bool = False
+    limit: int | None = None
     seed: int = 0
     quiet: bool = False
 

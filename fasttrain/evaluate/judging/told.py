@@ -39,6 +39,8 @@ _OTHERWISE = {
     "if_those_were_read": "with the two numbers of unreadable first lines read all the same",
 }
 _COUNTS = {
+    "missing": "questions without an answer, not in the score",
+    "unknown": "answers that belong to no question",
     "asked_again": "asked again after a reply that is no mark",
     "zero_after_bad_replies": "given 0 after five such replies, as the original does",
     "outside_1_to_10": "ratings outside 1 to 10, counted as they are",
