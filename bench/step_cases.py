@@ -45,7 +45,7 @@ class Case:
 
     @property
     def groups(self) -> list[int]:
-        """Tokens of every prompt with its answers, the prompt once."""
+        """Tokens of every prompt with its answers, the prompt once, without what the chat template adds."""
         image = 576 if self.has_images else 0
         return [image + self.prompt_tokens + sum(lengths) for lengths in self.answers]
 
@@ -166,7 +166,7 @@ def write_adapter(model: Path, folder: Path, rank: int, seed: int = 1) -> Path:
 
 
 def recipe(model: Path, pairs: Path, output: Path, rank: int, batch: int, longest: int = 0) -> dict[str, Any]:
-    """fasttrain's recipe for a case whose longest group has `longest` tokens; everything that is not here is its default."""
+    """fasttrain's recipe for a case whose longest group has `longest` tokens and its template's; what is not here is its default."""
     return {
         "model": {"name": str(model), "dtype": "float32"},
         "lora": {"rank": rank, "alpha": 2 * rank},
@@ -174,11 +174,12 @@ def recipe(model: Path, pairs: Path, output: Path, rank: int, batch: int, longes
         "loss": {"beta": BETA},
         "train": {
             "output": str(output / "run"), "pairs_per_step": batch, "learning_rate": LEARNING_RATE,
-            "gradient_checkpointing": False, "tokens_per_pack": max(4096, longest), "shuffle": False,
+            "gradient_checkpointing": False, "tokens_per_pack": max(4096, longest + TEMPLATE_TOKENS), "shuffle": False,
         },
         "track": [],
     }  # fmt: skip
 
 
 BETA = 0.1
+TEMPLATE_TOKENS = 64  # more than the models' chat templates add to a prompt
 LEARNING_RATE = 1e-6

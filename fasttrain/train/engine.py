@@ -97,6 +97,8 @@ class TorchEngine:
         return self.policy(batch, **wants)
 
     def backward(self, loss: Tensor) -> None:
+        if not loss.requires_grad:  # a pack without images where only the tower or the projector trains
+            return
         loss.backward()  # type: ignore[no-untyped-call]
         self._masters.gather_gradients()
 

@@ -87,6 +87,17 @@ def test_full_fine_tuning_is_invariant_too(recipe: Callable[..., Any]) -> None:
     assert_same(recipe("llava", *settings, "train.share_prefix=false", "train.tokens_per_pack=60"), truth)
 
 
+def test_packs_without_images_add_nothing_where_only_the_vision_part_trains(
+    recipe: Callable[..., Any], vision_pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "mixed").mkdir()
+    pairs = vision_pairs(tmp_path / "mixed", 21, images=(1, 0))
+    settings = ["lora.targets=[linear_1,linear_2]", "train.shuffle=false"]
+    truth = recipe("llava", *settings, pairs=pairs)
+    assert truth[0]["grad_norm"] > 0
+    assert_same(recipe("llava", *settings, "train.tokens_per_pack=40", pairs=pairs), truth)
+
+
 def test_rows_in_another_order_within_a_step_give_the_same_step(
     recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
