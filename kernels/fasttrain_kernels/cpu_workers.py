@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -57,10 +58,12 @@ def run_on_workers(tasks: Sequence[Callable[[], T]]) -> list[T]:
     """
     if len(tasks) == 1:
         return [tasks[0]()]
-    return list(_pool(min(len(tasks), torch.get_num_threads())).map(_without_gradients, tasks))
+    run = partial(_without_gradients, torch.is_inference_mode_enabled())
+    return list(_pool(min(len(tasks), torch.get_num_threads())).map(run, tasks))
 
 
-def _without_gradients(task: Callable[[], T]) -> T:
-    # Whether gradients are recorded is a thread's own setting, on by default.
-    with torch.no_grad():
+def _without_gradients(inference: bool, task: Callable[[], T]) -> T:
+    # Whether gradients are recorded is a thread's own setting, on by default; so is inference mode, outside which the
+    # caller's buffers could not be written.
+    with torch.inference_mode(inference), torch.no_grad():
         return task()

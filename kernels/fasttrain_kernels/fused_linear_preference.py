@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .head_options import LogitTransform
 from .linear_logprob import IGNORED, linear_logprob
 from .preference_loss import PreferenceLoss, preference_loss
-from .sequence_logprob import pair_sums, wpo_weights
+from .sequence_logprob import pair_sums, sequence_sums, wpo_weights
 
 
 class FusedLinearPreferenceLoss(nn.Module):
@@ -56,7 +56,8 @@ class FusedLinearPreferenceLoss(nn.Module):
 
         Padded: hidden (2P, T, D) and target (2P, T), chosen answers in the first half; target[i, t] is what position t
         predicts (labels already shifted), -100 where nothing counts. Packed: hidden (N, D), target (N,) completion by
-        completion, int64 lengths_S (S,) and pairs_P2 (P, 2) naming each pair's chosen and rejected completion.
+        completion, -100 as there, int64 lengths_S (S,) rows of each, ignored ones included, and pairs_P2 (P, 2) naming
+        each pair's chosen and rejected completion. Only scored tokens count in any length.
         ref_chosen_P, ref_rejected_P: (P,) cached sums; None for reference-free kinds.
         """
         if hidden.dim() == 3:
@@ -66,11 +67,13 @@ class FusedLinearPreferenceLoss(nn.Module):
                 "FusedLinearPreferenceLoss: lengths_S, pairs_P2: wanted with packed hidden (N, D), got None"
             )
         rows = linear_logprob(hidden, weight_VD, target, bias, log_p2=self.use_weighting, **self.head)
-        sums = pair_sums(rows.logprob, lengths_S, pairs_P2, self.ld_alpha)
-        sft = sums if self.ld_alpha is None else pair_sums(rows.logprob, lengths_S, pairs_P2)
+        order_N, lengths_S = _scored_first(target, lengths_S)
+        logp_N = rows.logprob[order_N]
+        sums = pair_sums(logp_N, lengths_S, pairs_P2, self.ld_alpha, validate=False)
+        sft = sums if self.ld_alpha is None else pair_sums(logp_N, lengths_S, pairs_P2, validate=False)
         pair_weight = None
         if rows.log_p2 is not None:
-            pair_weight = wpo_weights(rows.logprob, rows.log_p2, lengths_S, pairs_P2)
+            pair_weight = wpo_weights(logp_N, rows.log_p2[order_N], lengths_S, pairs_P2, validate=False)
         return preference_loss(
             *sums, ref_chosen_P, ref_rejected_P, **self.loss, chosen_length=lengths_S[pairs_P2[:, 0]],
             rejected_length=lengths_S[pairs_P2[:, 1]], sft_logprob=sft[0], weight=pair_weight,
@@ -80,6 +83,16 @@ class FusedLinearPreferenceLoss(nn.Module):
     def extra_repr(self) -> str:
         options = {**self.loss, **self.head, "ld_alpha": self.ld_alpha, "use_weighting": self.use_weighting}
         return ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
+
+
+def _scored_first(target_N: Tensor, lengths_S: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) order of the rows with the ignored ones at the end, and each completion's scored tokens (S,).
+
+    RuntimeError if the lengths do not add up to N; the only wait for the device.
+    """
+    ignored_N = target_N == IGNORED
+    lengths_S = lengths_S - sequence_sums(ignored_N, lengths_S).to(lengths_S.dtype)
+    return ignored_N.to(torch.int8).argsort(stable=True), lengths_S
 
 
 def _packed(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

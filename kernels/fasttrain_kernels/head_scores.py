@@ -35,7 +35,7 @@ class HeadCall(NamedTuple):
 
 @dataclass
 class Scores:
-    """What the forward makes of all rows: (N,) each; unit gradients (N, D), in the dtype of the hidden states.
+    """What the forward makes of all rows: (N,) each; unit gradients (N, D) in `unit_dtype`.
 
     The log-sum-exp is shift + log(total), kept apart: added up, a large shift would swallow the logarithm.
     """
@@ -60,16 +60,24 @@ def passes(backend: str) -> ModuleType:
     return head_passes_triton
 
 
+def unit_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of unit gradients for hidden states of a dtype: the same, but fp32 for fp16, where they would underflow: they are
+    made before the loss scale reaches them."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def _empty_scores(hidden: Tensor, call: HeadCall, unit: bool) -> Scores:
     n, dtype = hidden.shape[0], accumulator_dtype(call.dtype)
 
     def new(wanted: bool, dtype: torch.dtype = dtype) -> Tensor | None:
         return hidden.new_empty(n, dtype=dtype) if wanted else None
 
+    def new_unit(wanted: bool) -> Tensor | None:
+        return torch.empty_like(hidden, dtype=unit_dtype(hidden.dtype)) if wanted else None
+
     logprob, shift, total = (hidden.new_empty(n, dtype=dtype) for _ in range(3))
     return Scores(logprob, shift, total, new(call.entropy), new(call.log_p2), new(call.top1, torch.bool),
-                  new(call.mean_logit), torch.empty_like(hidden) if unit else None,
-                  torch.empty_like(hidden) if unit and call.entropy_grad else None)  # fmt: skip
+                  new(call.mean_logit), new_unit(unit), new_unit(unit and call.entropy_grad))  # fmt: skip
 
 
 def score_rows(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, bias_V: Tensor | None, call: HeadCall,

@@ -102,7 +102,8 @@ def label_logprob(logits_NV: Tensor, target_N: Tensor, *, inplace: bool = False,
         logits_NV: (N, V) fp32, bf16, fp16 or fp64; any row stride, columns next to each other.
         target_N: (N,) int64 in [0, V), or -100: log-prob and gradient of that row are exactly 0, whatever it holds.
         inplace: let the backward write the gradient over the logits, so that no second (N, V) tensor exists. Nothing
-            else may need the logits by then: autograd raises if something does. Logits that are a leaf are refused.
+            else may need the logits by then: autograd raises if something does. Logits that are a leaf, or a view
+            of one, are refused.
         backend: "torch", "triton" or None for `backend_for(logits_NV)`.
         validate: False trusts the ids, which on CUDA saves waiting for the device.
 
@@ -130,8 +131,9 @@ def _check(logits: Tensor, target: Tensor, inplace: bool, validate: bool) -> Non
         refuse("target_N", torch.int64, target.dtype)
     if target.device != logits.device:
         refuse("target_N", f"device {logits.device}", target.device)
-    if inplace and logits.is_leaf and logits.requires_grad:
-        refuse("inplace", "False for logits that are a leaf", True)
+    base = logits if logits._base is None else logits._base
+    if inplace and logits.requires_grad and base.is_leaf and base.requires_grad:
+        refuse("inplace", "False for logits that are a leaf or a view of one", True)
     if validate and n:
         low, high = torch.stack(torch.aminmax(torch.where(target == IGNORED, 0, target))).tolist()
         if low < 0 or high >= v:

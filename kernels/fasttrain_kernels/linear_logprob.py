@@ -72,7 +72,7 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, call: HeadCall,
                 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        ctx.call = call
+        ctx.call, ctx.dtype = call, hidden.dtype
         with _no_autocast(hidden.device):
             scores = score_rows(hidden, weight, target, bias, call, unit=True)
         ctx.save_for_backward(scores.unit, scores.entropy_unit)
@@ -84,7 +84,7 @@ class _FrozenHead(torch.autograd.Function):
         ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
         unit, entropy_unit = ctx.saved_tensors
-        out = torch.empty_like(unit)
+        out = torch.empty_like(unit, dtype=ctx.dtype)
         if grad is None:
             out.zero_()
         else:
@@ -125,13 +125,14 @@ class _UnitGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, logprob: Tensor, unit: Tensor) -> Tensor:
         ctx.save_for_backward(unit)
+        ctx.dtype = hidden.dtype
         return logprob.view_as(logprob)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (unit,) = ctx.saved_tensors
-        out = torch.empty_like(unit)
+        out = torch.empty_like(unit, dtype=ctx.dtype)
         torch.mul(unit, grad[:, None], out=out)
         return out, None, None
 
@@ -154,7 +155,8 @@ def linear_logprob_and_unit(
 ) -> tuple[LinearLogprob, Tensor]:  # fmt: skip
     """`linear_logprob` without history, and the unit gradients d logprob / d hidden (N, D) in the dtype of hidden_ND.
 
-    Arguments as there, without ignored rows. Join them again with `with_unit_gradient`.
+    For fp16 they are fp32: they would underflow before a loss scale reaches them. Arguments as there, without ignored
+    rows. Join them again with `with_unit_gradient`.
     """
     tr = LogitTransform(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     _check(hidden_ND, weight_VD, target_N, bias)

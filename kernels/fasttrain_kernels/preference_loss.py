@@ -48,6 +48,7 @@ def preference_loss(
         kind: one of `KINDS`, or several, whose weighted sum is the loss. Formulas and sources: `preference_kinds`.
         weights: one factor per kind; 1.0 each by default.
         chosen_length, rejected_length: (P,) token counts; ipo, sigmoid_norm, simpo and orpo need them, sft the first.
+            An answer of 0 tokens counts as 1 token long.
         f_divergence, f_alpha: reverse_kl, forward_kl, js_divergence or alpha_divergence; see `Terms.score`.
         weight: (P,) factor per pair without gradient (WPO, arXiv 2406.11827).
         mean_chosen_length: chosen tokens per pair over the whole batch; sft divides by it. Default: the mean of
@@ -71,7 +72,9 @@ def preference_loss(
     if "sft" in kinds and mean_chosen_length is None:
         if "chosen_length" not in wide:
             _refuse("chosen_length", "token counts for sft", None)
-        mean_chosen_length = wide["chosen_length"].mean()
+        mean_chosen_length = wide["chosen_length"].sum().clamp(min=1) / chosen_P.shape[0]
+    # An answer without a scored token has log-prob 0, whatever that is divided by.
+    wide |= {name: wide[name].clamp(min=1) for name in ("chosen_length", "rejected_length") if name in wide}
     reference = [wide[name].detach() if name in wide else None for name in ("ref_chosen_P", "ref_rejected_P")]
     terms = Terms(
         chosen=wide["chosen_P"], rejected=wide["rejected_P"], ref_chosen=reference[0], ref_rejected=reference[1],

@@ -65,7 +65,9 @@ class SharedPrefixLayout:
     def cached(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` returned the first time this layout was asked for `key`."""
         if key not in self._made:
-            self._made[key] = make()
+            # Tensors made in inference mode could not be trained with later.
+            with torch.inference_mode(False):
+                self._made[key] = make()
         return self._made[key]
 
     @property

@@ -15,7 +15,7 @@ from .shared_prefix_backends import (
     why_not_attention,
 )
 from .shared_prefix_cpu import CpuFlash, Tiles
-from .shared_prefix_parts import Kernel, PartsAttention, Scores
+from .shared_prefix_parts import Kernel, PartsAttention, Scores, no_autocast
 from .shared_prefix_plan import attention_plan
 from .shared_prefix_varlen import flash_plan
 
@@ -50,12 +50,24 @@ def shared_prefix_attention(
     may make spans of a prompt bidirectional. The result lies in memory as (1, T, H, K), so that transposing it for the
     output projection costs nothing.
 
+    Under autocast q, k and v are rounded to its dtype, as `F.scaled_dot_product_attention` does; fp64 stays fp64.
+
     Backends: "flash" (flash-attn 2, 3 or 4), "flex" (FlexAttention), "sdpa" (the CPU flash kernels part by part; dense
     masked attention elsewhere); None picks the first that can run. ValueError names the argument, what was wanted and what
     came, also where the backend asked for cannot run.
     """
+    kind = q.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+        with no_autocast(q.device):
+            return shared_prefix_attention(
+                q, k, v, layout, scale, backend, window=window, softcap=softcap, sinks=sinks
+            )
     _check(q, k, v, layout)
     _check_options(q, window, softcap, sinks)
+    # The kernels step through a row one number at a time; rows may lie anywhere.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     window = layout.binding_window(window)
     scores = Scores(q.shape[-1] ** -0.5 if scale is None else float(scale), softcap)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))

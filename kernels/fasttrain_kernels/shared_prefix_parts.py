@@ -11,6 +11,7 @@ the exact ones, and ds = -sum over rows of exp(s - l) delta. No mask is built an
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -50,6 +51,11 @@ class Kernel(Protocol):
         ...
 
 
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off; there is none on the meta device."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 class PartsAttention(torch.autograd.Function):
     """A plan run by a kernel: q (1, H, T, K), k and v (1, Hkv, T, K), sinks (H,) or None -> (1, H, T, K)."""
 
@@ -82,11 +88,12 @@ class PartsAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *sinks = ctx.saved_tensors
         plan, kernel, scores = ctx.plan, ctx.kernel, ctx.scores
-        dq, dk, dv = _first_gradients(grad, q, k, v, out, lse, plan, kernel, scores)
-        for part in plan.more:
-            pieces = _gradients(grad, q, k, v, out, lse, part, kernel, scores)
-            for place, sums, piece in zip((part.queries, part.keys, part.keys), (dq, dk, dv), pieces):
-                place.add(sums, piece)
+        with no_autocast(grad.device):
+            dq, dk, dv = _first_gradients(grad, q, k, v, out, lse, plan, kernel, scores)
+            for part in plan.more:
+                pieces = _gradients(grad, q, k, v, out, lse, part, kernel, scores)
+                for place, sums, piece in zip((part.queries, part.keys, part.keys), (dq, dk, dv), pieces):
+                    place.add(sums, piece)
         dsinks = _sinks_gradient(grad, out, lse, sinks[0]) if sinks else None
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None, None, None
 

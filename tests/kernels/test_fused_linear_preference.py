@@ -56,6 +56,48 @@ def test_padded_and_packed_batches_agree_and_a_trained_head_gets_its_gradient() 
     assert torch.equal(padded_w.grad, packed_w.grad)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": ["sigmoid", "sft"]}, {"kind": "ipo"}, {"kind": "simpo"}, {"kind": "orpo"}, {"kind": "sigmoid_norm"},
+        {"use_weighting": True}, {"ld_alpha": 0.5},
+    ],
+)  # fmt: skip
+def test_ignored_rows_of_a_packed_batch_are_no_tokens_of_their_answer(options: dict) -> None:
+    hidden, weight, target = batch()
+    weight = weight * 0.3  # or WPO's weights would all be 0
+    target[2, 5:7] = -100
+    ref = torch.full((3,), -40.0)
+    loss = FusedLinearPreferenceLoss(**options)
+    every_row = {"lengths_S": torch.full((6,), 11), "pairs_P2": torch.tensor([[0, 3], [1, 4], [2, 5]])}
+    ours, theirs = (hidden.clone().requires_grad_() for _ in range(2))
+    packed = loss(ours.flatten(0, 1), weight, target.flatten(), ref, ref, **every_row)
+    padded = loss(theirs, weight, target, ref, ref)
+    assert torch.equal(packed.losses, padded.losses)
+    packed.loss.backward()
+    padded.loss.backward()
+    assert ours.grad is not None and theirs.grad is not None and theirs.grad.any()
+    assert torch.equal(ours.grad, theirs.grad)
+    with pytest.raises(RuntimeError):
+        loss(ours.flatten(0, 1), weight, target.flatten(), ref, ref,
+             lengths_S=torch.full((6,), 10), pairs_P2=every_row["pairs_P2"])  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "sigmoid_norm", "simpo", "orpo", "sft"])
+def test_an_answer_without_a_scored_token_leaves_the_other_pairs_their_losses(kind: str) -> None:
+    hidden, weight, target = batch()
+    ref = torch.full((3,), -40.0)
+    loss = FusedLinearPreferenceLoss(kind)
+    whole = loss(hidden, weight, target, ref, ref).losses
+    target[0] = -100
+    hidden.requires_grad_()
+    out = loss(hidden, weight, target, ref, ref)
+    out.loss.backward()
+    assert out.losses.isfinite().all() and hidden.grad is not None and hidden.grad.isfinite().all()
+    if kind != "sft":  # which divides by the tokens of the whole batch
+        assert torch.equal(out.losses[1:], whole[1:])
+
+
 def test_ld_alpha_and_wpo_weights_reach_the_loss() -> None:
     hidden, weight, target = batch()
     kept = target != -100

@@ -106,6 +106,11 @@ def test_no_rows_give_no_rows() -> None:
         ({"target_N": torch.tensor([0, 1, 4])}, r"target_N: wanted ids in \[0, 4\) or -100, got 4"),
         ({"target_N": torch.ones(3, dtype=torch.int32)}, "target_N: wanted torch.int64"),
         ({"inplace": True, "logits_NV": torch.ones(3, 4, requires_grad=True)}, "inplace: wanted False"),
+        ({"inplace": True, "logits_NV": torch.ones(1, 3, 4, requires_grad=True)[0]}, "inplace: wanted False"),
+        (
+            {"inplace": True, "logits_NV": torch.ones(2, 6, requires_grad=True).view(3, 4)},
+            "inplace: wanted False",
+        ),
     ],
 )
 def test_a_wrong_argument_is_named_with_what_was_wanted_and_what_came(change: dict, message: str) -> None:

@@ -13,9 +13,11 @@ from fasttrain_kernels import (
     SharedPrefixLayout,
     label_logprob,
     linear_logprob,
+    linear_logprob_and_unit,
     linear_logprob_ref,
     shared_prefix_attention,
     shared_prefix_attention_ref,
+    with_unit_gradient,
 )
 
 MB = 1 << 20
@@ -84,6 +86,38 @@ def test_without_gradients_one_product_is_made() -> None:
     products = [sum(e.count for e in p.key_averages() if e.key in ("aten::mm", "aten::addmm", "aten::addmm_"))
                 for p in (with_grad, without)]  # fmt: skip
     assert products[0] == 2 * products[1]
+
+
+def test_threads_work_in_inference_mode(request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(2)
+    hidden, weight, target = problem(70, 64, 5001)
+    with torch.inference_mode():
+        out = linear_logprob(hidden, weight, target)
+    assert out.logprob.is_inference()
+    assert torch.allclose(out.logprob, linear_logprob_ref(hidden, weight, target).logprob, atol=1e-5)
+    # the threads themselves are left as they were
+    hidden.requires_grad_()
+    linear_logprob(hidden, weight, target).logprob.sum().backward()
+    assert hidden.grad is not None and not hidden.grad.is_inference()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_an_fp16_gradient_that_the_loss_scale_lifts_out_of_underflow_is_exact(apart: bool) -> None:
+    # d logprob / d hidden is about 5e-7 here: fp16 below 6e-5 has steps of 6e-8.
+    hidden, weight, target = problem(23, 64, 1001, torch.float16)
+    options = {"logit_scale": 1e-6}
+    true = hidden.double().requires_grad_()
+    (linear_logprob_ref(true, weight.double(), target, **options).logprob.sum() * 65536).backward()
+    hidden.requires_grad_()
+    if apart:
+        made, unit = linear_logprob_and_unit(hidden, weight, target, **options)
+        logprob = with_unit_gradient(hidden, made.logprob, unit)
+    else:
+        logprob = linear_logprob(hidden, weight, target, **options).logprob
+    (logprob.sum() * 65536).backward()
+    assert hidden.grad is not None and hidden.grad.dtype == torch.float16 and true.grad is not None
+    assert (hidden.grad.double() - true.grad).norm() < 1e-3 * true.grad.norm()
 
 
 def test_label_logprob_in_place_needs_no_second_matrix_of_logits() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fasttrain_kernels import F_DIVERGENCES, KINDS, REFERENCE_FREE, pair_sums, preference_loss, wpo_weights
+from fasttrain_kernels.preference_kinds import NEED_LENGTHS
 
 BETA, SMOOTH, TAU, GAMMA, F_ALPHA = 0.13, 0.2, 0.05, 0.4, 0.3
 
@@ -176,6 +177,23 @@ def test_far_apart_log_probs_give_finite_losses_and_gradients() -> None:
         out.loss.backward()
         for x in (out.losses, *(leaf.grad for leaf in leaves if leaf.grad is not None)):
             assert x.isfinite().all(), kind
+
+
+@pytest.mark.parametrize("kind", sorted(NEED_LENGTHS) + ["sft"])
+def test_an_answer_without_tokens_counts_as_one_token_long(kind: str) -> None:
+    data = pairs(3)
+    data["chosen_P"][0] = data["ref_chosen_P"][0] = 0.0
+    data["chosen_length"][0] = 0
+    one = data["chosen_length"].clamp(min=1)
+    # sft divides by the tokens that there are: none here but the others'
+    expected, _ = run({**data, "chosen_length": one}, torch.float64, kind=kind,
+                      mean_chosen_length=data["chosen_length"].double().mean())  # fmt: skip
+    out, leaves = run(data, torch.float64, kind=kind)
+    out.loss.backward()
+    assert out.losses.isfinite().all() and torch.equal(out.losses, expected.losses)
+    assert all(leaf.grad.isfinite().all() for leaf in leaves if leaf.grad is not None)
+    nothing, _ = run({**data, "chosen_P": one * 0.0, "chosen_length": one * 0}, torch.float64, kind=kind)
+    assert nothing.losses.isfinite().all()
 
 
 def test_ld_alpha_scales_what_is_longer_than_the_shorter_answer() -> None:

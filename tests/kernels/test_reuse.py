@@ -36,6 +36,42 @@ kernels_trl.install()
 print("RESULT" + json.dumps({"theirs": theirs, "ours": run(sys.argv[2] + "/ours"), "calls": len(calls)}))
 """
 
+# A policy loss with an entropy bonus, as GRPO's, on TRL's head and on ours: gradients, or what the backward said.
+TRL_ENTROPY = """
+import sys
+sys.path.insert(0, "examples")
+import kernels_trl, torch
+import trl.trainer.utils as utils
+from transformers import LlamaConfig, LlamaForCausalLM
+
+def gradients(coefficient):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                         num_attention_heads=4))
+    model.get_output_embeddings().weight.requires_grad_(False)
+    utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    ids = torch.randint(0, 64, (2, 9))
+    out = model(input_ids=ids, labels=ids, fused_lm_head=True)
+    loss = out.loss
+    if coefficient:
+        loss = loss - coefficient * (out.entropy * out.label_mask).sum() / out.label_mask.sum()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+def off(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+plain, bonus = gradients(0.0), gradients(0.5)
+kernels_trl.install()
+print("plain", off(gradients(0.0), plain) < 1e-5)
+try:
+    gradients(0.5)
+except RuntimeError as error:
+    print("raises", error)
+kernels_trl.install(entropy_grad=True)
+print("bonus", off(plain, bonus) > 1e-3, off(gradients(0.5), bonus) < 1e-5, off(gradients(0.0), plain) < 1e-5)
+"""
+
 
 def run(repository: Path, *command: str) -> str:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -58,6 +94,15 @@ def test_trls_dpo_trainer_has_the_same_losses_and_metrics_on_our_head(
         for name in ("loss", "grad_norm", "entropy", "logps/chosen", "logits/rejected", "rewards/margins",
                      "mean_token_accuracy"):  # fmt: skip
             assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=2e-5), name
+
+
+@pytest.mark.slow
+def test_an_entropy_bonus_has_trls_gradient_or_raises_and_says_what_to_pass(repository: Path) -> None:
+    pytest.importorskip("trl")
+    plain, raises, bonus = run(repository, "-c", TRL_ENTROPY).splitlines()
+    assert plain == "plain True"
+    assert raises.startswith("raises ") and "install(entropy_grad=True)" in raises
+    assert bonus == "bonus True True True"
 
 
 def test_the_plain_hugging_face_loop_starts_at_ln_2_and_learns(repository: Path) -> None:

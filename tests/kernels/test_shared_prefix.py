@@ -219,6 +219,64 @@ def test_a_completion_is_blind_to_the_other_completions_and_groups() -> None:
     assert torch.allclose(whole, part, atol=1e-6)
 
 
+LYING = {
+    "columns first": lambda x: x.mT.contiguous().mT,
+    "every other column": lambda x: torch.stack([x, x.flip(-1)], -1).flatten(-2)[..., ::2],
+    "one column repeated": lambda x: x[..., :1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("lying", LYING)
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_heads_whose_numbers_do_not_lie_next_to_each_other_are_read_right(name: str, lying: str) -> None:
+    layout = SharedPrefixLayout.from_groups([(10, [5, 6])])
+    plain = {n: heads_of(layout.tokens, 4, 16, torch.float32, i) for i, n in enumerate("qkv")}
+    ours = {n: LYING[lying](x) if n == name else x for n, x in plain.items()}
+    assert ours[name].stride(-1) != 1
+    out, ref = (
+        shared_prefix_attention(**ours, layout=layout),
+        shared_prefix_attention_ref(**ours, layout=layout),
+    )
+    assert torch.allclose(out, ref, atol=1e-5)
+    # the gradient that arrives lies columns first
+    grad = LYING["columns first"](torch.randn_like(ref))
+    leaves = list(plain.values())
+    found, expected = (torch.autograd.grad(x, leaves, grad) for x in (out, ref))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_a_layout_first_read_in_inference_mode_can_be_trained_with() -> None:
+    layout = SharedPrefixLayout.from_groups([(20, [9, 6])])
+    q, k, v = (heads_of(layout.tokens, 2, 8, torch.float32, i) for i in range(3))
+    indices = ("position_ids", "predictor_rows", "completion_rows", "sequence_index", "dense_mask")
+    with torch.inference_mode():
+        made = [getattr(layout, name)() for name in indices]
+        shared_prefix_attention(q, k, v, layout, window=5)
+    assert not any(x.is_inference() for x in made)
+    q.flatten(1).index_select(1, layout.predictor_rows()).sum().backward()
+    shared_prefix_attention(q, k, v, layout, window=5).sum().backward()
+    assert v.grad is not None
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_autocast_rounds_q_k_and_v_to_its_dtype_and_nothing_else(softcap: float | None) -> None:
+    # As a stock model leaves them: rotary embeddings have made q and k fp32 again, v is the projection's bf16.
+    layout = SharedPrefixLayout.from_groups([(150, [20, 9])])
+    q, k, v = (heads_of(layout.tokens, 2, 8, torch.float32, i) for i in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = shared_prefix_attention(q, k, v.bfloat16(), layout, softcap=softcap)
+        grads = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+    rounded = shared_prefix_attention(*(x.bfloat16() for x in (q, k, v)), layout, softcap=softcap)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, rounded)
+    expected = torch.autograd.grad(rounded.float().square().sum(), (q, k, v))
+    for mine, theirs in zip(grads, expected, strict=True):
+        assert mine.dtype == torch.float32 and torch.equal(mine, theirs)
+    with torch.autocast("cpu", torch.bfloat16):
+        double = shared_prefix_attention(q.double(), k.double(), v.double(), layout, softcap=softcap)
+    assert double.dtype == torch.float64
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

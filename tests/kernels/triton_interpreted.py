@@ -111,6 +111,17 @@ def test_bf16_coefficients_are_written_over_the_logits_for_the_second_product(
                 assert worst(mine.grad, theirs.grad) < 1.5e-2
 
 
+def test_an_fp16_gradient_that_the_loss_scale_lifts_out_of_underflow_is_exact() -> None:
+    hidden, weight, target, _ = problem(5, 57, 507, torch.float16)
+    true = hidden.double().requires_grad_()
+    ref = linear_logprob_ref(true, weight.double(), target, logit_scale=1e-6)
+    out = linear_logprob(hidden.requires_grad_(), weight, target, logit_scale=1e-6, backend="triton")
+    for logprob in (out.logprob, ref.logprob):
+        (logprob.sum() * 65536).backward()
+    assert hidden.grad.dtype == torch.float16
+    assert (hidden.grad.double() - true.grad).norm() < 1e-3 * true.grad.norm()
+
+
 @pytest.mark.parametrize("rising", [False, True])
 def test_a_maximum_that_only_falls_or_only_rises_along_the_vocabulary_is_kept(rising: bool) -> None:
     v = 20011
@@ -226,6 +237,14 @@ def test_preference_losses_and_gradients_equal_torch(kind: str, dtype: torch.dty
     # tests/kernels/test_preference_loss.py holds the torch backend to formulas of its own.
     for mine, theirs in zip(*both(pairs(dtype), kind=kind)):
         assert worst(mine, theirs) < (1e-7 if dtype == torch.float64 else 2e-6)
+
+
+@pytest.mark.parametrize("kind", ["ipo", "sigmoid_norm", "simpo", "orpo", "sft"])
+def test_an_answer_without_tokens_counts_as_one_token_long(kind: str) -> None:
+    data = pairs(torch.float64)
+    data["chosen_length"][0] = data["rejected_length"][7] = 0
+    for mine, theirs in zip(*both(data, kind=kind)):
+        assert theirs.isfinite().all() and worst(mine, theirs) < 1e-7
 
 
 @pytest.mark.parametrize("divergence", list(F_DIVERGENCES))
