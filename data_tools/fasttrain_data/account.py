@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from fasttrain_data.jsonl import dump_row, whole_file
 
 
 class Account:
@@ -16,7 +17,7 @@ class Account:
     Only the counts are held in memory.
     """
 
-    def __init__(self, listing: IO[str] | None = None) -> None:
+    def __init__(self, listing: IO[bytes] | None = None) -> None:
         self.kept: Counter[str] = Counter()
         self.changed: dict[str, Counter[str]] = {}
         self.dropped: dict[str, Counter[str]] = {}
@@ -35,7 +36,7 @@ class Account:
             row: dict[str, Any] = {"where": where, "reason": reason}
             if detail:
                 row["detail"] = detail
-            self._listing.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._listing.write((dump_row(row) + "\n").encode())
 
     def total_dropped(self, reason: str | None = None) -> int:
         counters = self.dropped.values()
@@ -68,10 +69,12 @@ def listing_path(output: Path) -> Path:
 
 @contextmanager
 def account_of(output: Path) -> Iterator[Account]:
-    """An account whose listing stands beside `output`; no file is left when nothing was left out."""
+    """An account whose listing stands beside `output`; no file is left when nothing was left out.
+
+    The listing of an earlier run is replaced only when the block ends well: it belongs to the output that is there.
+    """
     path = listing_path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with whole_file(path) as file:
         account = Account(file)
         yield account
     if not account.total_dropped():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fasttrain_data.errors import UserError
 from fasttrain_data.ids import image_hash
+from fasttrain_data.jsonl import is_unicode
 
 MAX_PIXELS = 100_000_000  # more than any camera makes; a decompression bomb needs far more
 _MAGIC = {
@@ -35,7 +36,7 @@ class ImageFile:
 
 def find_image(root: Path, name: str) -> Path:
     """The file `name` under `root`; BadImage if it is missing or leaves the root by `..`, absolute path or link."""
-    if "\x00" in name:
+    if "\x00" in name or not is_unicode(name):
         raise BadImage(f"not a file name: {name!r}")
     path = Path(os.path.realpath(root / name))
     if not path.is_relative_to(os.path.realpath(root)):
@@ -80,16 +81,17 @@ def mime_type(content: bytes) -> str:
     return "application/octet-stream"
 
 
-@dataclass(frozen=True)
+@dataclass
 class ImageNames:
     """How image names of an input file become names in an output file.
 
     in_root: where relative names of the input start. out_root: where those of the output start. They differ
-    only when no image root was given and the output stands in another folder.
+    only when no image root was given and the output stands in another folder. used: whether a name was written.
     """
 
     in_root: Path
     out_root: Path
+    used: bool = field(default=False, init=False)
 
     @classmethod
     def between(cls, source: Path, output: Path, image_root: Path | None) -> ImageNames:
@@ -103,12 +105,17 @@ class ImageNames:
 
     def written(self, name: str) -> str:
         """The name as the output says it."""
+        self.used = True
         if self.in_root == self.out_root:
             return name
         return os.path.relpath(os.path.realpath(self.in_root / name), os.path.realpath(self.out_root))
 
+    def starts_beside(self, output: Path) -> bool:
+        """Whether names start from the folder of the output itself."""
+        return os.path.realpath(self.out_root) == os.path.realpath(output.parent)
+
     def note(self, output: Path) -> str | None:
-        """What to tell the user when later stages will need an image root."""
-        if os.path.realpath(self.out_root) == os.path.realpath(output.parent):
+        """What to tell the user when later stages will need an image root for the names that were written."""
+        if not self.used or self.starts_beside(output):
             return None
         return f"note: image names in {output} are relative to {self.out_root}: pass --image-root {self.out_root}"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import datetime
 import glob
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -16,6 +19,7 @@ from fasttrain_data.errors import BadRow, UserError
 
 Row = dict[str, Any]
 _CHUNK = 1 << 20
+NON_FINITE = "NaN or infinity written as null"
 _BETWEEN = re.compile(r"[\s,]*")
 
 
@@ -65,10 +69,15 @@ def _parse(raw: bytes, path: object, place: str) -> Any:
         return json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BadRow(path, place, "row", "UTF-8", f"byte {raw[error.start]:#04x}") from None
-    except json.JSONDecodeError as error:
-        raise BadRow(path, place, "row", "a JSON object", f"invalid JSON ({error.msg})") from None
+    except ValueError as error:
+        raise BadRow(path, place, "row", "a JSON object", f"invalid JSON ({_problem(error)})") from None
     except RecursionError:
         raise BadRow(path, place, "row", "a JSON object", "JSON nested too deeply") from None
+
+
+def _problem(error: ValueError) -> str:
+    """What is wrong with JSON text: its syntax, or a number of thousands of digits."""
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _line_rows(path: Path, bad: Callable[[BadRow], object] | None) -> Iterator[tuple[str, Any]]:
@@ -105,8 +114,8 @@ def array_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 problem = "the array does not end"
                 try:
                     value, end = decoder.raw_decode(buffer, at)
-                except json.JSONDecodeError as error:
-                    end, problem = len(buffer), error.msg
+                except ValueError as error:
+                    end, problem = len(buffer), _problem(error)
                 if end < len(buffer):  # else it may go on in the next chunk
                     number, at = number + 1, end
                     yield f"row {number}", value
@@ -156,8 +165,56 @@ def check_output(output: Path, *inputs: Path) -> None:
 
 
 def dump_row(row: Row) -> str:
-    """One line of JSON, without its line break."""
-    return json.dumps(row, ensure_ascii=False, separators=(", ", ": "), allow_nan=False)
+    """One line of JSON, without its line break, whatever columns of other tools the row has.
+
+    NaN and infinity are written as null, dates as ISO 8601, bytes as {"base64": ...}, other values as their text. A
+    lone surrogate is written as its escape: the text comes back as it was, and UTF-8 can hold the line.
+    """
+    try:
+        text = _dumps(row)
+    except ValueError:  # NaN or infinity
+        text = _dumps(_finite(row))
+    return encoded(text).decode()
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(", ", ": "), allow_nan=False, default=_as_json)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return {"base64": base64.b64encode(value).decode()}
+    return str(value)
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for every number that JSON cannot hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def has_non_finite(value: Any) -> bool:
+    """Whether NaN or infinity is in a row, which `dump_row` writes as null."""
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    if isinstance(value, dict):
+        return any(map(has_non_finite, value.values()))
+    return isinstance(value, list | tuple) and any(map(has_non_finite, value))
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8; a lone surrogate, which JSON can hold and UTF-8 cannot, as the escape that JSON has for it."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text holds no lone surrogate: records, SDKs, tokenizers and file names take none."""
+    return text.isascii() or encoded(text).decode() == text
 
 
 @contextlib.contextmanager
@@ -209,4 +266,4 @@ def whole_rows(path: Path) -> Iterator[Callable[[Row], None]]:
 
 def write_text(path: Path, text: str) -> None:
     with whole_file(path) as file:
-        file.write(text.encode())
+        file.write(encoded(text))

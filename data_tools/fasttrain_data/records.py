@@ -254,6 +254,11 @@ _WANTED = {
 }
 
 
+def valid_text(text: str) -> str:
+    """The text with U+FFFD for every lone surrogate, as decoders write half a character: no record holds one."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 

@@ -80,6 +80,21 @@ class Groups(Spill):
             yield offsets
 
 
+class KeyCounts(Spill):
+    """How often each hex key was added."""
+
+    def __init__(self) -> None:
+        super().__init__("CREATE TABLE counts (key BLOB PRIMARY KEY, times INTEGER) WITHOUT ROWID")
+
+    def add(self, key: str) -> int:
+        """How often the key is there now, this time included."""
+        raw = bytes.fromhex(key)
+        row = self.database.execute("SELECT times FROM counts WHERE key = ?", (raw,)).fetchone()
+        times = 1 if row is None else int(row[0]) + 1
+        self.database.execute("INSERT OR REPLACE INTO counts VALUES (?, ?)", (raw, times))
+        return times
+
+
 class SeenKeys(Spill):
     """A set of hex keys."""
 

@@ -21,6 +21,7 @@ from fasttrain.errors import UserError
 from fasttrain.files import cache_root
 
 _AT_ONCE = 64  # rows with images inside are some MB
+_READ = ("images", "image", "prompt", "chosen", "rejected", "completion", "id")  # by `pairs.read_pair`
 _LOOKED_AT = 100  # rows in which a readable one is looked for, to tell the layout
 
 
@@ -168,9 +169,22 @@ class ArrowRows:
         offset = number - (self._ends[index] - batch.num_rows)
         try:
             rows: list[dict[str, Any]] = batch.slice(offset, 1).to_pylist()
-        except (ValueError, OverflowError) as error:  # text that is no UTF-8, dates beyond Python's
-            raise BadRow(self.where(number), "row", "values that Python can hold", str(error)) from None
-        return rows[0]
+            return rows[0]
+        except (ValueError, OverflowError):  # text that is no UTF-8, dates beyond Python's
+            return self._what_is_read(batch, offset, number)
+
+    def _what_is_read(self, batch: Any, offset: int, number: int) -> dict[str, Any]:
+        """A row without the columns that Python cannot hold; BadRow if one of them is a pair's."""
+        row: dict[str, Any] = {}
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                row[name] = column[offset].as_py()
+            except (ValueError, OverflowError) as error:
+                if name in _READ:
+                    raise BadRow(
+                        self.where(number), "row", "values that Python can hold", str(error)
+                    ) from None
+        return row
 
 
 def open_source(path: Path) -> Source:
@@ -277,17 +291,18 @@ def _spool(rows: Iterable[Any], path: Path, unit: str = "row") -> JsonLines:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".jsonl", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(row, default=_encode_bytes) + "\n")
+            file.write(json.dumps(row, default=_as_json) + "\n")
         file.flush()
         source = JsonLines(Path(file.name), label=str(path), unit=unit)
     source.folder = path.parent
     return source
 
 
-def _encode_bytes(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
+    """Bytes as images are spooled; dates, decimals and whatever else other tools' columns hold as text."""
     if isinstance(value, bytes):
         return {"base64": base64.b64encode(value).decode()}
-    raise TypeError(f"cannot spool {type(value).__name__}")
+    return str(value)
 
 
 def _open_parquet(path: Path) -> ArrowRows:

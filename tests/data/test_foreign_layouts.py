@@ -174,3 +174,22 @@ def test_embedded_images_of_a_foreign_layout_arrive_as_bytes(tmp_path: Path, tin
     pair = read_pair(source.row(0), source.where(0), tmp_path)
     assert [ref.content for ref in pair.images] == [content]
     check_images(pair)
+
+
+def test_columns_of_a_foreign_parquet_that_json_has_not_are_read_over(tmp_path: Path) -> None:
+    row = {**LAYOUTS["rlaif-v"], "image": None, "image_path": None}
+    table = pa.Table.from_pylist([row, row])
+    for name, column in (
+        ("at", pa.array([1, 2], pa.timestamp("us"))),
+        ("beyond", pa.array([0, 2**62], pa.timestamp("ms"))),
+        ("cost", pa.array([1, 2], pa.decimal128(5, 2))),
+    ):
+        table = table.append_column(name, column)
+    pq.write_table(table, tmp_path / "rows.parquet")
+    source = open_source(tmp_path / "rows.parquet")
+    rows = [source.row(number) for number in range(len(source))]
+    assert [(row["cost"], row["at"]) for row in rows] == [
+        ("1.00", "1970-01-01 00:00:00.000001"),
+        ("2.00", "1970-01-01 00:00:00.000002"),
+    ]
+    assert [read_pair(row, "x", tmp_path).chosen for row in rows] == [row["chosen"]] * 2

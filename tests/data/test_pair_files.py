@@ -283,3 +283,21 @@ def test_a_first_row_of_no_known_layout_still_gets_its_line(tmp_path: Path) -> N
     with pytest.raises(BadRow, match=r"p\.jsonl line 1: rejected: wanted an answer, got nothing"):
         files.pair(0)
     assert files.pair(1).chosen == "größer"
+
+
+def test_columns_that_no_pair_needs_never_make_a_row_bad(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "prompt": ["Why?", "How?"],
+            "chosen": ["a", "a"],
+            "rejected": ["b", "b"],
+            "at": pa.array([1, 2], pa.timestamp("us")),
+            "beyond": pa.array([0, 2**62], pa.timestamp("ms")),
+        }
+    )
+    pq.write_table(table, tmp_path / "p.parquet")
+    source = open_source(tmp_path / "p.parquet")
+    assert [source.row(number)["chosen"] for number in range(2)] == ["a", "a"]
+    rows = [row for row in source.rows(0, 2) if isinstance(row, dict)]
+    assert [row["prompt"] for row in rows] == ["Why?", "How?"]
+    assert ["beyond" in row for row in rows] == [True, False]

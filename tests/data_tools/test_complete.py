@@ -387,3 +387,64 @@ def test_a_wrong_server_is_a_mistake_of_the_user(questions, tmp_path, command, o
     assert command(*arguments, "localhost:8000")[0] == 2
     with pytest.raises(UserError, match="--samples"):
         SampleSettings(model="m", samples=0)
+
+
+ODD = {
+    "parts": ({"content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]}, {}, "a b"),
+    "half a character": ({"content": "a \ud83d b"}, {}, "a \N{REPLACEMENT CHARACTER} b"),
+    "nan": ({"content": "x"}, {"usage": {"completion_tokens": float("nan")}}, "x"),
+    "no usage": ({"content": "x"}, {"usage": [5]}, "x"),
+    "text for a count": (
+        {"content": "x"},
+        {"usage": {"completion_tokens": "7"}, "model": 5, "system_fingerprint": [1]},
+        "x",
+    ),
+    "image part": ({"content": [{"type": "image_url", "image_url": {}}]}, {}, None),
+    "number": ({"content": 5}, {}, None),
+    "object": ({"content": {"text": "x"}}, {}, None),
+    "list of text": ({"content": ["x"]}, {}, None),
+    "digits": ({"content": "x"}, {"usage": {"completion_tokens": "DIGITS"}}, None),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_reply_is_read_as_text_or_is_a_malformed_sample(
+    name, tmp_path, write_rows, command, openai_server, read_rows
+):
+    message, more, text = ODD[name]
+    body = json.dumps({"choices": [{"message": message, "finish_reason": 3}], **more})
+    body = body.replace('"DIGITS"', "9" * 5000)
+    openai_server.plan = lambda asked, attempt: (
+        (200, said(asked)) if asked["messages"][0]["content"] == "How?" else (200, body)
+    )
+    path = write_rows(tmp_path / "q.jsonl", [{"id": q, "question": q} for q in ("Why?", "How?")])
+    options = ("-m", "served", "--samples", "1", "--attempts", "2", "--backoff", "0")
+    out = tmp_path / "c.jsonl"
+    code, stdout, _ = command("complete", path, "-o", out, "--server", openai_server.url, *options)
+    rows = {row["question"]: row for row in read_rows(out)}
+    assert code == (3 if text is None else 0)
+    assert ("malformed" in stdout) == (text is None)
+    assert rows["How?"]["tokens"] == 5
+    if text is not None:
+        assert (rows["Why?"]["text"], rows["Why?"].get("tokens")) == (text, None)
+
+
+def test_a_damaged_image_fails_its_question_and_the_others_are_drawn(
+    questions, tmp_path, tiny_llava, read_rows, monkeypatch
+):
+    settings = SampleSettings(model=str(tiny_llava), samples=2, max_new_tokens=5)
+    whole = load_sampler(settings).draw_batch(batch_of(questions, settings))
+    content = (tmp_path / "2.png").read_bytes()
+    (tmp_path / "2.png").write_bytes(content[: len(content) // 2])
+    result = complete(questions, tmp_path / "c.jsonl", settings, load_sampler(settings), quiet=True)
+    assert (result.questions, result.failed) == (3, 0)
+    assert result.account.dropped == {"questions": {"bad image": 1}}
+    [told] = read_rows(tmp_path / "c.skipped.jsonl")
+    assert told["where"].endswith("questions.jsonl line 2")
+    assert told["detail"].startswith("2.png: cannot be decoded")
+    texts = [row["text"] for row in read_rows(tmp_path / "c.jsonl") for _ in row["seeds"]]
+    assert texts == [drawn.text.strip() for drawn in (*whole[:2], *whole[4:])]
+    sampler = load_sampler(settings)  # a rerun has only that question open, and needs no model for it
+    monkeypatch.setattr(LocalSampler, "model", property(lambda self: pytest.fail("the model was loaded")))
+    again = complete(questions, tmp_path / "c.jsonl", settings, sampler, quiet=True)
+    assert (again.drawn, again.completions) == (0, result.completions)

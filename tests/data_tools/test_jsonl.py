@@ -1,7 +1,10 @@
 """Reading and writing of JSON rows."""
 
+import datetime
 import json
+import math
 import random
+from decimal import Decimal
 
 import pytest
 
@@ -36,6 +39,8 @@ def test_json_lines_under_a_json_suffix_are_read_as_lines(tmp_path):
         (b'[{"a": 1}, 7 ]', "row 2", "7"),
         (b'{"a": "\xff"}\n', "line 1", "byte 0xff"),
         (b'[{"a": "\xff"}]', "row 1", "byte 0xff"),
+        (b'{"a": 1}\n{"a": ' + b"3" * 5000 + b"}\n", "line 2", "invalid JSON (Exceeds the limit"),
+        (b'[{"a": 1}, {"a": ' + b"3" * 5000 + b"}]", "row 2", "invalid JSON (Exceeds the limit"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_place(tmp_path, content, place, got):
@@ -70,3 +75,27 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
         write({"a": "ü"})
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl"]
     assert path.read_text(encoding="utf-8") == '{"a": "ü"}\n'
+
+
+def test_text_with_a_lone_surrogate_is_written_and_read_back(tmp_path):
+    row = {"text": "good \ud83d", "ü \udfff": ["😀"]}
+    with jsonl.whole_rows(tmp_path / "rows.jsonl") as write:
+        write(row)
+    assert "😀".encode() in (tmp_path / "rows.jsonl").read_bytes()
+    jsonl.write_text(tmp_path / "row.json", json.dumps(row, ensure_ascii=False))
+    for name in ("rows.jsonl", "row.json"):
+        assert [read for _, read in jsonl.read_rows(tmp_path / name)] == [row]
+
+
+def test_values_that_json_has_not_are_written_as_null_or_text():
+    day = datetime.datetime(2026, 11, 26, 17, 5, tzinfo=datetime.UTC)
+    row = {"nan": [math.nan, {"deep": -math.inf}, 1.5], "at": day, "day": day.date(), "cost": Decimal("1.50")}
+    assert json.loads(jsonl.dump_row({**row, "raw": b"ab", "after": datetime.timedelta(seconds=5)})) == {
+        "nan": [None, {"deep": None}, 1.5],
+        "at": "2026-11-26T17:05:00+00:00",
+        "day": "2026-11-26",
+        "cost": "1.50",
+        "raw": {"base64": "YWI="},
+        "after": "0:00:05",
+    }
+    assert jsonl.has_non_finite(row) and not jsonl.has_non_finite({"n": [1.5, "NaN"]})

@@ -352,3 +352,84 @@ def test_real_lrv_and_llava_files_are_read_whole(shared_data, tmp_path, command)
         "questions", samples, "-o", tmp_path / "q.jsonl", "--image-root", samples.parent
     )
     assert (code, "12 read, 12 kept" in stdout) == (0, True)
+
+
+def test_images_of_one_name_in_two_folders_are_two_images(folder, draw, write_rows, read_rows):
+    draw(folder / "photos" / "0.png", 40)
+    draw(folder / "img" / "0.webp", 41)  # another picture beside 0.png
+    (folder / "link.png").symlink_to(folder / "img" / "0.png")
+    names = (
+        "img/0.png",
+        "photos/0.png",
+        "img/0.webp",
+        "link.png",
+        "img/../img/0.png",
+        "img/none.png",
+        "none.png",
+    )
+    source = write_rows(folder / "s.jsonl", [{"question": "Describe it.", "image": name} for name in names])
+    account = build_questions([str(source)], folder / "q.jsonl", QuestionSettings(missing_images="keep"))
+    kept = [row["images"][0] for row in read_rows(folder / "q.jsonl")]
+    assert kept == ["img/0.png", "photos/0.png", "img/0.webp", "img/none.png"]
+    assert account.dropped["s.jsonl"] == {"duplicate": 3}
+
+
+def test_text_that_no_record_can_hold_is_a_dropped_row(folder, write_rows, read_rows):
+    conversation = [human("<image>\nWho \ud83d?"), gpt("Ann."), human("Where?"), gpt("Rome.")]
+    rows = [
+        {"question": "What is it \ud83d?"},
+        {"question": "What?", "answer": "\udfff"},
+        {"question": "What?", "history": [{"role": "user", "text": "\ud83d"}]},
+        {"question": "Who?", "other column": "\ud83d"},
+    ]
+    for name, content in (
+        ("plain", rows),
+        ("llava", [{"image": "img/0.png", "conversations": conversation}]),
+    ):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    sources = [str(folder / "plain.jsonl"), str(folder / "llava.jsonl")]
+    account = build_questions(sources, folder / "q.jsonl", QuestionSettings())
+    assert [row["question"] for row in read_rows(folder / "q.jsonl")] == ["Who?"]
+    assert account.dropped == {
+        "plain.jsonl": {"text that is not valid Unicode": 3},
+        "llava.jsonl": {"text that is not valid Unicode": 1},
+    }
+
+
+def test_wrong_shapes_of_histories_and_answer_pairs_are_counted(drafts):
+    assert drafts({"question": "What?", "history": 5}) == [
+        ("line 1", "history is not a list of turns with role and text")
+    ]
+    for pairs in (5, ["Why?"], [["Why?", None]], [None], {"a": 1}):
+        [(place, reason)] = drafts({"image_file": "a.png", "q_a_pairs": pairs})
+        assert (place, reason.split(" ", 1)[0]) == ("line 1", "q_a_pairs"), pairs
+
+
+def test_an_empty_list_of_images_does_not_hide_the_one_beside_it(drafts):
+    [draft] = drafts({"question": "What?", "images": [], "image": "a.png"})
+    assert draft.images == ["a.png"]
+
+
+def test_a_failed_run_leaves_the_listing_of_the_last_good_one(folder, write_rows):
+    rows = [{"question": "What?", "image": "img/0.png"}, {"question": ""}]
+    source = write_rows(folder / "s.jsonl", rows)
+    build_questions([str(source)], folder / "q.jsonl", QuestionSettings())
+    listing = folder / "q.skipped.jsonl"
+    before = listing.read_bytes()
+    write_rows(source, [{"question": ""}] * 3)
+    for output in ("q", "never"):
+        with pytest.raises(UserError, match="got none"):
+            build_questions([str(source)], folder / f"{output}.jsonl", QuestionSettings())
+    assert listing.read_bytes() == before
+    assert not list(folder.glob("*never*"))
+    write_rows(source, rows[:1])
+    build_questions([str(source)], folder / "q.jsonl", QuestionSettings())
+    assert not listing.exists()
+
+
+def test_only_rows_with_images_need_an_image_root(folder, write_rows):
+    source = write_rows(
+        folder / "in" / "s.jsonl", [{"question": "Why?"}, {"question": "So?", "image": "no.png"}]
+    )
+    account = build_questions([str(source)], folder / "out" / "q.jsonl", QuestionSettings())
+    assert (account.total_kept(), account.notes) == (1, [])

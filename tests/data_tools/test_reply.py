@@ -150,3 +150,13 @@ def test_the_judge_reasons_before_it_scores_even_where_keys_are_sorted():
     assert reply_schema(3)["properties"]["answers"]["minItems"] == 3
     assert all(name.capitalize() in system_instruction() for name in ATTRIBUTES)
     assert "Answer 1" not in system_instruction()
+
+
+def test_numbers_of_thousands_of_digits_are_malformed():
+    digits = "3" * 5000
+    text = json.dumps({"answers": [entry(1), entry(2)]}).replace(
+        '"helpfulness": 4', f'"helpfulness": {digits}'
+    )
+    assert digits in text
+    assert judge_reply(reply(text), 2).status == "malformed"
+    assert status(entry(f"Answer {digits}"), entry(2)) == "missing_scores"

@@ -343,3 +343,18 @@ def test_judgements_are_synced_before_they_are_acknowledged(pairs, monkeypatch):
     review = Review(pairs, 3, 0)
     review.judge("anna", review.items[0], "left")
     assert len(synced) == 1
+
+
+def test_pairs_that_share_an_id_are_all_reviewed(tmp_path, write_rows):
+    rows = [
+        {"id": name, "prompt": f"Why {number}?", "chosen": "good", "rejected": "bad"}
+        for number, name in enumerate(["q", "q", "r", "q", "q#2"])
+    ]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    review = Review(path, 10, 0)
+    asked = {item.id: item.messages[0][1] for item in review.items}
+    assert asked == {"q": "Why 0?", "q#2": "Why 1?", "r": "Why 2?", "q#3": "Why 3?", "q#2#2": "Why 4?"}
+    review.judge("anna", review.find("q#3"), "left")
+    assert [item.id for item in Review(path, 10, 0).open("anna")] == [
+        item.id for item in review.items if item.id != "q#3"
+    ]

@@ -12,7 +12,7 @@ from fasttrain_data.annotations.prompts import Prompt
 from fasttrain_data.annotations.request import prompt_hash
 from fasttrain_data.annotations.settings import AnnotateSettings
 from fasttrain_data.ids import content_hash
-from fasttrain_data.records import ATTRIBUTES, Annotation, Call, Scored, Status, tool_version
+from fasttrain_data.records import ATTRIBUTES, Annotation, Call, Scored, Status, tool_version, valid_text
 
 
 def assemble(
@@ -119,7 +119,9 @@ def _score(prompt: Prompt, good: list[list[Call]], entries: Sequence[dict[str, A
         medians = [statistics.median_low(column) for column in zip(*rows, strict=True)]
         plain = _plain(prompt, index)
         named = dict(zip(ATTRIBUTES, medians, strict=True))
-        completions.append(plain.model_copy(update={**named, "reason": reasons.get(index) or None}))
+        completions.append(
+            plain.model_copy(update={**named, "reason": valid_text(reasons.get(index, "")) or None})
+        )
     return completions
 
 

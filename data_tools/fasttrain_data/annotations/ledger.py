@@ -80,22 +80,27 @@ class Ledger:
         )
 
     def write_reply(self, call: PlannedCall, reply: Reply, latency_s: float | None = None) -> Row:
-        """Judge a paid reply and put it into the journal."""
-        verdict = judge_reply(reply, len(call.order))
+        """Judge a paid reply and put it into the journal, where it goes whatever becomes of its judgement."""
         cost_usd = self.budget.cost_of(reply.usage)
         entry = {
             **self._about(call),
-            "status": verdict.status,
-            "detail": verdict.detail,
-            "scores": [list(row) for row in verdict.scores] or None,
-            "reasons": list(verdict.reasons) or None,
+            "status": "malformed",
+            "detail": "the reply could not be judged",
+            "scores": None,
+            "reasons": None,
             "model_version": reply.model_version,
             "usage": reply.usage,
             "cost_usd": cost_usd,
             "latency_s": None if latency_s is None else round(latency_s, 3),
             "raw": reply.raw,
         }
-        self._append(call, entry)
+        try:
+            verdict = judge_reply(reply, len(call.order))
+            entry["status"], entry["detail"] = verdict.status, verdict.detail
+            entry["scores"] = [list(row) for row in verdict.scores] or None
+            entry["reasons"] = list(verdict.reasons) or None
+        finally:
+            self._append(call, entry)
         self.budget.settle(call.key, cost_usd)
         output = reply.usage["output"] + reply.usage["thoughts"]
         self.measured.add(reply.usage["prompt"], output)

@@ -83,7 +83,7 @@ def _parse(text: str) -> Any:
     fenced = _FENCE.match(text)
     try:
         return json.loads(fenced[1] if fenced else text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, or a number of thousands of digits
         raise _Problem("malformed", f"not JSON: {error}") from None
 
 
@@ -116,7 +116,7 @@ def _number(entry: dict[str, Any]) -> int | None:
     key = next((key for key in _LABEL_KEYS if key in entry), None)
     value = entry[key] if key else None
     if isinstance(value, str):
-        match = re.fullmatch(r"(?:answer\s*)?#?(\d+)", value.strip(), re.IGNORECASE)
+        match = re.fullmatch(r"(?:answer\s*)?#?(\d{1,9})", value.strip(), re.IGNORECASE)
         return int(match[1]) if match else None
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 

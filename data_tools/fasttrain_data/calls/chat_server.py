@@ -24,6 +24,8 @@ def chat_url(server: str, option: str = "--server") -> str:
 def post_chat(client: Any, url: str, body: dict[str, Any], key: str | None) -> dict[str, Any]:
     """The server's reply with at least one choice that holds a message; CallFailed when there is none.
 
+    The message's content is text or None, whatever the server made of it: parts of text are joined, and any other
+    content is a failure. Names that are not text and token counts that are not whole numbers are left out.
     client: an httpx.Client with the authorization header set. A refusal keeps the server's words in the failure.
     """
     import httpx
@@ -44,10 +46,40 @@ def post_chat(client: Any, url: str, body: dict[str, Any], key: str | None) -> d
         raise failure_of(response.status_code, message, [], dict(response.headers))
     try:
         reply: dict[str, Any] = response.json()
-        reply["choices"][0]["message"].get("content")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError):
+        message = reply["choices"][0]["message"]
+        message["content"] = _text_of(message.get("content"))
+    except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):
         raise CallFailed("malformed", f"unreadable reply: {response.text[:200]!r}", retry=True) from None
+    _keep_text(reply, "model", "system_fingerprint")
+    _keep_text(reply["choices"][0], "finish_reason")
+    reply["usage"] = _whole_counts(reply.get("usage"))
     return reply
+
+
+def _text_of(content: Any) -> str | None:
+    """Content as text; TypeError or KeyError if it is something else."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list) or any(part["type"] != "text" for part in content):
+        raise TypeError("no text")
+    return "".join(part["text"] for part in content)
+
+
+def _keep_text(row: dict[str, Any], *keys: str) -> None:
+    for key in keys:
+        if not isinstance(row.get(key, ""), str):
+            del row[key]
+
+
+def _whole_counts(usage: Any) -> dict[str, Any]:
+    """A usage object whose `..._tokens` are whole numbers and whose `..._details` are such objects."""
+    counts: dict[str, Any] = {}
+    for key, value in usage.items() if isinstance(usage, dict) else ():
+        if key.endswith("_details"):
+            counts[key] = _whole_counts(value)
+        elif not key.endswith("_tokens") or (isinstance(value, int) and not isinstance(value, bool)):
+            counts[key] = value
+    return counts
 
 
 def _error_of(text: str) -> tuple[str, str | None]:
@@ -58,5 +90,5 @@ def _error_of(text: str) -> tuple[str, str | None]:
         if isinstance(error, dict):
             return str(error.get("message", error))[:300], error.get("code")
         return str(error)[:300], None
-    except (json.JSONDecodeError, AttributeError):
+    except (ValueError, RecursionError, AttributeError):
         return text[:300], None

@@ -55,7 +55,7 @@ class Journal:
 
     def append(self, key: str, entry: dict[str, Any]) -> None:
         """Write an entry; when this returns, a killed process has not lost it."""
-        line = (dump_row({"key": key, **entry}) + "\n").encode("utf-8", "backslashreplace")
+        line = (dump_row({"key": key, **entry}) + "\n").encode()
         offset = self._end
         written = os.write(self._file, line)
         if written < len(line):

@@ -15,7 +15,7 @@ from fasttrain_data.ids import content_hash
 from fasttrain_data.image_files import BadImage, ImageFile, ImageNames, find_image, read_image
 from fasttrain_data.jsonl import Row, check_output, read_rows, whole_rows
 from fasttrain_data.progress import Progress
-from fasttrain_data.records import Completion, Question, now, parse_record, tool_version
+from fasttrain_data.records import Completion, Question, now, parse_record, tool_version, valid_text
 
 
 @dataclass
@@ -56,8 +56,11 @@ def complete(
                 if isinstance(images, BadImage):
                     account.drop("questions", "bad image", f"{questions} {place}", str(images))
                     continue
-                account.keep("questions")
                 entries = _entries(question, images, settings, sampler, journal)
+                if all(entry["status"] == "bad_image" for entry in entries):
+                    account.drop("questions", "bad image", f"{questions} {place}", entries[0]["detail"])
+                    continue
+                account.keep("questions")
                 result.failed += _count_failures(entries, question, account)
                 for record in _records(question, entries, settings, sampler):
                     record.images = [names.written(name) for name in question.images]
@@ -150,7 +153,7 @@ def _records(
     by_text: dict[str, list[Row]] = {}
     for entry in entries:
         if entry["status"] == "ok" and entry["text"].strip():
-            by_text.setdefault(entry["text"].strip(), []).append(entry)
+            by_text.setdefault(valid_text(entry["text"]).strip(), []).append(entry)
     for text, equal in by_text.items():
         first = equal[0]
         yield Completion(

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from fasttrain_data.calls.failures import CallFailed
 from fasttrain_data.completions.samples import Done, Drawn, Sample, SampleSettings, messages_of
 from fasttrain_data.errors import UserError
 from fasttrain_data.ids import content_hash
@@ -21,6 +22,8 @@ from fasttrain_data.image_files import ImageFile
 
 # torch is imported by the functions that use it; its types are not spelled here.
 Tensor = Any
+# What PIL raises on files whose header is good and whose pixels are not.
+_DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, RuntimeError)
 
 
 def load_sampler(
@@ -116,25 +119,41 @@ class LocalSampler:
             for sample, drawn in zip(itertools.chain(*batch), self.draw_batch(batch), strict=True):
                 done(sample, drawn)
 
-    def draw_batch(self, batch: Sequence[Sequence[Sample]]) -> list[Drawn]:
-        """The samples of several questions, flat and in order."""
+    def draw_batch(self, batch: Sequence[Sequence[Sample]]) -> list[Drawn | CallFailed]:
+        """The samples of several questions, flat and in order; a question whose images are damaged has failures."""
+        decoded = [_decode_all(samples[0]) for samples in batch]
+        usable = [
+            (samples, images)
+            for samples, images in zip(batch, decoded, strict=True)
+            if not isinstance(images, CallFailed)
+        ]
+        drawn = iter(self._generate(usable) if usable else ())
+        return [
+            images if isinstance(images, CallFailed) else next(drawn)
+            for samples, images in zip(batch, decoded, strict=True)
+            for _ in samples
+        ]
+
+    def _generate(self, batch: Sequence[tuple[Sequence[Sample], list[Any]]]) -> list[Drawn]:
+        """The samples of questions with their decoded images, flat and in order."""
         import torch
 
-        prompts = [self._prompt(samples[0]) for samples in batch]
-        images = [_decode(image) for samples in batch for image in samples[0].images]
+        prompts = [self._prompt(samples[0]) for samples, _ in batch]
         with torch.inference_mode():
-            inputs = self._encode(prompts, images)
+            inputs = self._encode(prompts, [image for _, images in batch for image in images])
             ids_BT = inputs.pop("input_ids")
             mask_BT = inputs.pop("attention_mask")
             cache = self._prefill(ids_BT, mask_BT, inputs)
-            row_of_S = [row for row, samples in enumerate(batch) for _ in samples]
+            row_of_S = [row for row, (samples, _) in enumerate(batch) for _ in samples]
             rows_S = torch.tensor(row_of_S, device=ids_BT.device)
             cache.batch_select_indices(rows_S)
             output_ST = self.model.generate(
                 input_ids=ids_BT[rows_S],
                 attention_mask=mask_BT[rows_S],
                 **{_cache_name(): cache},
-                **self._generation([sample.seed for samples in batch for sample in samples], ids_BT.device),
+                **self._generation(
+                    [sample.seed for samples, _ in batch for sample in samples], ids_BT.device
+                ),
             )
         new_ST = output_ST[:, ids_BT.shape[1] :].tolist()
         return [self._drawn(tokens) for tokens in new_ST]
@@ -250,6 +269,17 @@ def gumbel_sampler(seeds: Sequence[int], temperature: float, top_p: float, devic
             return logit_SV - noise_SV.log()
 
     return Sampler()
+
+
+def _decode_all(sample: Sample) -> list[Any] | CallFailed:
+    """A question's images; the failure of its samples, which names the image, where one cannot be decoded."""
+    images = []
+    for name, image in zip(sample.question.images, sample.images, strict=True):
+        try:
+            images.append(_decode(image))
+        except _DAMAGED as error:
+            return CallFailed("bad_image", f"{name}: cannot be decoded: {error}")
+    return images
 
 
 def _decode(image: ImageFile) -> Any:

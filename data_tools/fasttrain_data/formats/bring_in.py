@@ -16,7 +16,7 @@ from fasttrain_data.formats.scored import helpsteer_annotations
 from fasttrain_data.formats.table_rows import iterate_rows
 from fasttrain_data.ids import content_hash
 from fasttrain_data.image_files import ImageNames
-from fasttrain_data.jsonl import Row, check_output, whole_rows
+from fasttrain_data.jsonl import NON_FINITE, Row, check_output, has_non_finite, whole_rows
 from fasttrain_data.records import ATTRIBUTES
 
 
@@ -44,6 +44,8 @@ def import_pairs(
         for row in rows:
             write(row)
             account.keep(source.name)
+            if has_non_finite(row):
+                account.change(source.name, NON_FINITE)
         if not account.total_kept():
             raise UserError(f"{source}: wanted at least one row to import, got none")
     if note := names.note(output):

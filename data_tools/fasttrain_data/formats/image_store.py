@@ -20,18 +20,28 @@ _SUFFIX = {
 
 
 class ImageStore:
-    """Gives every image of a row a path relative to the output's root; equal bytes are written once."""
+    """Gives every image of a row a path in the output; equal bytes are written once.
+
+    Names start from `names.out_root`, embedded images from the output's own folder. Where these are two folders, an
+    output holds one kind only: later commands know a single root.
+    """
 
     def __init__(self, names: ImageNames, output: Path) -> None:
         self._names = names
         self._folder = output.parent / f"{output.stem}_images"
+        self._one_root, self._embeds = names.starts_beside(output), False
 
     def named(self, images: list[Any], place: Place) -> list[str]:
-        """Paths for a row's images; BadRow when embedded bytes are no image."""
-        return [
+        """Paths for a row's images; BadRow when embedded bytes are no image, and when paths have no root in common."""
+        paths = [
             self._write(image["bytes"], place) if isinstance(image, dict) else self._names.written(image)
             for image in images
         ]
+        self._embeds = self._embeds or any(isinstance(image, dict) for image in images)
+        if self._embeds and self._names.used and not self._one_root:
+            wanted = f"only embedded or only named images, or an --out in {self._names.out_root}"
+            raise place.bad("images", wanted, "both in this file")
+        return paths
 
     def content(self, image: Any, place: Place) -> bytes:
         """The bytes of an image that is embedded or named; BadRow when it cannot be read."""

@@ -11,7 +11,7 @@ from typing import Any
 from fasttrain_data.account import Account
 from fasttrain_data.formats.image_store import ImageStore
 from fasttrain_data.formats.messages import Place
-from fasttrain_data.jsonl import Row, whole_file
+from fasttrain_data.jsonl import Row, is_unicode, whole_file
 
 _ROWS_PER_GROUP = 128
 _PART = {"type": {"dtype": "string", "_type": "Value"}, "text": {"dtype": "string", "_type": "Value"}}
@@ -65,5 +65,7 @@ def _arrow_row(row: Row, store: ImageStore, place: Place) -> Row:
         for image in row["images"]
     ]
     kept = {key: row[key] for key in ("id", "prompt", "chosen", "rejected")}
+    if not is_unicode(json.dumps(kept, ensure_ascii=False)):
+        raise place.bad("row", "valid Unicode", "a lone surrogate")
     scores = {name: row.get(name) for name in _SCORES}
     return {**kept, "images": images, **scores}

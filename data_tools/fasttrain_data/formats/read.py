@@ -22,9 +22,9 @@ from fasttrain_data.formats.messages import (
     turns_of,
 )
 from fasttrain_data.formats.scored import read_helpsteer, read_helpsteer3, read_vlfeedback
-from fasttrain_data.formats.table_rows import iterate_rows
+from fasttrain_data.formats.table_rows import first_of, iterate_rows
 from fasttrain_data.ids import content_hash
-from fasttrain_data.jsonl import Row
+from fasttrain_data.jsonl import Row, is_unicode
 
 Skipped = Callable[[str, str], None]
 _LOGPS = (
@@ -87,7 +87,7 @@ def _finish(row: Row, pair: Row, place: Place) -> Row:
     images = images_of(pair.pop("images"), place)
     prompt = place_images(pair.pop("prompt"), len(images), place)
     chosen, rejected = pair.pop("chosen"), pair.pop("rejected")
-    named = next((row[key] for key in ("id", "idx", "question_id") if row.get(key) not in (None, "")), None)
+    named = next((row[key] for key in ("id", "idx") if row.get(key) not in (None, "")), None)
     if named is None:
         paths = [image if isinstance(image, str) else image.get("path") for image in images]
         named = content_hash(paths, prompt, chosen, rejected)
@@ -105,7 +105,7 @@ def images_of(value: Any, place: Place) -> list[Any]:
             result.append({"bytes": image["bytes"], "path": image.get("path")})
         elif isinstance(image, dict) and isinstance(image.get("path"), str):
             result.append(image["path"])
-        elif isinstance(image, str) and image:
+        elif isinstance(image, str) and image and is_unicode(image):
             result.append(image)
         else:
             raise place.bad("images", "an image path or embedded bytes", image)
@@ -124,7 +124,7 @@ def _rest(row: Row, *taken: str) -> Row:
 def _parsed(value: Any) -> Any:
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return value
 
 
@@ -140,10 +140,9 @@ def _read_trl(row: Row, place: Place) -> Row | str:
         if not shared:
             raise place.bad("prompt", "a prompt, or conversations that begin alike", "neither")
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    images = row.get("images", row.get("image"))
     return {
         **_rest(row, "prompt", "chosen", "rejected", "images", "image"),
-        "images": images,
+        "images": first_of(row, "images", "image"),
         "prompt": _messages(prompt, place),
         "chosen": _answer_text(chosen, "chosen", place),
         "rejected": _answer_text(rejected, "rejected", place),
@@ -213,8 +212,8 @@ def _read_llama_factory(row: Row, place: Place) -> Row | str:
     if not turns or turns[-1][0] != "user":
         raise place.bad(field, "a last turn by the human", turns[-1][0] if turns else None)
     return {
-        **_rest(row, field, "chosen", "rejected", "images", "system"),
-        "images": row.get("images"),
+        **_rest(row, field, "chosen", "rejected", "images", "image", "system"),
+        "images": first_of(row, "images", "image"),
         "prompt": [message(role, text) for role, text in turns],
         "chosen": turn_of(row.get("chosen"), "chosen", place)[1],
         "rejected": turn_of(row.get("rejected"), "rejected", place)[1],
@@ -235,8 +234,8 @@ def _read_ms_swift(row: Row, place: Place) -> Row | str:
             raise place.bad("rejected_response", "one rejected answer", f"{len(rejected)} of them")
         rejected = rejected[0]
     return {
-        **_rest(row, "messages", "rejected_response", "rejected_messages", "images"),
-        "images": row.get("images"),
+        **_rest(row, "messages", "rejected_response", "rejected_messages", "images", "image"),
+        "images": first_of(row, "images", "image"),
         "prompt": [message(role, text) for role, text in turns[:-1]],
         "chosen": turns[-1][1],
         "rejected": place.text(rejected, "rejected_response"),
@@ -249,12 +248,12 @@ def _read_mllm_dpo(row: Row, place: Place) -> Row | str:
     if isinstance(question, str) and question.lstrip().startswith("{"):
         try:
             question = ast.literal_eval(question)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             raise place.bad("question", "a turn or its Python literal", question) from None
     text = question if isinstance(question, str) else turn_of(question, "question", place)[1]
     return {
         **_rest(row, "question", "chosen", "rejected", "image", "images"),
-        "images": row.get("image", row.get("images")),
+        "images": first_of(row, "image", "images"),
         "prompt": [message("user", text)],
         "chosen": _last_turn(row.get("chosen"), "chosen", place),
         "rejected": _last_turn(row.get("rejected"), "rejected", place),
@@ -270,12 +269,9 @@ def _last_turn(value: Any, field: str, place: Place) -> str:
 
 
 def _read_rlaif_v(row: Row, place: Place) -> Row | str:
-    images = row.get("image")
-    if images is None and row.get("image_path"):
-        images = row["image_path"]
     return {
-        **_rest(row, "question", "chosen", "rejected", "image"),
-        "images": images,
+        **_rest(row, "question", "chosen", "rejected", "image", "images"),
+        "images": first_of(row, "image", "images", "image_path"),
         "prompt": [message("user", place.text(row.get("question"), "question"))],
         "chosen": place.text(row.get("chosen"), "chosen"),
         "rejected": place.text(row.get("rejected"), "rejected"),
@@ -285,7 +281,7 @@ def _read_rlaif_v(row: Row, place: Place) -> Row | str:
 def _read_llava_next(row: Row, place: Place) -> Row | str:
     return {
         **_rest(row, "prompt", "chosen", "rejected", "image", "images"),
-        "images": row.get("image", row.get("images")),
+        "images": first_of(row, "image", "images"),
         "prompt": [message("user", place.text(row.get("prompt"), "prompt"))],
         "chosen": place.text(row.get("chosen"), "chosen"),
         "rejected": place.text(row.get("rejected"), "rejected"),

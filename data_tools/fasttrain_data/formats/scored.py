@@ -9,6 +9,7 @@ from typing import Any
 
 from fasttrain_data.errors import BadRow
 from fasttrain_data.formats.messages import Place, answer, message, turns_of
+from fasttrain_data.formats.table_rows import first_of
 from fasttrain_data.ids import content_hash, rng_of
 from fasttrain_data.jsonl import Row
 from fasttrain_data.pairs.rule import choose
@@ -125,14 +126,13 @@ def read_vlfeedback(row: Row, place: Place) -> Row | str:
     best, worst = max(rated, key=lambda pair: pair[0]), min(rated, key=lambda pair: pair[0])
     if best[0] == worst[0]:
         return "tie"
-    image = row.get("image", row.get("img_path"))
     return {
         **{
             key: value
             for key, value in row.items()
             if key not in ("prompt", "completions", "image", "models")
         },
-        "images": image,
+        "images": first_of(row, "image", "img_path"),
         "prompt": [message("user", place.text(row.get("prompt"), "prompt"))],
         "chosen": place.text(best[1].get("response"), "completions.response"),
         "rejected": place.text(worst[1].get("response"), "completions.response"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from fasttrain_data.errors import BadRow, UserError
 from fasttrain_data.jsonl import Row, read_rows
@@ -29,6 +30,12 @@ def iterate_rows(path: Path, bad: Callable[[BadRow], object] | None = None) -> I
             yield str(path), place, row
 
 
+def first_of(row: Row, *keys: str) -> Any:
+    """The first of these columns that holds something: a file may have `images` and `image`, one of them empty."""
+    given = [row[key] for key in keys if row.get(key) is not None]
+    return next((value for value in given if value not in ("", [])), given[0] if given else None)
+
+
 def _parquet_rows(path: Path) -> Iterator[tuple[str, str, Row]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -37,10 +44,33 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, str, Row]]:
         with pq.ParquetFile(path) as file:
             number = 0
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
-                for row in batch.to_pylist():
+                for row in _python_rows(batch):
                     number += 1
                     yield str(path), f"row {number}", row
     except FileNotFoundError:
         raise UserError(f"{path}: wanted a file, got nothing there") from None
     except pa.ArrowInvalid as error:
         raise UserError(f"{path}: wanted a Parquet file, got {str(error).splitlines()[0]}") from None
+
+
+def _python_rows(batch: Any) -> list[Row]:
+    """The rows of a batch; a value that Python cannot hold (dates beyond its own) is told as its text, or is None."""
+    try:
+        rows: list[Row] = batch.to_pylist()
+    except (ValueError, OverflowError):
+        columns = [[_python_value(cell) for cell in column] for column in batch.columns]
+        rows = [dict(zip(batch.schema.names, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    return rows
+
+
+def _python_value(cell: Any) -> Any:
+    import pyarrow as pa
+
+    try:
+        return cell.as_py()
+    except (ValueError, OverflowError):
+        pass
+    try:
+        return cell.cast(pa.string()).as_py()
+    except (pa.ArrowException, ValueError):
+        return None

@@ -14,7 +14,15 @@ from fasttrain_data.formats.image_store import ImageStore
 from fasttrain_data.formats.messages import PLACEHOLDER, Place, text_of
 from fasttrain_data.formats.read import read_pairs
 from fasttrain_data.image_files import ImageNames
-from fasttrain_data.jsonl import Row, check_output, dump_row, whole_file, write_text
+from fasttrain_data.jsonl import (
+    NON_FINITE,
+    Row,
+    check_output,
+    dump_row,
+    has_non_finite,
+    whole_file,
+    write_text,
+)
 from fasttrain_data.records import ATTRIBUTES
 
 TARGETS = ("trl", "llama-factory", "ms-swift", "mllm-dpo")
@@ -35,6 +43,8 @@ def export_pairs(
     check_output(output, source)
     names = ImageNames.between(source, output, image_root)
     store = ImageStore(names, output)
+    if target == "llama-factory":
+        _entries_beside(output)  # a broken one is told before anything is written
     with account_of(output) as account:
         rows = _rows(source, form, account)
         if target == "trl" and output.suffix == ".parquet":
@@ -70,6 +80,8 @@ def _write_json(rows: Iterator[Row], output: Path, target: str, store: ImageStor
             file.write((separator + dump_row(converted)).encode())
             separator = ",\n" if as_array else "\n"
             account.keep("pairs")
+            if has_non_finite(converted):
+                account.change("pairs", NON_FINITE)
         file.write(b"\n]\n" if as_array and account.total_kept() else b"\n")
 
 
@@ -133,13 +145,7 @@ _WRITERS: dict[str, Callable[[Row], Row | str]] = {
 
 def _register(output: Path) -> None:
     """Add the file to LLaMA-Factory's dataset_info.json beside it."""
-    path = output.with_name("dataset_info.json")
-    entries: dict[str, Any] = {}
-    if path.exists():
-        with contextlib.suppress(json.JSONDecodeError):
-            entries = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(entries, dict) or not entries:
-            raise UserError(f"{path}: wanted LLaMA-Factory's JSON object of data sets, got something else")
+    entries = _entries_beside(output)
     entries[output.stem] = {
         "file_name": output.name,
         "formatting": "sharegpt",
@@ -151,4 +157,21 @@ def _register(output: Path) -> None:
             "images": "images",
         },
     }
-    write_text(path, json.dumps(entries, indent=2) + "\n")
+    write_text(_info_path(output), json.dumps(entries, indent=2) + "\n")
+
+
+def _info_path(output: Path) -> Path:
+    return output.with_name("dataset_info.json")
+
+
+def _entries_beside(output: Path) -> dict[str, Any]:
+    """What dataset_info.json holds; UserError if it is no JSON object."""
+    path = _info_path(output)
+    if not path.exists():
+        return {}
+    entries = None
+    with contextlib.suppress(ValueError, RecursionError):  # not UTF-8, not JSON
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: wanted LLaMA-Factory's JSON object of data sets, got something else")
+    return entries

@@ -78,6 +78,7 @@ def build_questions(sources: Sequence[str], output: Path, settings: QuestionSett
             admitted = _sample(candidates, entrance, settings.limit, settings, account)
         for candidate in admitted:
             write(_record(candidate, settings).row())
+            roots.named |= bool(candidate.names)
             account.keep(candidate.path.name)
             for what in candidate.draft.changed:
                 account.change(candidate.path.name, what)
@@ -96,7 +97,7 @@ class _Roots:
     def __init__(self, sources: Sequence[str], output: Path, image_root: Path | None) -> None:
         if image_root is not None and not image_root.is_dir():
             raise UserError(f"--image-root: wanted a folder, got {image_root}")
-        self.given = image_root
+        self.given, self.named = image_root, False  # named: whether a row that was written holds a name
         folders = [os.path.realpath(split_source(spec)[1].parent) for spec in sources]
         self.here = Path(os.path.realpath(output.parent))
         if image_root is not None:
@@ -116,7 +117,7 @@ class _Roots:
         return os.path.relpath(start / name, self.root), path, ""
 
     def note(self) -> str | None:
-        if self.given is None and self.root != self.here:
+        if self.named and self.given is None and self.root != self.here:
             return (
                 f"image names are relative to {self.root}: pass --image-root {self.root} to the next commands"
             )
@@ -169,7 +170,7 @@ def _unwanted(
         if settings.missing_images == "stop":
             raise UserError(f"{candidate.where}: image: wanted an existing file, got {problems[0]}")
         return "missing image", problems[0]
-    if verdict := seen.verdict(candidate.draft):
+    if verdict := seen.verdict(candidate.draft, candidate.files):
         return verdict, candidate.draft.question
     return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,12 +20,8 @@ def image_key(name: str) -> str:
     return _COCO.sub("", Path(name).stem.casefold())
 
 
-def images_key(images: list[str]) -> str:
-    return json.dumps([image_key(name) for name in images])
-
-
 class Duplicates:
-    """Finds questions already asked about the same images.
+    """Finds questions already asked about the same images: the same files, or where one is missing, the same names.
 
     near: Jaccard index of word trigrams from which two questions about one image count as the same; 1 keeps
     all but those whose normal forms are equal. A text-only question is compared by its normal form alone.
@@ -40,12 +35,16 @@ class Duplicates:
         )
         self._text_only = SeenKeys()
 
-    def verdict(self, draft: Draft) -> str | None:
-        """`duplicate`, `near duplicate` or None; None also remembers the question."""
+    def verdict(self, draft: Draft, files: Sequence[Path | None]) -> str | None:
+        """`duplicate`, `near duplicate` or None; None also remembers the question. files: the images that exist."""
         normal = normal_form(" ".join([turn.text for turn in draft.history] + [draft.question]))
         if not draft.images:
             return None if self._text_only.add(content_hash(normal)) else "duplicate"
-        key = bytes.fromhex(content_hash(images_key(draft.images)))
+        images = [
+            ["file", str(file)] if file else ["name", image_key(name)]
+            for name, file in zip(draft.images, files, strict=True)
+        ]
+        key = bytes.fromhex(content_hash(images))
         rows = self._spill.database.execute("SELECT normal FROM asked WHERE image = ?", (key,)).fetchall()
         earlier = [row[0] for row in rows]
         if normal in earlier:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fasttrain_data.errors import BadRow, UserError
-from fasttrain_data.jsonl import Row, read_rows
+from fasttrain_data.jsonl import Row, is_unicode, read_rows
 from fasttrain_data.questions.text import clean_text
 from fasttrain_data.records import Turn
 
@@ -22,11 +22,16 @@ ARXIV_FIGURE = re.compile(
     r"^(?:\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?_?\d{7})v\d+-(?:Figure|Table)", re.IGNORECASE
 )
 COORDINATES = re.compile(r"\bX:\s*\d+,?\s*Y:\s*\d+")
+_NO_UNICODE = "text that is not valid Unicode"
 _REQUEST = re.compile(
     r"(?:please|can|could|describe|explain|summari[sz]e|compare|discuss|identify|list|tell|give|show|analy[sz]e|"
     r"interpret|what|which|how|why|when|where|who|is|are|do|does|did)\b",
     re.IGNORECASE,
 )
+
+
+class Unusable(Exception):
+    """A row that cannot become a question; the text is the reason it is counted under."""
 
 
 @dataclass
@@ -43,9 +48,10 @@ class Draft:
     category: str | None = None
     changed: list[str] = field(default_factory=list)
 
-
-class Unusable(Exception):
-    """A row that cannot become a question; the text is the reason it is counted under."""
+    def __post_init__(self) -> None:
+        texts = (self.source, self.question, *self.images, self.reference, self.source_id, self.category)
+        if not all(is_unicode(text) for text in texts if text is not None):
+            raise Unusable(_NO_UNICODE)
 
 
 def detect_source(row: Row) -> str | None:
@@ -96,9 +102,7 @@ def split_source(spec: str) -> tuple[str | None, Path]:
 def _read_scigraphqa(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
     """One figure, written by a language model from the paper's text; later turns are often answer lines."""
     image = _string(row, "image_file")
-    conversation = _conversation(row) or [
-        (role, text) for pair in row.get("q_a_pairs") or [] for role, text in zip(("human", "gpt"), pair)
-    ]
+    conversation = _conversation(row) or _q_a_pairs(row)
     humans = [text for role, text in conversation if role == "human"]
     if humans and not _asks(clean_text(humans[0])[0]):
         raise Unusable("first human turn asks nothing")
@@ -110,6 +114,16 @@ def _read_scigraphqa(row: Row, place: str, turns: Turns | None) -> Iterator[Draf
             break
     base = Draft("scigraphqa", place, "", [image], source_id=str(row.get("id", image)), changed=changed)
     yield from _from_conversation(base, conversation, turns or "first")
+
+
+def _q_a_pairs(row: Row) -> list[tuple[str, str]]:
+    pairs = row.get("q_a_pairs") or []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) for pair in pairs):
+        raise Unusable("q_a_pairs is not a list of pairs")
+    result = [(role, text) for pair in pairs for role, text in zip(("human", "gpt"), pair)]
+    if not all(isinstance(text, str) for _, text in result):
+        raise Unusable("q_a_pairs holds something that is not text")
+    return result
 
 
 def _asks(text: str) -> bool:
@@ -163,11 +177,13 @@ def _read_plain(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
     """`question` (or `prompt`, `text`) with `image` or `images`, optional `history`; also our own questions."""
     key = next((name for name in ("question", "prompt", "text") if name in row), "question")
     question, changed = _question(row, key)
-    history = []
-    for turn in row.get("history") or []:
-        if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
-            raise Unusable("history is not a list of turns with role and text")
-        history.append(Turn(role=turn["role"], text=clean_text(str(turn.get("text", "")))[0]))
+    before = row.get("history") or []
+    roles = ("system", "user", "assistant")
+    if not isinstance(before, list) or not all(
+        isinstance(turn, dict) and turn.get("role") in roles for turn in before
+    ):
+        raise Unusable("history is not a list of turns with role and text")
+    history = [_turn(turn["role"], clean_text(str(turn.get("text", "")))[0]) for turn in before]
     yield Draft(
         str(row.get("source") or "plain"),
         place,
@@ -205,9 +221,7 @@ def _from_conversation(base: Draft, conversation: list[tuple[str, str]], turns: 
     positions = list(range(0, len(cleaned), 2))
     chosen = {"first": positions[:1], "last": positions[-1:], "each": positions}[turns]
     for at in chosen:
-        history = [
-            Turn(role="user" if role == "human" else "assistant", text=text) for role, text in cleaned[:at]
-        ]
+        history = [_turn("user" if role == "human" else "assistant", text) for role, text in cleaned[:at]]
         source_id = base.source_id if len(chosen) == 1 else f"{base.source_id}#{at // 2 + 1}"
         yield Draft(
             base.source,
@@ -219,6 +233,12 @@ def _from_conversation(base: Draft, conversation: list[tuple[str, str]], turns: 
             source_id,
             changed=list(dict.fromkeys(changed)),
         )
+
+
+def _turn(role: Literal["system", "user", "assistant"], text: str) -> Turn:
+    if not is_unicode(text):
+        raise Unusable(_NO_UNICODE)
+    return Turn(role=role, text=text)
 
 
 def _conversation(row: Row) -> list[tuple[str, str]]:
@@ -249,7 +269,7 @@ def _question(row: Row, key: str) -> tuple[str, list[str]]:
 
 def _images(row: Row) -> list[str]:
     images: Any = row.get("images")
-    if images is None:
+    if images in (None, []):
         images = [] if row.get("image") is None else row["image"]
     images = images if isinstance(images, list) else [images]
     if not all(isinstance(name, str) and name for name in images):

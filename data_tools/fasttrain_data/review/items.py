@@ -9,10 +9,11 @@ from typing import Any, Literal
 from fasttrain_data.errors import UserError
 from fasttrain_data.formats import read_pairs
 from fasttrain_data.formats.messages import text_of
-from fasttrain_data.ids import rng_of
+from fasttrain_data.ids import content_hash, rng_of
 from fasttrain_data.jsonl import Row
 from fasttrain_data.questions.sample import BottomK
 from fasttrain_data.records import ATTRIBUTES
+from fasttrain_data.spill import KeyCounts
 
 Side = Literal["left", "right"]
 
@@ -35,24 +36,32 @@ class Item:
 
 
 def sample_items(pairs: Path, limit: int, seed: int) -> list[Item]:
-    """At most `limit` pairs of the file, drawn and ordered by seed; UserError if there is none."""
-    heap: BottomK[Row] = BottomK(limit, seed)
+    """At most `limit` pairs of the file, drawn and ordered by seed; UserError if there is none.
+
+    Pairs that share an id are all there: the second one's is `id#2`, and so on in file order.
+    """
+    heap: BottomK[tuple[str, Row]] = BottomK(limit, seed)
+    counts = KeyCounts()
     for row in read_pairs(pairs):
-        heap.offer(str(row["id"]), row)
-    items = {str(row["id"]): _item(row) for row in heap.ordered()}
+        own = str(row["id"])
+        while (times := counts.add(content_hash(own))) > 1:
+            own = f"{row['id']}#{times}"
+        heap.offer(own, (own, row))
+    counts.close()
+    items = [_item(own, row) for own, row in heap.ordered()]
     if not items:
         raise UserError(f"{pairs}: wanted at least one pair, got none")
-    return list(items.values())
+    return items
 
 
-def _item(row: Row) -> Item:
+def _item(own: str, row: Row) -> Item:
     texts = []
     for turn in row["prompt"]:
         parts = turn["content"]
         texts.append((turn["role"], "".join(part["text"] for part in parts if part["type"] == "text")))
     margin = row.get("margin")
     return Item(
-        id=str(row["id"]),
+        id=own,
         messages=texts,
         images=row["images"],
         chosen=text_of(row["chosen"][0]),
