@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,57 @@ def _merge_adapter(run: Path, adapter: Path, out: Path) -> None:
     model = load_model(folder, base, model_config, torch.device("cpu"), dtype=_stored_dtype(model_config))
     model.requires_grad_(False)
     about.inference_mode = True
-    merged = read_adapter(model, adapter, about, trainable=False).merge_and_unload()
+    adapted = read_adapter(model, adapter, about, trainable=False)
+    _untie_head(model)
+    try:
+        merged = adapted.merge_and_unload()
+    except (ValueError, RuntimeError) as error:
+        problem = " ".join(str(error).split())[:200]
+        raise UserError(f"RUN: wanted an adapter that peft can merge, got {adapter}: {problem}") from None
     processor = load_processor(folder, base, takes_images(model_config))  # training leaves it as it is
     with atomic_folder(out) as temporary:
         _save(merged, temporary, folder)
         processor.save_pretrained(temporary)
         card = _card(base, run)
         (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def _untie_head(model: Any) -> None:
+    """Give the head weights of its own where it shares the input embedding's and the adapter is on one of the two.
+
+    Beside the base the adapter changes that one alone; added to shared weights it would change both. UserError for a model
+    whose configuration ties other weights too: it could not be loaded untied.
+    """
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = (_without_adapter(end) for end in ends)
+    if embedding.weight is not getattr(head, "weight", None) or (embedding, head) == ends:
+        return
+    if len(getattr(model, "all_tied_weights_keys", ())) != 1:
+        raise UserError(
+            f"RUN: wanted an adapter without the embedding or the head, which share their weights, got one with it, and "
+            f"{type(model).__name__} cannot be saved with weights of its own for each"
+        )
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in _configs(model.config):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+    say(
+        "note: the adapter is on the embedding or the head, which share their weights: the merged model has them apart"
+    )
+
+
+def _without_adapter(module: Any) -> Any:
+    """The base model's module under what peft has put around it: a LoRA layer, or a copy that was trained."""
+    module = getattr(module, "original_module", module)
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """A configuration and those inside it."""
+    yield config
+    for name in getattr(config, "sub_configs", {}):
+        if getattr(config, name, None) is not None:
+            yield from _configs(getattr(config, name))
 
 
 def _stored_dtype(model_config: Any) -> torch.dtype:

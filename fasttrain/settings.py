@@ -301,6 +301,11 @@ class DPOConfig:
         require(bool(self.data.train), "data.train", "a pair file", self.data.train)
         for name in self.track:
             require(name in TRACKERS, "track", f"any of {', '.join(TRACKERS)}", name)
+        rate = self.train.projector_learning_rate
+        require(
+            self.model.train_projector or rate == TrainConfig().projector_learning_rate,
+            "train.projector_learning_rate", "no value without model.train_projector", rate,
+        )  # fmt: skip
         if self.lora is None and self.model.quantize:
             raise UserError("model.quantize: a quantised model cannot be fine-tuned in full (lora is null)")
         if self.train.compile and self.distributed.zero_stage == 3:

@@ -247,6 +247,12 @@ def test_compiled_layers_are_refused_where_zero_3_swaps_their_weights(tmp_path: 
     assert "train.compile: wanted false with distributed.zero_stage 3" in told
 
 
+def test_a_rate_for_a_projector_that_is_not_trained_is_refused(tmp_path: Path) -> None:
+    told = mistake("", tmp_path, "train.projector_learning_rate=1e-4")
+    assert "train.projector_learning_rate: wanted no value without model.train_projector, got 0.0001" in told
+    recipe("", tmp_path, "train.projector_learning_rate=1e-4", "model.train_projector=true")
+
+
 def test_a_quantised_model_cannot_be_tuned_in_full(tmp_path: Path) -> None:
     assert "model.quantize" in mistake("", tmp_path, "lora=null", "model.quantize=nf4")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,50 @@ def test_a_merged_adapter_answers_as_base_and_adapter_do(
         assert AutoProcessor.from_pretrained(merged, backend="pil").image_processor is not None
     direct = merge(run / "final", tmp_path / "direct")  # an adapter folder names its base itself
     torch.testing.assert_close(answers(load(direct, vision), vision)[0], logits)
+
+
+def tied(base: Path, folder: Path, vision: bool) -> Path:
+    """The model with its head tied to the input embedding, and the configuration saying so at every level."""
+    shutil.copytree(base, folder)
+    model = load(base, vision)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("vision", [False, True])
+def test_a_head_tied_to_an_adapted_embedding_stays_where_it_was(
+    vision: bool, tiny_text: Path, tiny_llava: Path, text_pairs: Callable[..., Path], vision_pairs: Callable[..., Path],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from peft import PeftModel
+
+    base = tied(tiny_llava if vision else tiny_text, tmp_path / "base", vision)
+    pairs = vision_pairs(tmp_path / "data", 6) if vision else text_pairs(tmp_path / "pairs.jsonl", 6)
+    run = train(base, pairs, tmp_path / "run", r"lora.targets=.*layers.*\.q_proj|.*\.embed_tokens")
+    model = load(merge(run, tmp_path / "merged"), vision)
+    logits, written = answers(model, vision)
+    expected, answer = answers(PeftModel.from_pretrained(load(base, vision), run / "final").eval(), vision)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert written == answer
+    assert "the merged model has them apart" in capsys.readouterr().err
+    ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert not torch.allclose(*ends, atol=1e-3)  # the adapter is on the embedding
+    assert not (model.config.tie_word_embeddings or model.config.get_text_config().tie_word_embeddings)
+
+
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")  # it tells so when the adapter is made
+def test_an_adapter_that_peft_cannot_merge_is_one_line(tiny_text: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True, task_type="CAUSAL_LM")
+    get_peft_model(load(tiny_text, False), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"RUN: wanted an adapter that peft can merge, got .*lora_bias"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_fully_tuned_run_is_merged_by_copying_it(

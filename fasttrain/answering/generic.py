@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,26 @@ from fasttrain.answering.questions import Question, next_turn
 from fasttrain.data.images import open_image
 from fasttrain.data.pairs import IMAGE, Message
 from fasttrain.data.sources import BadRow
+from fasttrain.data.template_date import dated
 from fasttrain.data.tokens import beginning
 
 
 class GenericGenerator:
     """Answers with whatever `generate` runs, one pass for prompt and images of every turn."""
 
-    def __init__(self, model: Any, processor: Any, stops: Sequence[int], bos: str = "template") -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        stops: Sequence[int],
+        bos: str = "template",
+        today: date | None = None,
+    ) -> None:
         self.model, self.processor, self.stops = model, processor, list(dict.fromkeys(stops))
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.takes_images = hasattr(processor, "image_processor")
         self.bos = bos
+        self._today = today or date.today()
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -120,7 +130,8 @@ class GenericGenerator:
         import jinja2
 
         try:
-            return self.processor.apply_chat_template(chat, add_generation_prompt=True, **options)
+            with dated(self.processor, self._today):
+                return self.processor.apply_chat_template(chat, add_generation_prompt=True, **options)
         except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
             raise BadRow(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -144,12 +145,12 @@ def batch_budget(model: Any, rows: int | None = None, tokens: int | None = None)
 
 
 def make_generator(
-    model: Any, processor: Any, stops: Sequence[int], bos: str = "template"
+    model: Any, processor: Any, stops: Sequence[int], bos: str = "template", today: date | None = None
 ) -> Generator | GenericGenerator:
     """The generator that shares image prompts where the model's layers and inputs allow it, else `generate`'s."""
-    chat = ChatTokenizer(processor, list(stops), bos) if shares_prompts(model) else None
+    chat = ChatTokenizer(processor, list(stops), bos, today) if shares_prompts(model) else None
     if chat is None or chat.sizes_matter:
-        return GenericGenerator(model, processor, stops, bos)
+        return GenericGenerator(model, processor, stops, bos, today)
     positions = (
         model.config.get_text_config().max_position_embeddings if why_too_long(model, _ANY_LENGTH) else None
     )

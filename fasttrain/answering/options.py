@@ -105,7 +105,8 @@ class AnswerOptions:
             )
             return LocalModel(config, self.adapter, rows=self.batch_size, tokens=self.tokens_per_batch)
         except UserError as error:
-            raise UserError(str(error).replace("model.name:", "--model:", 1)) from None
+            told = str(error).replace("model.name:", "--model:", 1)
+            raise UserError(told.replace("model.revision:", "--revision:", 1)) from None
 
     def _server(self) -> Answerer:
         from fasttrain.answering.server import ServerModel

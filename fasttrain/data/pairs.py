@@ -18,6 +18,7 @@ PLACEHOLDER = "<image>"
 IMAGE = ("image", "")
 Part = tuple[str, str]  # ("text", its text) or IMAGE
 Message = tuple[str, tuple[Part, ...]]  # role, parts
+_UNREAD = ("tool_calls", "reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,8 @@ def read_prompt(
     row: dict[str, Any], prompt: Any, where: str, image_root: Path
 ) -> tuple[tuple[Message, ...], tuple[ImageRef, ...]]:
     """A prompt (text or messages) with the row's images, placeholders made explicit; BadRow names what is wrong."""
+    if has_tools(row):
+        raise BadRow(where, "tools", "a row without tools", row["tools"])
     images = _read_images(row, where, image_root)
     messages = _place_images(_read_prompt(prompt, where), len(images), where)
     if not any(text.strip() for _, parts in messages for _, text in parts) and IMAGE not in messages[-1][1]:
@@ -72,6 +75,19 @@ def read_example(row: dict[str, Any], where: str, image_root: Path) -> Pair:
     name = where if row.get("id") is None else printable(str(row["id"]))
     text = _read_completion(answer, field, where)
     return Pair(where=where, id=name, messages=messages, images=images, chosen=text, rejected=None)
+
+
+def unread_field(message: dict[str, Any]) -> str | None:
+    """A field of a message besides its content that a chat template may write and that is not read here."""
+    for name in _UNREAD:
+        if message.get(name):
+            return name
+    return None
+
+
+def has_tools(row: dict[str, Any]) -> bool:
+    """Whether the row offers tools, which a chat template would write into the prompt; LLaMA-Factory's none is "[]"."""
+    return bool(row.get("tools")) and row["tools"] != "[]"
 
 
 def check_images(pair: Pair) -> None:
@@ -138,8 +154,7 @@ def _read_prompt(prompt: Any, where: str) -> list[Message]:
     for message in prompt:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadRow(where, "prompt", "messages with role and content", message)
-        if message.get("tool_calls"):
-            raise BadRow(where, "prompt", "messages without tool_calls", message["tool_calls"])
+        _refuse_unread(message, "prompt", where)
         role = _text(message["role"], "prompt", where)
         messages.append((role, _read_parts(message.get("content"), "prompt", where)))
     if messages[-1][0] not in ("user", "tool"):
@@ -147,10 +162,17 @@ def _read_prompt(prompt: Any, where: str) -> list[Message]:
     return messages
 
 
+def _refuse_unread(message: dict[str, Any], field: str, where: str) -> None:
+    name = unread_field(message)
+    if name:
+        raise BadRow(where, field, f"messages without {name}", message[name])
+
+
 def _read_completion(value: Any, field: str, where: str) -> str:
     if isinstance(value, list):
         if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
             raise BadRow(where, field, "one message by the assistant", value)
+        _refuse_unread(value[0], field, where)
         parts = _read_parts(value[0].get("content"), field, where)
         if IMAGE in parts:
             raise BadRow(where, field, "text only", "an image")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fasttrain.data.images import ImageRef, resolve_inside
-from fasttrain.data.pairs import IMAGE, PLACEHOLDER, Message, Pair, Part
+from fasttrain.data.pairs import IMAGE, PLACEHOLDER, Message, Pair, Part, has_tools, unread_field
 
 _ROLES = ("user", "system", "assistant")
 _REMEMBERED = 20_000
@@ -46,7 +46,7 @@ class PlainRows:
         """The row's pair; None if it has to be read by `read_pair`."""
         get = row.get
         chosen, rejected = _answer(get("chosen")), _answer(get("rejected"))
-        if chosen is None or rejected is None or chosen == rejected:
+        if chosen is None or rejected is None or chosen == rejected or has_tools(row):
             return None
         messages = _messages(get("prompt"))
         if messages is None:
@@ -119,7 +119,7 @@ def _messages(prompt: Any) -> tuple[Message, ...] | None:
     messages: list[Message] = []
     role: Any = None
     for message in prompt:
-        if type(message) is not dict or message.get("tool_calls"):
+        if type(message) is not dict or unread_field(message):
             return None
         role, content = message.get("role"), message.get("content")
         if role not in _ROLES:
@@ -149,6 +149,8 @@ def _messages(prompt: Any) -> tuple[Message, ...] | None:
 def _answer(value: Any) -> str | None:
     if type(value) is list:
         if len(value) != 1 or type(value[0]) is not dict or value[0].get("role") != "assistant":
+            return None
+        if unread_field(value[0]):
             return None
         value = value[0].get("content")
         if type(value) is list:

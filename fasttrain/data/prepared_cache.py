@@ -30,7 +30,7 @@ from fasttrain.data.prepared import Account, PreparedData
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.files import HashMemo, atomic_folder, cache_root
 
-VERSION = 2  # raised when the same rows become other tokens, groups or pairs
+VERSION = 3  # raised when the same rows become other tokens, groups or pairs
 KEPT = 8
 SMALLEST = 2000  # rows; fewer are prepared in about a second
 
@@ -51,6 +51,8 @@ def entry_key(
         "images": [chat.fingerprint(), chat.image_token_id, _settings(chat.processor)],
         "more": more,
     }  # fmt: skip
+    if chat.written_date:
+        what["date"] = chat.written_date
     memo.save()
     return blake2b(json.dumps(what, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 

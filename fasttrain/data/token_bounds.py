@@ -21,6 +21,7 @@ from fasttrain.data.images import ImageRef, image_size
 from fasttrain.data.pairs import IMAGE, Message
 from fasttrain.data.plain_rows import PlainPair
 from fasttrain.data.sources import BadRow
+from fasttrain.data.template_date import CLOCK
 from fasttrain.data.template_trace import Rendered, TemplateTracer, Unknown, placeholder
 from fasttrain.data.tokens import ChatTokenizer
 
@@ -60,7 +61,9 @@ class TokenBounds:
         source = chat.processor.chat_template
         if not isinstance(source, str):
             raise Unknown("the model has several chat templates")
-        self._tracer = TemplateTracer(source, dict(chat.tokenizer.special_tokens_map))
+        self._tracer = TemplateTracer(
+            source, {**chat.tokenizer.special_tokens_map, CLOCK: chat.today.strftime}
+        )
         self._shapes: dict[tuple[Any, ...], _Shape | None] = {}
         self._sizes: dict[Path, tuple[int, int]] = {}
         usual = (("user", (("text", "x"),)),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from hashlib import blake2b
 from typing import Any
 
@@ -14,6 +15,7 @@ from fasttrain.data.images import PixelMaker
 from fasttrain.data.pairs import IMAGE, Message
 from fasttrain.data.placeholders import Placeholders
 from fasttrain.data.sources import BadRow
+from fasttrain.data.template_date import dated, writes_date
 from fasttrain.errors import UserError
 
 _PROBE = "probe of the template"
@@ -42,11 +44,14 @@ class ChatTokenizer:
 
     `processor` is a processor (vision model) or a tokenizer (text model). `end_tokens` are the texts of the tokens that end
     an assistant turn. With bos="tokenizer" a prompt begins with what the tokenizer puts in front of a text, if it does and the
-    template does not.
+    template does not. A template that writes the date writes that of `today`, however long the object lives.
     """
 
-    def __init__(self, processor: Any, end_token_ids: list[int], bos: str = "template") -> None:
+    def __init__(
+        self, processor: Any, end_token_ids: list[int], bos: str = "template", today: date | None = None
+    ) -> None:
         self.processor = processor
+        self.today = today or date.today()
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.bos = bos
         self.bos_ids = beginning(self.tokenizer)
@@ -68,6 +73,11 @@ class ChatTokenizer:
     def sizes_matter(self) -> bool:
         """Whether the number of an image's tokens depends on its size, so that `prompt` needs the sizes."""
         return self.placeholders is not None and self.placeholders.fixed is None
+
+    @property
+    def written_date(self) -> str | None:
+        """The day that the template writes into prompts; None if it writes none."""
+        return self.today.isoformat() if writes_date(self.processor) else None
 
     def fingerprint(self) -> str:
         """Hash of everything besides prompt, completion and image bytes that decides a vision model's input."""
@@ -166,9 +176,10 @@ class ChatTokenizer:
         import jinja2
 
         try:
-            text: str = self.processor.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation
-            )
+            with dated(self.processor, self.today):
+                text: str = self.processor.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=generation
+                )
         except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
             roles = ", ".join(message["role"] for message in messages)
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -182,7 +193,8 @@ class ChatTokenizer:
             return False
         probe = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
         try:
-            text = self.processor.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
+            with dated(self.processor, self.today):
+                text = self.processor.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
         except Exception:  # noqa: BLE001 (a template may fail on a list in any way it likes)
             return False
         return "probe" in text and "'type'" not in text

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from fasttrain.config import ModelConfig
 from fasttrain.errors import UserError
 from fasttrain.model.no_videos import PIXTRAL, pixtral_processor, processor_name, without_videos
+from fasttrain.settings import require
 
 WEIGHTS = ("*.safetensors",)
 
@@ -41,6 +42,7 @@ def find_folder(config: ModelConfig) -> Path:
         if not any(folder.glob("*.safetensors")):
             kinds = ", ".join(sorted({path.suffix for path in folder.iterdir() if path.suffix})) or "nothing"
             raise UserError(f"model.name: wanted safetensors weights in {folder}, got {kinds}")
+        require(config.revision is None, "model.revision", f"null with the folder {folder}", config.revision)
         return folder
     if config.name.count("/") > 1 or config.name.startswith((".", "/", "~")):
         raise UserError(f"model.name: wanted a model folder or hub id, got {config.name} (no such folder)")

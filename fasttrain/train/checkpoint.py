@@ -71,7 +71,7 @@ def _random() -> dict[str, torch.Tensor]:
 def restore_checkpoint(path: Path, optimizer: TrainedState) -> int:
     """Load weights, optimizer and random states; the step they belong to. UserError names a damaged file."""
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        state = _read_state(path)
         random = load_file(path / "random.safetensors")
         with (
             TensorFile(path / "weights.safetensors") as weights,
@@ -84,12 +84,21 @@ def restore_checkpoint(path: Path, optimizer: TrainedState) -> int:
                 )
             optimizer.load_weights(weights)
             optimizer.load_state(tensors, state["optimizer"])
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise UserError(
             f"{path}: the checkpoint is damaged ({error}); delete that folder to use the one before"
         ) from None
-    _restore_random(random, int(state["step"]))
+    _restore_random(random, state["step"])
     return int(state["step"])
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """What state.json holds; ValueError if it is no JSON, or without what every checkpoint has."""
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    for name, kind in (("step", int), ("optimizer", dict)):
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+            raise ValueError(f"state.json holds no {name}")
+    return state
 
 
 def _restore_random(random: dict[str, torch.Tensor], step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from fasttrain.reference.fill import missing_completions
 from fasttrain.train.first_step import check_sharing
 from fasttrain.train.job import Job, build_job
 from fasttrain.train.objective import Objective
-from fasttrain.train.run_folder import check_output
+from fasttrain.train.run_folder import check_output, first_day
 
 _STEPS_LOOKED_AT = 20
 
@@ -28,7 +29,8 @@ _STEPS_LOOKED_AT = 20
 def dry_run(config: DPOConfig, loss: Objective, *, resume: bool, overwrite: bool) -> str:
     """The report of a dry run; UserError for the first mistake, as training would raise it."""
     check_output(config, loss.command, resume=resume, overwrite=overwrite)
-    with contextlib.closing(build_job(config, loss)) as job:
+    today = first_day(Path(config.train.output), resume=resume)
+    with contextlib.closing(build_job(config, loss, today)) as job:
         for data in job.datasets:
             job.tokenize_all(data)
         check_sharing(job)

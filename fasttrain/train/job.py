@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,14 @@ class Job:
         return PackMaker(data, self.chat.pixels, self.keys, cache, self.family, self.chat.image_token_id)
 
 
-def build_job(config: DPOConfig, loss: Objective | None = None) -> Job:
-    """Check and load everything, cheap things first; UserError at the first mistake. `loss` is the recipe's if not given."""
+def build_job(config: DPOConfig, loss: Objective | None = None, today: date | None = None) -> Job:
+    """Check and load everything, cheap things first; UserError at the first mistake. `loss` is the recipe's if not given.
+
+    `today` is the day that a chat template may write.
+    """
     objective: Objective = loss or PairLoss(config.loss)
     with all_or_none():
-        return _build_job(config, objective)
+        return _build_job(config, objective, today)
 
 
 @contextlib.contextmanager
@@ -122,7 +126,7 @@ def all_or_none() -> Iterator[None]:
     ranks().share_mistake(mistake)
 
 
-def _build_job(config: DPOConfig, objective: Objective) -> Job:
+def _build_job(config: DPOConfig, objective: Objective, today: date | None) -> Job:
     torch.manual_seed(config.train.seed)
     device = pick_device()
     folder = find_folder(config.model)
@@ -136,7 +140,7 @@ def _build_job(config: DPOConfig, objective: Objective) -> Job:
             f"{model_config.model_type!r}"
         )
     processor = load_processor(folder, config.model, takes_images(model_config))
-    chat = ChatTokenizer(processor, stop_token_ids(processor, folder), config.model.bos)
+    chat = ChatTokenizer(processor, stop_token_ids(processor, folder), config.model.bos, today)
     memo = HashMemo(cache_root() / "hashes.sqlite")
     pair_files, folders = split_eval(config.data.eval)
     if folders and ranks().size > 1:

@@ -44,7 +44,13 @@ from fasttrain.train.metrics import (
 )  # fmt: skip
 from fasttrain.train.objective import Objective
 from fasttrain.train.optimizer import learning_rate_factor
-from fasttrain.train.run_folder import check_output, open_run_folder, write_environment, write_skipped
+from fasttrain.train.run_folder import (
+    check_output,
+    first_day,
+    open_run_folder,
+    write_environment,
+    write_skipped,
+)
 from fasttrain.train.run_log import RunLog
 from fasttrain.train.sft_loss import AnswerLoss
 from fasttrain.train.step import StepResult, StepRunner, evaluate
@@ -78,7 +84,9 @@ def train(config: DPOConfig, loss: Objective, *, resume: bool = False, overwrite
     join_ranks(config)
     with all_or_none():
         check_output(config, loss.command, resume=resume, overwrite=overwrite)
-    with contextlib.closing(build_job(config, loss)) as job:
+    with all_or_none():  # apart: here the ranks ask each other
+        today = first_day(Path(config.train.output), resume=resume)
+    with contextlib.closing(build_job(config, loss, today)) as job:
         with all_or_none():  # only now: a mistake in the data leaves no folder
             folder = (
                 open_run_folder(config, overwrite=overwrite) if ranks().main else Path(config.train.output)
@@ -145,6 +153,7 @@ class Trainer:
             stop_token_ids(job.processor, job.model_folder),
             job.watches,
             self.config.model.bos,
+            job.chat.today,
         )
 
     def run(self) -> RunResult:
@@ -348,6 +357,7 @@ class Trainer:
         facts: dict[str, Any] = {"reference_cache": str(job.cache.path)} if self.loss.needs_reference else {}
         return facts | {
             "method": self.loss.command,
+            "began": job.chat.today.isoformat(),
             self.loss.unit: job.train.account.pairs,
             "groups": job.train.account.groups,
             "tokens_per_pack": job.tokens_per_pack,

@@ -12,6 +12,7 @@ from torch import Tensor
 from fasttrain.config import LossConfig
 from fasttrain.data.pairs import read_pair
 from fasttrain.errors import UserError
+from fasttrain.settings import require
 from fasttrain.train.objective import PairResult
 from fasttrain_kernels import COUPLE_PAIRS, pair_sums, preference_loss, wpo_weights
 
@@ -40,6 +41,10 @@ class PairLoss:
                 f"loss.label_smoothing: wanted 0 with {', '.join(config.kinds)}, which do not use it, "
                 f"got {config.label_smoothing}"
             )
+        if set(config.kinds) == {"sft"}:
+            for name, default in (("f_divergence", "reverse_kl"), ("ld_alpha", None)):
+                got, wanted = getattr(config, name), "null" if default is None else default
+                require(got == default, f"loss.{name}", f"{wanted} with sft, which does not use it", got)
         try:
             one, length = torch.zeros(1), torch.ones(1, dtype=torch.int64)
             self(one, one, length, torch.zeros(1, 2, dtype=torch.int64), one, 1.0)

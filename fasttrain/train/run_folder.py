@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fasttrain.config import DPOConfig
+from fasttrain.config import DPOConfig, read_yaml_mapping
 from fasttrain.errors import UserError
 from fasttrain.files import remove_leftovers, write_atomic, write_json
+from fasttrain.ranks import ranks
 
 OURS = (
     "config.yaml", "environment.json", "metrics.jsonl", "metrics.tmp", "skipped.jsonl", "report.html", "plots",
@@ -58,18 +58,45 @@ def open_run_folder(config: DPOConfig, *, overwrite: bool) -> Path:
 
 
 def _check_same_command(folder: Path, command: str) -> None:
+    before = _read_environment(folder).get("method", command)
+    if before != command:
+        raise UserError(f"--resume: {folder} is a run of fasttrain {before}, not of fasttrain {command}")
+
+
+def first_day(folder: Path, *, resume: bool) -> date:
+    """The day the run began, which its chat template may write: as environment.json has it on resume, else today.
+
+    Every rank calls; it is the first one's for all of them.
+    """
+    began = _read_environment(folder).get("began") if resume else None
+    day = ranks().gather(str(began or date.today()))[0]
+    try:
+        return date.fromisoformat(day)
+    except ValueError:
+        raise UserError(
+            f"--resume: {folder / 'environment.json'}: began: wanted a date, got {day!r}"
+        ) from None
+
+
+def _read_environment(folder: Path) -> dict[str, Any]:
+    """What environment.json holds, {} where there is none; UserError if it cannot be read."""
     path = folder / "environment.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8")).get("method", command)
-        if before != command:
-            raise UserError(f"--resume: {folder} is a run of fasttrain {before}, not of fasttrain {command}")
+    if not path.exists():
+        return {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--resume: cannot read {path}: {error}") from None
+    if not isinstance(facts, dict):
+        raise UserError(f"--resume: {path}: wanted a JSON object, got {type(facts).__name__}")
+    return facts
 
 
 def _check_same_recipe(folder: Path, config: DPOConfig) -> None:
     path = folder / "config.yaml"
     if not path.exists():
         return
-    before = _flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    before = _flatten(read_yaml_mapping(path))
     now = _flatten(config.to_dict())
     different = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"

@@ -10,6 +10,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fasttrain.evaluate.benchmarks import AnswerFile, Benchmark, ReadOptions, be
 from fasttrain.files import HashMemo, write_json
 from fasttrain.model.policy import Policy
 from fasttrain.progress import Progress, say
+from fasttrain.settings import require
 from fasttrain.train.step import random_state, set_random_state
 
 MOST_NEW_TOKENS = 128  # an answer that has not named its option by then is counted as it is
@@ -75,6 +77,11 @@ def split_eval(paths: str | list[str] | None) -> tuple[list[str], list[Path]]:
 def open_watches(folders: Sequence[Path], data: DataConfig, memo: HashMemo) -> list[Watch]:
     """Read the questions of each folder; UserError for a mistake in them."""
     watches: list[Watch] = []
+    for key in ("eval_questions", "eval_prompt_suffix"):
+        got = getattr(data, key)
+        require(
+            bool(folders) or got is None, f"data.{key}", "null without a benchmark folder in data.eval", got
+        )
     for folder in folders:
         name = benchmark_of(folder)
         assert name is not None
@@ -101,8 +108,9 @@ class Watcher:
         stops: Sequence[int],
         watches: list[Watch],
         bos: str = "template",
+        today: date | None = None,
     ) -> None:
-        self.policy, self.watches, self._bos = policy, watches, bos
+        self.policy, self.watches, self._bos, self._today = policy, watches, bos, today
         self._processor, self._stops = processor, stops
         self._generator: Any = None
 
@@ -143,7 +151,9 @@ class Watcher:
         tokens = min(watch.benchmark.max_new_tokens, MOST_NEW_TOKENS)
         with _as_generator(self.policy), Progress(watch.benchmark.name, len(asked), "questions") as progress:
             if self._generator is None:
-                self._generator = make_generator(self.policy.model, self._processor, self._stops, self._bos)
+                self._generator = make_generator(
+                    self.policy.model, self._processor, self._stops, self._bos, self._today
+                )
 
             def done(question: Question, replies: list[Reply] | Failed) -> None:
                 if stopped():

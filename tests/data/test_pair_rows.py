@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fasttrain.data.images import ImageRef
-from fasttrain.data.pairs import IMAGE, Pair, check_images, read_pair
+from fasttrain.data.pairs import IMAGE, Pair, check_images, read_example, read_pair
 from fasttrain.data.plain_rows import PlainPair, PlainRows
 from fasttrain.data.sources import BadRow
 
@@ -91,10 +91,15 @@ TEXT_FORMS: dict[str, dict[str, Any]] = {
         "images": None,
         "tools": None,
         "prompt": [{"role": "user", "content": [text("What is it?", image=None)], "name": None}],
-        "chosen": [turn("assistant", [text("a bar", image=None)])],
-        "rejected": [turn("assistant", [text("a line", image=None)])],
+        "chosen": [turn("assistant", [text("a bar", image=None)]) | {"tool_calls": None, "thinking": None}],
+        "rejected": [
+            turn("assistant", [text("a line", image=None)]) | {"tool_calls": [], "reasoning_content": ""}
+        ],
     },
     "no images given": {**SHORT, "images": []},
+    "no tools given": {**SHORT, "tools": []},
+    "no tools given, as text": {**SHORT, "tools": ""},
+    "no tools given, as LLaMA-Factory writes it": {**SHORT, "tools": "[]"},
 }
 
 
@@ -273,6 +278,17 @@ LONG_TURNS = [turn("user", "a"), turn("assistant", "b")]
             {**SHORT, "prompt": [turn("user", "a"), turn("assistant", "") | {"tool_calls": [{}]}, turn("tool", "b")]},
             "prompt: wanted messages without tool_calls",
         ),
+        *(
+            ({**SHORT, field: [turn(role, text) | {name: value}]}, f"{field}: wanted messages without {name}, got ")
+            for name, value in (("tool_calls", [{}]), ("reasoning_content", "so"), ("thinking", "so"), ("reasoning", "so"))
+            for field, role, text in (("prompt", "user", "q"), ("chosen", "assistant", "a"), ("rejected", "assistant", None))
+        ),
+        (
+            {"chosen": [*QUESTION, turn("assistant", "x") | {"thinking": "so"}], "rejected": [*QUESTION, turn("assistant", "y")]},
+            "chosen: wanted messages without thinking, got so",
+        ),
+        ({**SHORT, "tools": [{"type": "function"}]}, "tools: wanted a row without tools, got [{'type': 'function'}]"),
+        ({**SHORT, "tools": '[{"type": "function"}]'}, "tools: wanted a row without tools, got [{"),
         (
             {"chosen": [turn("user", "a"), turn("assistant", "x")], "rejected": [turn("user", "b"), turn("assistant", "y")]},
             "prompt: wanted a prompt, or conversations that begin alike, got neither",
@@ -328,6 +344,14 @@ def test_a_long_value_is_shown_in_part(root: Path) -> None:
     assert len(refused({**SHORT, "chosen": [turn("user", "x" * 10_000)]}, root)) < 250
 
 
+def test_an_answer_to_learn_is_refused_with_what_would_not_be_learned(root: Path) -> None:
+    row = {"prompt": QUESTION, "completion": [turn("assistant", "a bar") | {"reasoning_content": "so"}]}
+    with pytest.raises(BadRow, match="completion: wanted messages without reasoning_content, got so"):
+        read_example(row, "answers.jsonl line 3", root)
+    with pytest.raises(BadRow, match="tools: wanted a row without tools"):
+        read_example({"prompt": QUESTION, "completion": "a bar", "tools": [{}]}, "answers.jsonl line 3", root)
+
+
 def test_the_quick_way_reads_what_read_pair_reads_and_nothing_that_it_refuses(root: Path) -> None:
     """Rows put together at random from sound and unsound pieces, by the thousand."""
     rng = random.Random(5)
@@ -352,9 +376,10 @@ def test_the_quick_way_reads_what_read_pair_reads_and_nothing_that_it_refuses(ro
 
     def message(role: str) -> Any:
         made = {"role": rng.choice([role] * 9 + ["system", "tool", 3]), "content": content()}
-        return rng.choice(
-            [made] * 12 + [{**made, "tool_calls": [1]}, {**made, "name": "x"}, {"content": "x"}, "x"]
-        )
+        more = {
+            rng.choice(["tool_calls", "reasoning_content", "thinking", "name"]): rng.choice([None, "x", [1]])
+        }
+        return rng.choice([made] * 14 + [{**made, **more}] * 2 + [{"content": "x"}, "x"])
 
     def row() -> dict[str, Any]:
         made: dict[str, Any] = {
@@ -370,6 +395,8 @@ def test_the_quick_way_reads_what_read_pair_reads_and_nothing_that_it_refuses(ro
             )
         if rng.random() < 0.1:
             made["image"] = rng.choice(names)
+        if rng.random() < 0.05:
+            made["tools"] = rng.choice([None, [], "", "[]", [{}], "[{}]"])
         return {key: value for key, value in made.items() if rng.random() < 0.98}
 
     plain = PlainRows()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,22 @@ def test_a_second_start_tokenizes_nothing_and_is_the_same(
     second = prepared(**settings)
     assert prepared.tokenized == 0  # type: ignore[attr-defined]
     assert described(second) == described(first)
+
+
+def test_the_date_is_part_of_the_key_where_the_template_writes_it(tiny_models: Any, tmp_path: Path) -> None:
+    from fasttrain.data.prepared_cache import entry_key
+    from fasttrain.data.tokens import ChatTokenizer
+    from fasttrain.files import HashMemo
+
+    file, memo = tiny_models.text_pairs(tmp_path / "pairs.jsonl", 3), HashMemo(tmp_path / "hashes.sqlite")
+    for written, count in (("", 1), ("{{ strftime_now('%d') }}", 2)):
+        tokenizer = tiny_models.build_tokenizer(written + tiny_models.CHATML, eos="<|im_end|>")
+        chats = [
+            ChatTokenizer(tokenizer, [tokenizer.eos_token_id], today=date(2026, 11, n)) for n in (26, 27)
+        ]
+        keys = [entry_key([str(file)], DataConfig(train=str(file)), chat, memo) for chat in chats]
+        assert len(set(keys)) == count
+    memo.close()
 
 
 def _another_row(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import date, datetime
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from fasttrain.data.pairs import IMAGE, Message
 from fasttrain.data.sources import BadRow
+from fasttrain.data.token_bounds import TokenBounds
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
 
@@ -385,6 +387,34 @@ def test_models_that_cannot_chat_are_named(tiny_models: ModuleType, text_chat: A
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="wanted a model with a chat template"):
         ChatTokenizer(tokenizer, [tokenizer.eos_token_id])
+
+
+@pytest.mark.parametrize("vision", [False, True])
+def test_a_template_that_writes_the_date_writes_one_date_for_good(
+    vision: bool, text_chat: Any, vision_chat: Any, tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.utils import chat_template_utils
+
+    class Midnight(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime(2031, 5, 7, 23, 59)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Midnight)
+    build, plain = (vision_chat, tiny_models.VICUNA) if vision else (text_chat, tiny_models.CHATML)
+    # as Llama 3.1's template asks for it
+    template = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y %H') }}{% endif %}" + plain
+    processor = build(template).processor
+    ends = [build(template).tokenizer.eos_token_id]
+    chat = ChatTokenizer(processor, ends, today=date(2026, 11, 26))
+    assert chat.prompt(QUESTION, "x").text.startswith("26 Nov 2026 00")
+    assert chat.written_date == "2026-11-26"
+    assert "2031" not in chat.tokenizer.decode(
+        chat.completion(QUESTION, chat.prompt(QUESTION, "x"), "a bar", "x")
+    )
+    TokenBounds(chat, 3000)  # else Unknown: what it traces is what is rendered
+    assert ChatTokenizer(processor, ends).written_date == date.today().isoformat()
+    assert build(plain).written_date is None
 
 
 @pytest.mark.parametrize("sizes", [[(64, 48), (37, 123)], [(20, 90), (28, 28)]])

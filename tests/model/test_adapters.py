@@ -52,7 +52,7 @@ def train(
             "data": {"train": str(pairs), "workers": 0},
             "train": {
                 "output": str(tmp_path / "run"), "max_steps": 2, "pairs_per_step": 100, "learning_rate": 1e-2,
-                "projector_learning_rate": 1e-2, "warmup_ratio": 0.0, "schedule": "constant",
+                "warmup_ratio": 0.0, "schedule": "constant",
             },
             "track": [],
         }  # fmt: skip
@@ -116,7 +116,8 @@ def test_a_projector_in_the_adapter_trains_only_if_the_recipe_says_so(
     tiny_llava: Path, adapter: Callable[..., Path], train: Callable[..., Any], trained: bool
 ) -> None:
     start = adapter(tiny_llava, modules_to_save=["multi_modal_projector"])
-    result = train(tiny_llava, start, f"model.train_projector={str(trained).lower()}", vision=True)
+    settings = ["model.train_projector=true", "train.projector_learning_rate=1e-2"] if trained else []
+    result = train(tiny_llava, start, *settings, vision=True)
     before, after = weights_of(start), weights_of(result.adapter)
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,50 @@ def test_changed_inputs_are_refused_by_name(change: Callable[[Path], str], run: 
     )
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     run(2, overwrite=True)
+
+
+@pytest.fixture
+def set_day(monkeypatch: pytest.MonkeyPatch) -> Callable[[date], None]:
+    """Makes it another day, for us and for transformers."""
+    from transformers.utils import chat_template_utils
+
+    from fasttrain.train import run_folder
+
+    def to(day: date) -> None:
+        class Day(date):
+            @classmethod
+            def today(cls) -> date:
+                return day
+
+        class Now(datetime):
+            @classmethod
+            def now(cls, tz: Any = None) -> Any:
+                return datetime(day.year, day.month, day.day, 12)
+
+        monkeypatch.setattr(run_folder, "date", Day)
+        monkeypatch.setattr(chat_template_utils, "datetime", Now)
+
+    return to
+
+
+def test_a_run_resumed_on_another_day_goes_on_with_the_date_it_began_with(
+    run: Any, tmp_path: Path, set_day: Callable[[date], None]
+) -> None:
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text("{{ 'Today Date: ' + strftime_now('%d %b %Y') }}" + template.read_text())
+    set_day(date(2026, 11, 26))
+    whole = [(line["loss"], line["logps/chosen"]) for line in run(3, overwrite=True).metrics]
+    run(1, overwrite=True)
+    set_day(date(2026, 11, 28))
+    assert [(line["loss"], line["logps/chosen"]) for line in run(3, resume=True).metrics][1] == whole[1]
+    environment = tmp_path / "run" / "environment.json"
+    facts = json.loads(environment.read_text())
+    assert facts["began"] == "2026-11-26"
+    environment.write_text(json.dumps(facts | {"began": "2026-11-27"}))
+    with pytest.raises(UserError, match="the date that the chat template"):
+        run(4, resume=True)
+    assert run(3, overwrite=True).metrics[0]["logps/chosen"] != whole[0][1]  # the date does reach the model
+    assert json.loads(environment.read_text())["began"] == "2026-11-28"
 
 
 def test_touched_files_and_checkpoints_that_tell_nothing_go_on(run: Any, tmp_path: Path) -> None:

@@ -88,6 +88,11 @@ def test_kinds_of_the_recipe_are_those_of_the_kernels() -> None:
         (["loss.kind=exo_pair"], "loss: label_smoothing: wanted a positive number for exo_pair"),
         (["loss.kind=bco_pair", "loss.f_divergence=forward_kl"], "loss: f_divergence"),
         (["loss.kind=aot", "loss.use_weighting=true"], "loss: weight"),
+        (
+            ["loss.kind=sft", "loss.f_divergence=js_divergence"],
+            "loss.f_divergence: wanted reverse_kl with sft",
+        ),
+        (["loss.kind=[sft]", "loss.ld_alpha=0.5"], "loss.ld_alpha: wanted null with sft, .* got 0.5"),
     ],
 )
 def test_contradicting_loss_options_are_a_users_mistake(

@@ -296,6 +296,41 @@ def test_a_damaged_checkpoint_is_named(tiny_text: Path, text: Path, run: Runner)
         run(tiny_text, text, "train.max_steps=6", resume=True)
 
 
+def test_a_state_without_what_every_checkpoint_has_is_a_damaged_checkpoint(
+    tiny_text: Path, text: Path, run: Runner
+) -> None:
+    state = run(tiny_text, text).folder / "checkpoints" / "step-000004" / "state.json"
+    for held in ("{}", "[]", '{"step": 4}', '{"step": "4", "optimizer": {}}', "\xff"):
+        state.write_bytes(held.encode("latin-1"))
+        with pytest.raises(UserError, match=r"step-000004: the checkpoint is damaged .*delete that folder"):
+            run(tiny_text, text, "train.max_steps=6", resume=True)
+
+
+def test_a_damaged_file_of_the_run_folder_is_named_on_resume(
+    tiny_text: Path, text: Path, run: Runner
+) -> None:
+    folder = run(tiny_text, text, "train.max_steps=1").folder
+    for name, held, said in (
+        ("config.yaml", "a: [b", "not valid YAML: line 1"),
+        ("config.yaml", "- a", "wanted a mapping of sections, got list"),
+        ("environment.json", "{", "Expecting property name"),
+        ("environment.json", "[]", "wanted a JSON object, got list"),
+        ("environment.json", '{"began": "today"}', "began: wanted a date, got 'today'"),
+    ):
+        sound = (folder / name).read_text()
+        (folder / name).write_text(held)
+        with pytest.raises(UserError) as refused:
+            run(tiny_text, text, "train.max_steps=2", resume=True)
+        assert str(folder / name) in str(refused.value) and said in str(refused.value)
+        assert len(str(refused.value).splitlines()) == 1
+        (folder / name).write_text(sound)
+
+
+def test_a_revision_of_a_model_folder_is_refused(tiny_text: Path, text: Path, run: Runner) -> None:
+    with pytest.raises(UserError, match=r"^model.revision: wanted null with the folder .*, got 'v2'"):
+        run(tiny_text, text, "model.revision=v2")
+
+
 def test_missing_weights_are_an_error_not_random_numbers(
     tiny_text: Path, text: Path, run: Runner, tmp_path: Path
 ) -> None:

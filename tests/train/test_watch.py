@@ -146,6 +146,11 @@ def test_mistakes_in_a_watched_folder_stop_before_training(
         train_dpo(recipe("run", watch=[str(pope)]))
     with pytest.raises(UserError, match=r"data.eval_questions: wanted at least 1"):
         recipe("run", "data.eval_questions=0")
+    for setting in ("data.eval_questions=3", "data.eval_prompt_suffix=Answer."):
+        with pytest.raises(
+            UserError, match=rf"{setting.partition('=')[0]}: wanted null without a benchmark folder"
+        ):
+            train_dpo(recipe("run", setting))
     assert not (tmp_path / "run").exists()
 
 
