@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 from fasttrain.errors import UserError
+from fasttrain.signals import interrupt_at_end
 
 
 class _Calls:
@@ -64,7 +65,8 @@ def in_order(
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # the global one belongs to dropout: a loader must not draw from it
     )
-    return _raised(iter(loader))
+    with interrupt_at_end():
+        return _raised(iter(loader))
 
 
 def _here(function: Callable[[Any], Any], items: Iterable[Any]) -> Generator[Any]:

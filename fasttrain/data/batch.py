@@ -19,6 +19,7 @@ from fasttrain.data.prepared import Group, PreparedData
 from fasttrain.errors import UserError
 from fasttrain.reference.cache import ReferenceCache
 from fasttrain.reference.key import CompletionKeys
+from fasttrain.signals import interrupt_at_end
 
 if TYPE_CHECKING:
     from fasttrain.model.families import FamilyInputs, ImageInputs
@@ -283,7 +284,9 @@ def load_packs(maker: PackMaker, packs: Iterable[Pack], workers: int, pin: bool)
         generator=torch.Generator(),  # the global one belongs to dropout: a loader must not draw from it
         **options,
     )
-    for batch in loader:
+    with interrupt_at_end():
+        batches = iter(loader)
+    for batch in batches:
         if isinstance(batch, UserError):
             raise batch
         yield batch

@@ -133,7 +133,9 @@ def _read_changes(path: Path) -> list[Line] | None:
 
 def _read_lines(path: Path) -> list[Line]:
     """JSON lines; a last line that a kill cut short is left out."""
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    # splitlines() would end a line at U+2028 too, which JSON may hold
+    texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    texts = texts if texts[-1] else texts[:-1]
     lines = []
     for number, text in enumerate(texts, start=1):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ def study_command(file: Path | None, print_commands: bool, report: bool, demo: P
         click.echo("set -e")
         for line in printed(tasks):
             click.echo(line)
-        click.echo(f"fasttrain study {file} --report")
+        click.echo(shlex.join(["fasttrain", "study", str(file), "--report"]))
         return
     if not report:
         if study.launcher[0] != "fasttrain" and shutil.which(study.launcher[0]) is None:

@@ -51,6 +51,7 @@ from fasttrain.train.run_folder import (
     write_environment,
     write_skipped,
 )
+from fasttrain.train.run_lock import RunLock
 from fasttrain.train.run_log import RunLog
 from fasttrain.train.sft_loss import AnswerLoss
 from fasttrain.train.step import StepResult, StepRunner, evaluate
@@ -80,17 +81,24 @@ OBJECTIVES: dict[str, Callable[[LossConfig], Objective]] = {"dpo": PairLoss, "sf
 
 
 def train(config: DPOConfig, loss: Objective, *, resume: bool = False, overwrite: bool = False) -> RunResult:
-    """Run a recipe with an objective."""
+    """Run a recipe with an objective, whatever the caller's gradient mode."""
+    with torch.inference_mode(False), torch.enable_grad(), contextlib.closing(RunLock()) as lock:
+        return _train(config, loss, lock, resume, overwrite)
+
+
+def _train(config: DPOConfig, loss: Objective, lock: RunLock, resume: bool, overwrite: bool) -> RunResult:
     join_ranks(config)
+    folder, main = Path(config.train.output), ranks().main
     with all_or_none():
+        if main:
+            lock.take(folder)
         check_output(config, loss.command, resume=resume, overwrite=overwrite)
     with all_or_none():  # apart: here the ranks ask each other
-        today = first_day(Path(config.train.output), resume=resume)
+        today = first_day(folder, resume=resume)
     with contextlib.closing(build_job(config, loss, today)) as job:
         with all_or_none():  # only now: a mistake in the data leaves no folder
-            folder = (
-                open_run_folder(config, overwrite=overwrite) if ranks().main else Path(config.train.output)
-            )
+            if main:
+                open_run_folder(config, loss.command, lock, resume=resume, overwrite=overwrite)
         return Trainer(job, folder, resume).run()
 
 
@@ -227,6 +235,11 @@ class Trainer:
                 runner.clock.mark("other")
                 factor = learning_rate_factor(config.schedule, number, total, config.warmup_ratio)
                 norm = engine.step(factor)
+                if keep and not float(norm):
+                    say(
+                        "warning: nothing that trains has a gradient in the first step: do these pairs run through it "
+                        "(lora.targets, model.train_projector)?"
+                    )
                 runner.clock.mark("update")
                 stop = ranks().any(self._stop)
                 last = number == total or stop

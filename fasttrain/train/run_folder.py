@@ -12,6 +12,7 @@ from fasttrain.config import DPOConfig, read_yaml_mapping
 from fasttrain.errors import UserError
 from fasttrain.files import remove_leftovers, write_atomic, write_json
 from fasttrain.ranks import ranks
+from fasttrain.train.run_lock import RunLock
 
 OURS = (
     "config.yaml", "environment.json", "metrics.jsonl", "metrics.tmp", "skipped.jsonl", "report.html", "plots",
@@ -27,6 +28,8 @@ MAY_CHANGE = {
 
 def check_output(config: DPOConfig, command: str, *, resume: bool, overwrite: bool) -> None:
     """UserError if the folder is in use and the user has not said what to do, or holds a run of another recipe."""
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite: wanted one of them, got both")
     folder = Path(config.train.output)
     may_exist = resume or overwrite
     if not may_exist and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -38,13 +41,15 @@ def check_output(config: DPOConfig, command: str, *, resume: bool, overwrite: bo
         _check_same_recipe(folder, config)
 
 
-def open_run_folder(config: DPOConfig, *, overwrite: bool) -> Path:
-    """Make the folder, clear it if it is to be overwritten, write config.yaml."""
+def open_run_folder(config: DPOConfig, command: str, lock: RunLock, *, resume: bool, overwrite: bool) -> Path:
+    """Make and lock the folder, clear it if it is to be overwritten, write config.yaml; UserError as `check_output`."""
     folder = Path(config.train.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"train.output: cannot make {folder}: {error.strerror}") from None
+    lock.take(folder)
+    check_output(config, command, resume=resume, overwrite=overwrite)  # again: a run may have begun meanwhile
     if overwrite:
         for name in OURS:
             path = folder / name

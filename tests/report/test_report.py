@@ -345,6 +345,16 @@ def test_a_prompts_pairs_are_found_by_place_past_rows_that_were_left_out(
     assert reader.pair_of_prompt(0, 3)[0] is None
 
 
+def test_a_skipped_row_with_unicodes_own_line_ends_is_one_line(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_run("a", lines=SHORT)
+    rows = [{"where": f"pairs.jsonl line {n}", "reason": f"no file a\u2028b\x85{n}"} for n in range(2)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "skipped.jsonl").write_text(text, encoding="utf-8")
+    assert "no file a" in write_report([read_run(folder)], tmp_path / "page").read_text()
+
+
 def test_a_stranger_is_told_what_was_done_and_one_step_is_no_trend(make_run: Callable[..., Path]) -> None:
     lines = [line(1, **{"rewards/margins": -1e-9})]
     page = write_report([read_run(make_run("a", lines=lines))], make_run("b", lines=SHORT)).read_text()
