@@ -61,7 +61,12 @@ class ChatTokenizer:
         self.appended_end = 0  # completions whose template wrote no end-of-turn token
         self.split_boundary = 0  # completions whose first token would have merged with the prompt
         if not getattr(processor, "chat_template", None):
-            raise UserError("model.name: wanted a model with a chat template, got a tokenizer without one")
+            got = "a tokenizer without one"
+            if processor is not self.tokenizer:
+                got = "a processor without one"
+                if getattr(self.tokenizer, "chat_template", None):
+                    got += " (its tokenizer has one, for text: put the processor's into chat_template.jinja)"
+            raise UserError(f"model.name: wanted a model with a chat template, got {got}")
         if not self.end_tokens:
             raise UserError("model.name: wanted a tokenizer with an end-of-sequence token, got none")
         self._parts_as_list = self._takes_lists()
