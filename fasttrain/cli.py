@@ -218,7 +218,12 @@ def plan(
 @click.option(
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the merged model."
 )
-def merge(run: Path, out: Path) -> None:
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run Python code that comes with an adapter folder's base model; for a run its recipe says so.",
+)
+def merge(run: Path, out: Path, trust_remote_code: bool) -> None:
     """Write a run's adapter and its base model as one ordinary Hugging Face model folder.
 
     RUN is a run folder with final/, or an adapter folder. Needs memory for one copy of the weights.
@@ -230,7 +235,7 @@ def merge(run: Path, out: Path) -> None:
     _prepare_torch()
     from fasttrain.merge import merge as run_merge
 
-    click.echo(f"model: {run_merge(run, out)}")
+    click.echo(f"model: {run_merge(run, out, trust_remote_code=trust_remote_code)}")
 
 
 @cli.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Sequence
@@ -83,7 +84,7 @@ def read_yaml_mapping(path: Path, what: str = "recipe") -> dict[str, Any]:
 
 
 def config_from_dict(raw: dict[str, Any], overrides: Sequence[str] = ()) -> DPOConfig:
-    """A checked DPOConfig from nested plain values plus `key=value` overrides."""
+    """A checked DPOConfig from nested plain values, or path objects for text, plus `key=value` overrides."""
     return _with_settings(raw, [_read_override(override) for override in overrides])
 
 
@@ -164,7 +165,7 @@ def is_union(hint: Any) -> bool:
 
 
 def _match(value: Any, option: Any) -> tuple[bool, Any]:
-    """Whether a YAML value fits one plain type, and the value in that type."""
+    """Whether a value, of YAML or a path object, fits one plain type, and the value in that type."""
     if option is type(None):
         return value is None, None
     if typing.get_origin(option) is Literal:
@@ -172,7 +173,8 @@ def _match(value: Any, option: Any) -> tuple[bool, Any]:
     if option is bool:
         return isinstance(value, bool), value
     if option is str:
-        return isinstance(value, str), value
+        text = os.fsdecode(value) if isinstance(value, os.PathLike) else value
+        return isinstance(text, str), text
     if option in (int, float):
         return _match_number(value, option)
     if typing.get_origin(option) is list:

@@ -19,17 +19,21 @@ from fasttrain.model.lora import read_adapter, read_adapter_config
 from fasttrain.progress import say
 
 
-def merge(run: Path, out: Path) -> Path:
+def merge(run: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
     """Write the merged model to `out`, whole or not at all; UserError for a run or folder that cannot be merged.
 
     The product of each low-rank pair is made in fp32, added and rounded once to the type of the base model's files. A trained
     projector takes the base's place. A fully fine-tuned run is copied: its `final/` is such a folder already.
+    `trust_remote_code` lets the Python code run that comes with the base; a run's recipe may say so itself.
     """
     trained = _find_trained(run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"-o: wanted a new or empty folder, got {out}")
     if (trained / "adapter_config.json").is_file():
-        _merge_adapter(run, trained, out)
+        try:
+            _merge_adapter(run, trained, out, trust_remote_code)
+        except UserError as error:
+            raise UserError(str(error).replace("model.trust_remote_code", "--trust-remote-code", 1)) from None
     else:
         with atomic_folder(out) as temporary:
             shutil.copytree(trained, temporary, dirs_exist_ok=True)
@@ -61,7 +65,7 @@ def _base_model(run: Path, adapter: Path, about: Any) -> ModelConfig:
     return ModelConfig(name=about.base_model_name_or_path, revision=about.revision)
 
 
-def _merge_adapter(run: Path, adapter: Path, out: Path) -> None:
+def _merge_adapter(run: Path, adapter: Path, out: Path, trust_remote_code: bool) -> None:
     about = read_adapter_config(adapter)
     base = _base_model(run, adapter, about)
     if base.quantize:
@@ -69,7 +73,8 @@ def _merge_adapter(run: Path, adapter: Path, out: Path) -> None:
             f"warning: the adapter was trained over {base.quantize} weights and is merged into the unquantised ones: answers differ "
             "a little from those of the run"
         )
-    base = dataclasses.replace(base, quantize=None)
+    trusted = base.trust_remote_code or trust_remote_code
+    base = dataclasses.replace(base, quantize=None, trust_remote_code=trusted)
     folder = find_folder(base)
     model_config = load_model_config(folder, base)
     model = load_model(folder, base, model_config, torch.device("cpu"), dtype=_stored_dtype(model_config))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -41,6 +42,19 @@ def refuse(present: bool, key: str, what: str) -> None:
         raise UserError(f"{key}: {what} is not available in this version of fasttrain")
 
 
+def paths_as_text(section: Any) -> None:
+    """Put the text of a path where a section was given a path object, alone or in a list, for text."""
+    for about in dataclasses.fields(section):
+        value = getattr(section, about.name)
+        if "str" not in str(about.type):
+            continue
+        if isinstance(value, os.PathLike):
+            object.__setattr__(section, about.name, os.fsdecode(value))
+        elif isinstance(value, list) and any(isinstance(entry, os.PathLike) for entry in value):
+            texts = [os.fsdecode(entry) if isinstance(entry, os.PathLike) else entry for entry in value]
+            object.__setattr__(section, about.name, texts)
+
+
 def _is_pattern(text: str) -> bool:
     try:
         re.compile(text)
@@ -72,6 +86,7 @@ class ModelConfig:
     trust_remote_code: bool = setting(False, "Run Python code that comes with the model repository.")
 
     def __post_init__(self) -> None:
+        paths_as_text(self)
         # bitsandbytes picks outlier columns from all rows of a pass, so a log-prob would depend on what is packed with it
         refuse(self.quantize == "int8", "model.quantize", "int8")
 
@@ -89,6 +104,7 @@ class LoraConfig:
     init_from: str | None = setting(None, "Start from this PEFT adapter; the reference is then that adapter.")
 
     def __post_init__(self) -> None:
+        paths_as_text(self)
         if self.init_from is None:  # else the adapter's own
             for name, value in (("rank", 128), ("alpha", 256.0), ("targets", "auto")):
                 if getattr(self, name) is None:
@@ -133,6 +149,7 @@ class DataConfig:
     workers: int | Literal["auto"] = setting("auto", "Processes that prepare packs ahead of the step.")
 
     def __post_init__(self) -> None:
+        paths_as_text(self)
         require(self.max_length >= 2, "data.max_length", "an integer of at least 2", self.max_length)
         require(
             self.limit_pairs is None or self.limit_pairs >= 1,
@@ -180,6 +197,7 @@ class LossConfig:
         return [self.kind] if isinstance(self.kind, str) else self.kind
 
     def __post_init__(self) -> None:
+        paths_as_text(self)
         require(bool(self.kinds), "loss.kind", "a loss or a list of losses", self.kind)
         for kind in self.kinds:
             if kind not in LOSS_KINDS:
@@ -235,6 +253,7 @@ class TrainConfig:
     keep_checkpoints: int = setting(2, "How many checkpoints stay.")
 
     def __post_init__(self) -> None:
+        paths_as_text(self)
         require(bool(self.output), "train.output", "a folder", self.output)
         for name in ("max_steps", "eval_every", "checkpoint_every"):
             value = getattr(self, name)
@@ -267,6 +286,7 @@ class ReferenceConfig:
     )
 
     def __post_init__(self) -> None:
+        paths_as_text(self)
         require(bool(self.cache), "reference.cache", "auto or a folder", self.cache)
 
 
@@ -276,6 +296,7 @@ class DistributedConfig:
     deepspeed_config: str | None = setting(None, "A DeepSpeed JSON merged over ours.")
 
     def __post_init__(self) -> None:
+        paths_as_text(self)
         require(self.zero_stage in (None, 2, 3), "distributed.zero_stage", "null, 2 or 3", self.zero_stage)
         require(
             self.deepspeed_config is None or self.zero_stage is not None, "distributed.deepspeed_config",
@@ -297,6 +318,8 @@ class DPOConfig:
     track: list[str] = setting(["tensorboard"], f"Any of {', '.join(TRACKERS)}.")
 
     def __post_init__(self) -> None:
+        self._check_sections()
+        paths_as_text(self)
         require(bool(self.model.name), "model.name", "a hub id or a folder", self.model.name)
         require(bool(self.data.train), "data.train", "a pair file", self.data.train)
         for name in self.track:
@@ -312,6 +335,17 @@ class DPOConfig:
             raise UserError(
                 "train.compile: wanted false with distributed.zero_stage 3, which swaps the weights under the layers, got true"
             )
+
+    def _check_sections(self) -> None:
+        """UserError for a section that is given as anything but its dataclass; `config_from_dict` reads plain values."""
+        for about in dataclasses.fields(self):
+            kind, value = about.default_factory, getattr(self, about.name)
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+                optional = about.name == "lora"
+                require(
+                    isinstance(value, kind) or (optional and value is None),
+                    about.name, f"a {kind.__name__}{' or None' if optional else ''}", value,
+                )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

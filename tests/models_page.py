@@ -52,6 +52,8 @@ NOTES = """## Fine print
   DPOTrainer and in vLLM's chat either. transformers' processors put one in front of such a chat, and LLaVA was trained with one;
   `model.bos: tokenizer` does as they do, token for token. A note says which models are concerned. `fasttrain answer` and `eval`
   ask an adapter as its run was trained; for merged models there is `--bos`.
+* **Own code.** A model whose Python code comes with it is loaded with `model.trust_remote_code: true` only. `fasttrain answer`, `eval` and
+  the merge of an adapter folder take `--trust-remote-code`, and nothing from the adapter's folder; a study's answers go by its recipe.
 * **Reference cache.** With weights that are not fp32 the key also holds how attention was computed (the shared backend, or unshared):
   rounding differs by more than a first step's check allows.
 * **tflops, mfu** count the vision tower only where images have one size (LLaVA-1.5); in other families they leave it out.

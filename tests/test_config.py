@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 import yaml
 
-from fasttrain.config import DPOConfig, config_from_dict, load_config
+from fasttrain.config import (
+    DataConfig,
+    DistributedConfig,
+    DPOConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    ReferenceConfig,
+    TrainConfig,
+    config_from_dict,
+    load_config,
+)
 from fasttrain.errors import UserError
 
 # The published recipe, key for key; what it leaves to the user has its own value in MINE.
@@ -240,6 +251,65 @@ def test_model_and_pairs_must_be_given() -> None:
         config_from_dict({"model": {"name": "m"}})
     with pytest.raises(UserError, match=r"^data\.train: wanted a pair file"):
         config_from_dict({"model": {"name": "m"}, "data": {"train": []}})
+
+
+def test_path_objects_are_the_texts_they_stand_for(tmp_path: Path) -> None:
+    paths: dict[str, dict[str, Any]] = {
+        "model": {"name": tmp_path / "model"},
+        "lora": {"init_from": tmp_path / "run" / "final"},
+        "data": {
+            "train": [tmp_path / "a.jsonl", "b.jsonl"],
+            "eval": tmp_path / "eval.jsonl",
+            "image_root": tmp_path / "é",
+        },
+        "train": {"output": tmp_path / "out"},
+        "reference": {"cache": tmp_path / "cache"},
+        "distributed": {"zero_stage": 2, "deepspeed_config": tmp_path / "ds.json"},
+    }
+
+    def text(value: Any) -> Any:
+        return [text(entry) for entry in value] if isinstance(value, list) else value and str(value)
+
+    texts = {
+        name: {key: value if key == "zero_stage" else text(value) for key, value in section.items()}
+        for name, section in paths.items()
+    }
+    built = DPOConfig(
+        model=ModelConfig(**paths["model"]),
+        lora=LoraConfig(**paths["lora"]),
+        data=DataConfig(**paths["data"]),
+        train=TrainConfig(**paths["train"]),
+        reference=ReferenceConfig(**paths["reference"]),
+        distributed=DistributedConfig(**paths["distributed"]),
+    )
+    expected = config_from_dict(texts)
+    assert built == config_from_dict(paths) == expected
+    assert yaml.safe_load(built.to_yaml()) == expected.to_dict()
+    assert paths["data"]["train"][0] == tmp_path / "a.jsonl"  # the caller's own list stays as it was
+
+
+def test_a_path_object_where_no_text_is_wanted_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"^train\.seed: wanted an integer, got PosixPath"):
+        config_from_dict(MINE | {"train": {"seed": Path("1")}})
+    with pytest.raises(UserError, match=r"^model\.dtype: wanted auto or float32"):
+        config_from_dict(MINE | {"model": {"name": "m", "dtype": Path("auto")}})
+    with pytest.raises(
+        UserError, match=r"^loss\.kind: wanted one of .* got 'sigmod'; did you mean 'sigmoid'"
+    ):
+        LossConfig(kind=Path("sigmod"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["model", "lora", "data", "loss", "train", "reference", "distributed"])
+@pytest.mark.parametrize("value", [{"name": "m"}, "m", None, LossConfig, LossConfig()], ids=repr)
+def test_a_section_that_is_no_section_is_refused_by_name(name: str, value: Any) -> None:
+    sections: dict[str, Any] = {"model": ModelConfig(name="m"), "data": DataConfig(train="p.jsonl")}
+    if (name, value) in (("lora", None), ("loss", LossConfig())):
+        assert getattr(DPOConfig(**sections | {name: value}), name) == value
+        return
+    kind = f"{name.capitalize()}Config{' or None' if name == 'lora' else ''}"
+    with pytest.raises(UserError) as caught:
+        DPOConfig(**sections | {name: value})
+    assert str(caught.value) == f"{name}: wanted a {kind}, got {value!r}"
 
 
 def test_compiled_layers_are_refused_where_zero_3_swaps_their_weights(tmp_path: Path) -> None:

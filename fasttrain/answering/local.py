@@ -63,9 +63,7 @@ class LocalModel:
         """A hash of everything that decides an answer besides the question: weights, adapter, template, image settings."""
         dtype = str(loading.pick_dtype(self.config.dtype, self.device)).removeprefix("torch.")
         adapter = str(self.adapter) if self.adapter else None
-        identity = model_identity(
-            self.folder, self.model_config, dtype, self.config.quantize, adapter, self.memo
-        )
+        identity = model_identity(self.folder, self.model_config, self.config, dtype, adapter, self.memo)
         images = getattr(self.processor, "image_processor", None)
         settings = images.to_dict() if images is not None else None
         template = getattr(self.processor, "chat_template", None)

@@ -23,6 +23,7 @@ _MODEL = (
     click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True, help="auto: bfloat16 on CUDA, float32 on CPU."),
     click.option("--quantize", type=click.Choice(["nf4"]), help="Quantise the model with bitsandbytes."),
     click.option("--bos", type=click.Choice(["template", "tokenizer"]), help="As model.bos in a recipe. Default: as the adapter's run did, else template."),
+    click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model, as model.trust_remote_code in a recipe."),
     click.option("--model-id", help="What the answers are signed with. Default: the run's or the model's name."),
 )  # fmt: skip
 _DECODING = (
@@ -67,6 +68,7 @@ class AnswerOptions:
     dtype: Any
     quantize: Any
     bos: Any
+    trust_remote_code: bool
     model_id: str | None
     temperature: float
     top_p: float
@@ -101,19 +103,23 @@ class AnswerOptions:
         try:
             bos: Any = self.bos or (bos_of_run(self.adapter) if self.adapter is not None else "template")
             config = ModelConfig(
-                name=self.model, revision=self.revision, dtype=self.dtype, quantize=self.quantize, bos=bos
-            )
+                name=self.model, revision=self.revision, dtype=self.dtype, quantize=self.quantize, bos=bos,
+                trust_remote_code=self.trust_remote_code,
+            )  # fmt: skip
             return LocalModel(config, self.adapter, rows=self.batch_size, tokens=self.tokens_per_batch)
         except UserError as error:
             told = str(error).replace("model.name:", "--model:", 1)
-            raise UserError(told.replace("model.revision:", "--revision:", 1)) from None
+            told = told.replace("model.revision:", "--revision:", 1)
+            raise UserError(told.replace("model.trust_remote_code", "--trust-remote-code", 1)) from None
 
     def _server(self) -> Answerer:
         from fasttrain.answering.server import ServerModel
         from fasttrain_data.calls.dispatch import CallLimits
 
-        for name in ("adapter", "revision", "quantize", "bos", "batch_size", "tokens_per_batch"):
-            if getattr(self, name) is not None:
+        for name in (
+            "adapter", "revision", "quantize", "bos", "trust_remote_code", "batch_size", "tokens_per_batch",
+        ):  # fmt: skip
+            if getattr(self, name) not in (None, False):
                 raise UserError(
                     f"--{name.replace('_', '-')}: wanted with a model in this process, got it with --server"
                 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fasttrain.config import ModelConfig
 from fasttrain.errors import UserError
 from fasttrain.files import HashMemo
 
@@ -17,9 +18,9 @@ _INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache", "dtype", "t
 
 
 def model_identity(
-    folder: Path, model_config: Any, dtype: str, quantize: str | None, adapter: str | None, memo: HashMemo
+    folder: Path, model_config: Any, config: ModelConfig, dtype: str, adapter: str | None, memo: HashMemo
 ) -> dict[str, Any]:
-    """What identifies the reference model: contents of its weights and configuration, dtype, quantisation, adapter.
+    """What identifies the reference model: contents of its weights, configuration and own code, dtype, quantisation, adapter.
 
     Weights are identified by content: a hub file by the blob hash its link points to, a local file by its own hash,
     remembered by size and modification time.
@@ -32,8 +33,10 @@ def model_identity(
             json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16
         ).hexdigest(),
         "dtype": dtype,
-        "quantize": quantize,
+        "quantize": config.quantize,
     }
+    if config.trust_remote_code and (code := sorted(folder.glob("*.py"))):
+        identity["code"] = {path.name: memo(path) for path in code}
     if adapter is not None:
         names = ("adapter_model.safetensors", "adapter_config.json")
         try:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fasttrain.config import load_config
 from fasttrain.study.run import Run
 from fasttrain.study.spec import AnswerSource, Evaluation, Study
 
@@ -56,18 +57,20 @@ class Task:
 
 
 def tasks_of(study: Study) -> list[Task]:
-    """All tasks, each once, in order."""
+    """All tasks, each once, in order; UserError for a recipe that a run's training would refuse."""
     tasks: dict[Path, Task] = {}
+    trusting = {run for run in study.runs if _trusts_code(study, run)}
     for name, evaluation in study.evaluations.items():
         if evaluation.questions and any(run.method == "steerlm" for run in study.runs):
             _put(tasks, _steered(study, name, evaluation))
     for model in dict.fromkeys(run.model for run in study.runs):
-        for task in _evaluations(study, base_name(study, model), model, None):
+        trusted = any(run.model == model for run in trusting)
+        for task in _evaluations(study, base_name(study, model), model, None, trusted):
             _put(tasks, task)
     for run in study.runs:
         _put(tasks, _data(study, run))
         _put(tasks, _training(study, run))
-        for task in _evaluations(study, run.name, run.model, run):
+        for task in _evaluations(study, run.name, run.model, run, run in trusting):
             _put(tasks, task)
     return list(tasks.values())
 
@@ -153,6 +156,11 @@ def overrides_of(study: Study, run: Run) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
+def _trusts_code(study: Study, run: Run) -> bool:
+    """Whether the run's recipe lets Python code run that comes with the model; answering it then needs the same."""
+    return load_config(study.recipe, overrides_of(study, run)).model.trust_remote_code
+
+
 def _training(study: Study, run: Run) -> Task:
     command: list[Any] = [*study.launcher, run.command, "-c", study.recipe]
     for override in overrides_of(study, run):
@@ -178,20 +186,26 @@ def _root(evaluation: Evaluation) -> Path:
     return evaluation.image_root or evaluation.questions.parent
 
 
-def _evaluations(study: Study, subject: str, model: str, run: Run | None) -> Iterator[Task]:
-    adapter = [] if run is None else ["-a", run_folder(study, run)]
+def _evaluations(
+    study: Study, subject: str, model: str, run: Run | None, trust_remote_code: bool
+) -> Iterator[Task]:
+    answerer: list[Any] = ["-m", study.models[model]]
+    if run is not None:
+        answerer += ["-a", run_folder(study, run)]
+    if trust_remote_code:
+        answerer.append("--trust-remote-code")
     after = None if run is None else _note(study, trained(study, run))
     for name, evaluation in study.evaluations.items():
         folder = evaluation_folder(study, subject, name)
         if evaluation.questions is not None:
             output = folder / "answers.jsonl"
             command: list[Any] = ["fasttrain", "answer", asked_questions(study, name, run), "-o", output]
-            command += ["-m", study.models[model], *adapter, "--image-root", _root(evaluation)]
+            command += [*answerer, "--image-root", _root(evaluation)]
             if evaluation.max_new_tokens:
                 command += ["--max-new-tokens", evaluation.max_new_tokens]
         else:
             output = folder / "results.jsonl"
-            command = ["fasttrain", "eval", evaluation.benchmark, "-m", study.models[model], *adapter]
+            command = ["fasttrain", "eval", evaluation.benchmark, *answerer]
             command += ["--data", evaluation.data, "-o", folder]
         yield _task(study, "evaluate", subject, [*command, *evaluation.options], output, after)
 

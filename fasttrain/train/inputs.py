@@ -30,6 +30,8 @@ def fingerprints(job: Job) -> dict[str, str]:
     found["the tokenizer or chat template of model.name"] = _digest(
         [fast and fast.to_str(), template, job.chat.end_tokens]
     )
+    if "code" in job.identity:
+        found["the Python code in the folder of model.name"] = _digest(job.identity["code"])
     if job.chat.written_date:
         found["the date that the chat template of model.name writes"] = _digest(job.chat.written_date)
     if "adapter" in job.identity:

@@ -179,7 +179,7 @@ def _build_job(config: DPOConfig, objective: Objective, today: date | None) -> J
         )
     adapter = config.lora.init_from if config.lora else None
     dtype = str(pick_dtype(config.model.dtype, device)).removeprefix("torch.")
-    identity = model_identity(folder, model_config, dtype, config.model.quantize, adapter, memo)
+    identity = model_identity(folder, model_config, config.model, dtype, adapter, memo)
     train, evaluation = datasets or _finish(preparing, chat)
     if policy.blank is not None:
         _check_blank(model, train)

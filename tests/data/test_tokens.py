@@ -185,7 +185,9 @@ def test_an_answer_that_holds_the_image_token_is_refused(vision_chat: Any) -> No
 def test_a_template_that_only_the_tokenizer_has_is_told_apart_from_none(vision_chat: Any) -> None:
     processor = vision_chat().processor
     processor.chat_template = None
-    with pytest.raises(UserError, match=r"got a processor without one \(its tokenizer has one, for text: put "):
+    with pytest.raises(
+        UserError, match=r"got a processor without one \(its tokenizer has one, for text: put "
+    ):
         ChatTokenizer(processor, [processor.tokenizer.eos_token_id])
     processor.tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"got a processor without one$"):

@@ -124,6 +124,26 @@ def test_a_run_gets_the_studys_the_methods_and_its_own_settings(study_file: Any,
     assert configs["dpo"].data.image_root == str(tmp_path)
 
 
+def test_what_a_recipe_lets_run_in_training_its_answers_and_benchmarks_are_let_run_too(
+    study_file: Any,
+) -> None:
+    def trusting(**settings: Any) -> set[str]:
+        tasks = tasks_of(load_study(study_file(settings=settings)))
+        assert not any("--trust-remote-code" in task.command for task in tasks if task.kind != "evaluate")
+        found = {}
+        for task in (task for task in tasks if task.kind == "evaluate"):
+            found.setdefault(task.subject, set()).add("--trust-remote-code" in task.command)
+        assert all(len(said) == 1 for said in found.values())  # answers and benchmarks alike
+        return {subject for subject, said in found.items() if True in said}
+
+    assert trusting() == set()
+    assert trusting(sft={"model.trust_remote_code": True}) == {"base", "sft"}
+    every = trusting(all={"model.trust_remote_code": True})
+    assert len(every) == 12 and {"base", "base-big", "dpo-big-beta0.3"} < every
+    (study_file().parent / "recipe.yaml").write_text("model: {trust_remote_code: true}\n")
+    assert trusting() == every
+
+
 def test_trainings_start_by_the_studys_launcher_and_nothing_else_does(study_file: Any) -> None:
     launcher = "torchrun --nproc_per_node=4 -m fasttrain"
     for task in tasks_of(load_study(study_file(launcher=launcher))):
@@ -392,16 +412,16 @@ def test_a_small_study_on_charts_runs_from_one_command_and_goes_on_where_it_was(
     """In this process: charts, graded answers, three runs' commands, table, page; the second time nothing is run."""
     from fasttrain.study.demo import write_demo_study
 
-    file = write_demo_study(tmp_path / "study", prompts=40, questions=12, echo=lambda text: None)
+    file = write_demo_study(tmp_path / "a study", prompts=40, questions=12, echo=lambda text: None)
     raw = yaml.safe_load(file.read_text())
     raw["runs"] = [{"method": ["dpo", "steerlm"]}]
     file.write_text(yaml.safe_dump(raw, sort_keys=False))
     first = CliRunner().invoke(cli, ["study", str(file)], catch_exceptions=False)
     assert first.exit_code == 0, first.output
     assert "[1/8]" in first.output and re.search(r"^steerlm +\d+ answers", first.output, re.MULTILINE)
-    steered = (tmp_path / "study/results/data/questions-charts-steered.jsonl").read_text().splitlines()
+    steered = (tmp_path / "a study/results/data/questions-charts-steered.jsonl").read_text().splitlines()
     assert "Complexity:0,Verbosity:1" in json.loads(steered[0])["question"]
     again = CliRunner().invoke(cli, ["study", str(file)], catch_exceptions=False)
     assert "8 of 8 steps are done" in again.output and "[1/" not in again.output
     printed_again = CliRunner().invoke(cli, ["study", str(file), "--print-commands"]).output.splitlines()
-    assert printed_again == ["set -e", f"fasttrain study {file} --report"]
+    assert printed_again == ["set -e", f"fasttrain study '{file}' --report"]

@@ -52,7 +52,8 @@ def load_sampler(
         model_config = loading.load_model_config(folder, config)
         processor = loading.load_processor(folder, config, loading.takes_images(model_config))
     except TrainerError as error:
-        raise UserError(str(error).replace("model.name:", "--model:")) from None
+        told = str(error).replace("model.name:", "--model:").replace(", or model.trust_remote_code", "")
+        raise UserError(told) from None
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
         raise UserError(f"--adapter: wanted a PEFT folder with adapter_config.json, got {adapter}")
 
