@@ -182,6 +182,29 @@ def test_answers_of_changed_code_are_not_taken_for_those_of_the_old(own_code: Pa
     assert LocalModel(config).version != before
 
 
+def test_own_code_with_eager_attention_only_gives_the_losses_of_transformers_own(
+    own_code: Path, tiny_text: Path, text_pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    from fasttrain import train_dpo
+    from fasttrain.config import config_from_dict
+
+    code = own_code / "modeling_my.py"
+    code.write_text(code.read_text() + "    _supports_sdpa = False\n")  # PreTrainedModel's default
+    pairs = text_pairs(tmp_path / "pairs.jsonl", 8)
+
+    def losses(model: Path) -> list[float]:
+        raw = {
+            "model": {"name": model, "trust_remote_code": True},
+            "lora": {"rank": 4, "alpha": 8, "targets": ["q_proj"]},
+            "data": {"train": pairs, "workers": 0},
+            "train": {"output": tmp_path / "run", "max_steps": 3, "learning_rate": 1e-2, "warmup_ratio": 0.0},
+            "track": [],
+        }
+        return [line["loss"] for line in train_dpo(config_from_dict(raw), overwrite=True).metrics]
+
+    assert losses(own_code) == pytest.approx(losses(tiny_text), abs=1e-4)
+
+
 def test_references_of_changed_code_are_computed_again_and_a_run_does_not_go_on_with_it(
     own_code: Path, text_pairs: Callable[..., Path], tmp_path: Path, fresh_cache: Path
 ) -> None:

@@ -162,8 +162,12 @@ def load_model(
 
     loader: Any = AutoModelForImageTextToText if takes_images(model_config) else AutoModelForCausalLM
     dtype = dtype or pick_dtype(config.dtype, device)
-    attention = "sdpa" if _takes_sdpa(loader, model_config) else "eager"
     try:
+        attention = (
+            "sdpa"
+            if _takes_sdpa(loader, model_config, _own_class(loader, folder, config, model_config))
+            else "eager"
+        )
         with _quiet():
             model, info = loader.from_pretrained(
                 folder,
@@ -204,14 +208,22 @@ def load_model(
     return model.eval()
 
 
-def _takes_sdpa(loader: Any, model_config: Any) -> bool:
+def _own_class(loader: Any, folder: Path, config: ModelConfig, model_config: Any) -> Any:
+    """The class that a model with code of its own will be loaded as; None for transformers' models."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    name = (getattr(model_config, "auto_map", None) or {}).get(loader.__name__)
+    return get_class_from_dynamic_module(name, folder) if name and config.trust_remote_code else None
+
+
+def _takes_sdpa(loader: Any, model_config: Any, own: Any) -> bool:
     """Whether the class that will be loaded, and each part of it, has scaled_dot_product_attention; some have not."""
     from transformers import AutoModel
 
     names = getattr(model_config, "sub_configs", {}) if takes_images(model_config) else {}
     parts = [getattr(model_config, name, None) for name in names]
     classes = [
-        loader._model_mapping.get(type(model_config), None),
+        own or loader._model_mapping.get(type(model_config), None),
         *(AutoModel._model_mapping.get(type(part), None) for part in parts),
     ]
     return all(getattr(found, "_supports_sdpa", True) for found in classes)
