@@ -18,7 +18,7 @@ PLACEHOLDER = "<image>"
 IMAGE = ("image", "")
 Part = tuple[str, str]  # ("text", its text) or IMAGE
 Message = tuple[str, tuple[Part, ...]]  # role, parts
-_UNREAD = ("tool_calls", "reasoning_content", "thinking", "reasoning")
+_UNREAD = frozenset(("tool_calls", "reasoning_content", "thinking", "reasoning"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +79,9 @@ def read_example(row: dict[str, Any], where: str, image_root: Path) -> Pair:
 
 def unread_field(message: dict[str, Any]) -> str | None:
     """A field of a message besides its content that a chat template may write and that is not read here."""
-    for name in _UNREAD:
-        if message.get(name):
-            return name
-    return None
+    if _UNREAD.isdisjoint(message):
+        return None
+    return next((name for name in message if name in _UNREAD and message[name]), None)
 
 
 def has_tools(row: dict[str, Any]) -> bool:
