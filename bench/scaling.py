@@ -164,8 +164,10 @@ def draw(axis: str, points: list[Point], path: Path) -> str:
         dense = np.geomspace(x[fitted].min(), x.max())
         axes.loglog(dense, a + b * dense**c, "-", linewidth=1)
         axes.set_title(law, fontsize=9)
-    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        ticks(ticker.FormatStrFormatter("%.3g"))
+    steps = (1, 2, 5) if y.max() > 10 * y.min() else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=steps))
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+    axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%.3g"))
     axes.set_xlabel(NAMES[axis])
     axes.set_ylabel("seconds by the clock" if axis == "ranks" else "seconds of the processor")
     figure.savefig(path, dpi=120)
