@@ -162,6 +162,23 @@ def text_questions(tmp_path: Path, tiny_models: ModuleType) -> Path:
 
 
 @pytest.fixture
+def run_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`run_command("answer", ...)`: the command line in this process; its exit code."""
+
+    def run(*words: object) -> int:
+        from fasttrain import cli
+
+        monkeypatch.setattr(sys, "argv", ["fasttrain", *map(str, words)])
+        try:
+            cli.main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return run
+
+
+@pytest.fixture
 def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache root for one test; otherwise all tests of a session share one."""
     monkeypatch.setenv("FASTTRAIN_CACHE", str(tmp_path / "cache"))

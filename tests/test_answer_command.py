@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,17 +21,8 @@ from fasttrain import cli
 from fasttrain.answering.local import LocalModel
 
 
-def run_command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["fasttrain", *map(str, words)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
 def test_a_model_that_cannot_answer_is_a_mistake_in_one_line(
-    tiny_llava: Path, picture_questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    tiny_llava: Path, picture_questions: Path, tmp_path: Path, run_command: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     from safetensors.torch import load_file, save_file
@@ -44,7 +36,7 @@ def test_a_model_that_cannot_answer_is_a_mistake_in_one_line(
     settings.write_text(settings.read_text().replace('"patch_size": 7', '"patch_size": 14'))
     for name, message in (("nan", "its logits are not numbers"), ("grid", "another number of image tokens")):
         words = ("answer", "-m", tmp_path / name, picture_questions, "-o", tmp_path / f"{name}.jsonl")
-        assert run_command(monkeypatch, *words, "--max-new-tokens", 3) == 2
+        assert run_command(*words, "--max-new-tokens", 3) == 2
         assert (
             f"--model: {message}"
             in capsys.readouterr().err.replace("the processor writes ", "").splitlines()[-1]
@@ -56,11 +48,12 @@ def test_the_file_has_one_row_per_question_in_order_in_the_official_formats(
     picture_questions: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    run_command: Callable[..., int],
     tiny_models: ModuleType,
 ) -> None:
     out = tmp_path / "answers.jsonl"
     words = ("answer", "-m", tiny_llava, picture_questions, "-o", out, "--max-new-tokens", 5)
-    assert run_command(monkeypatch, *words) == 0
+    assert run_command(*words) == 0
     rows = tiny_models.read_rows(out)
     assert [row["question_id"] for row in rows] == list(range(11))
     assert set(rows[0]) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
@@ -74,7 +67,7 @@ def test_the_file_has_one_row_per_question_in_order_in_the_official_formats(
     monkeypatch.setattr(
         LocalModel, "generator", property(lambda self: pytest.fail("the weights were loaded"))
     )
-    assert run_command(monkeypatch, *words) == 0
+    assert run_command(*words) == 0
     assert out.read_bytes() == before
 
 
@@ -94,11 +87,11 @@ def test_the_file_has_one_row_per_question_in_order_in_the_official_formats(
     ],
 )
 def test_a_mistake_in_a_question_is_one_line_with_its_place(
-    row: Any, message: str, tmp_path: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch,
+    row: Any, message: str, tmp_path: Path, tiny_llava: Path, run_command: Callable[..., int],
     capsys: pytest.CaptureFixture[str], tiny_models: ModuleType,
 ) -> None:  # fmt: skip
     questions = tiny_models.write_rows(tmp_path / "questions.jsonl", [{"question_id": 7, "text": "b"}, row])
-    assert run_command(monkeypatch, "answer", "-m", tiny_llava, questions, "-o", tmp_path / "a.jsonl") == 2
+    assert run_command("answer", "-m", tiny_llava, questions, "-o", tmp_path / "a.jsonl") == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "questions.jsonl line 2" in err and message in err
     assert not (tmp_path / "a.jsonl").exists()
@@ -106,7 +99,7 @@ def test_a_mistake_in_a_question_is_one_line_with_its_place(
 
 def test_other_mistakes_are_one_line(
     tmp_path: Path, tiny_text: Path, tiny_llava: Path, text_questions: Path, picture_questions: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    run_command: Callable[..., int], capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     (tmp_path / "mine.jsonl").write_text("precious\n")
     for words, message in (
@@ -130,7 +123,7 @@ def test_other_mistakes_are_one_line(
             "--server: wanted http",
         ),
     ):
-        assert run_command(monkeypatch, "answer", *words) == 2
+        assert run_command("answer", *words) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
     assert (tmp_path / "mine.jsonl").read_text() == "precious\n"

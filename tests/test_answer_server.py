@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
-import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-
-from fasttrain import cli
 
 
 class Server(ThreadingHTTPServer):
@@ -86,25 +83,10 @@ def questions(tmp_path: Path, tiny_models: ModuleType) -> Path:
 
 
 @pytest.fixture
-def answer(server: Server, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def answer(server: Server, questions: Path, tmp_path: Path, run_command: Callable[..., int]) -> Any:
     def run(*words: object) -> int:
-        line = [
-            "answer",
-            "-m",
-            "served",
-            "--server",
-            server.url,
-            questions,
-            "-o",
-            tmp_path / "a.jsonl",
-            *words,
-        ]
-        monkeypatch.setattr(sys, "argv", ["fasttrain", *map(str, line)])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
+        served = ("-m", "served", "--server", server.url)
+        return run_command("answer", *served, questions, "-o", tmp_path / "a.jsonl", *words)
 
     return run
 

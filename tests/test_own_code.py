@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +11,6 @@ from types import ModuleType
 import pytest
 import torch
 
-from fasttrain import cli
 from fasttrain.answering.local import LocalModel
 from fasttrain.config import ModelConfig
 from fasttrain.errors import UserError
@@ -71,18 +69,9 @@ def adapter(tiny_text: Path, tmp_path: Path) -> Path:
     return final
 
 
-def run_command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["fasttrain", *map(str, words)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
-def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:
+def refusal(run_command: Callable[..., int], capsys: pytest.CaptureFixture[str], *words: object) -> str:
     capsys.readouterr()
-    assert run_command(monkeypatch, *words) == 2
+    assert run_command(*words) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     return err
@@ -94,62 +83,59 @@ def texts(tiny_models: ModuleType, path: Path) -> list[str]:
 
 def test_own_code_answers_with_the_flag_and_is_refused_without_it(
     own_code: Path, tiny_text: Path, adapter: Path, mark: Path, text_questions: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_models: ModuleType,
+    run_command: Callable[..., int], capsys: pytest.CaptureFixture[str], tiny_models: ModuleType,
 ) -> None:  # fmt: skip
     out = tmp_path / "mine.jsonl"
     words = ("answer", "-m", own_code, text_questions, "-o", out, "--max-new-tokens", 5)
     wanted = (
         f"--model: wanted a model without Python code of its own, or --trust-remote-code, got {own_code}\n"
     )
-    assert refusal(monkeypatch, capsys, *words).endswith(wanted)
+    assert refusal(run_command, capsys, *words).endswith(wanted)
     # nor does the recipe in an adapter's folder allow it
     for place in (adapter, adapter.parent):
-        assert refusal(monkeypatch, capsys, *words, "-a", place).endswith(wanted)
+        assert refusal(run_command, capsys, *words, "-a", place).endswith(wanted)
     assert not mark.exists() and not out.exists()
     for extra in ((), ("-a", adapter)):
         truth = tmp_path / "truth.jsonl"
         plain = ("answer", "-m", tiny_text, text_questions, "-o", truth, "--max-new-tokens", 5, *extra)
-        assert run_command(monkeypatch, *plain) == 0
-        assert run_command(monkeypatch, *words, "--trust-remote-code", *extra) == 0
+        assert run_command(*plain) == 0
+        assert run_command(*words, "--trust-remote-code", *extra) == 0
         assert mark.exists()
         assert texts(tiny_models, out) == texts(tiny_models, truth)
 
 
 def test_own_code_is_evaluated_with_the_flag_and_refused_without_it(
-    own_code: Path, tiny_text: Path, mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    own_code: Path, tiny_text: Path, mark: Path, tmp_path: Path, run_command: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     rows = [{"instruction": "say red", "output": "", "generator": "g", "dataset": "d"}]
     (tmp_path / "alpaca_eval.json").write_text(json.dumps(rows))
     options = ("--data", tmp_path, "--max-new-tokens", 5, "--model-id", "m")
     words = ("eval", "alpaca-eval", "-m", own_code, "-o", tmp_path / "mine", *options)
-    assert "or --trust-remote-code, got" in refusal(monkeypatch, capsys, *words)
+    assert "or --trust-remote-code, got" in refusal(run_command, capsys, *words)
     assert not mark.exists()
-    assert run_command(monkeypatch, *words, "--trust-remote-code") == 0
-    assert (
-        run_command(monkeypatch, "eval", "alpaca-eval", "-m", tiny_text, "-o", tmp_path / "truth", *options)
-        == 0
-    )
+    assert run_command(*words, "--trust-remote-code") == 0
+    assert run_command("eval", "alpaca-eval", "-m", tiny_text, "-o", tmp_path / "truth", *options) == 0
     said = [(tmp_path / name / "model_outputs.json").read_text() for name in ("mine", "truth")]
     assert said[0] == said[1]
 
 
 def test_an_adapter_on_own_code_is_merged_with_the_flag_and_refused_without_it(
-    own_code: Path, adapter: Path, mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    own_code: Path, adapter: Path, mark: Path, tmp_path: Path, run_command: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     from safetensors.torch import load_file
 
-    assert run_command(monkeypatch, "merge", adapter, "-o", tmp_path / "truth") == 0
+    assert run_command("merge", adapter, "-o", tmp_path / "truth") == 0
     about = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(
         json.dumps(about | {"base_model_name_or_path": str(own_code)})
     )
     merged = tmp_path / "merged"
     words = ("merge", adapter, "-o", merged)
-    assert "or --trust-remote-code, got" in refusal(monkeypatch, capsys, *words)
+    assert "or --trust-remote-code, got" in refusal(run_command, capsys, *words)
     assert not mark.exists() and not merged.exists()
-    assert run_command(monkeypatch, *words, "--trust-remote-code") == 0
+    assert run_command(*words, "--trust-remote-code") == 0
     found, truth = (load_file(folder / "model.safetensors") for folder in (merged, tmp_path / "truth"))
     assert found.keys() == truth.keys()
     assert all(torch.equal(found[name], truth[name]) for name in truth)
@@ -157,7 +143,7 @@ def test_an_adapter_on_own_code_is_merged_with_the_flag_and_refused_without_it(
 
 
 def test_the_flag_is_refused_with_a_server(
-    text_questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    text_questions: Path, tmp_path: Path, run_command: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = (
         "answer",
@@ -169,7 +155,7 @@ def test_the_flag_is_refused_with_a_server(
         "-o",
         tmp_path / "a.jsonl",
     )
-    told = refusal(monkeypatch, capsys, *words, "--trust-remote-code")
+    told = refusal(run_command, capsys, *words, "--trust-remote-code")
     assert "--trust-remote-code: wanted with a model in this process" in told
 
 

@@ -377,3 +377,24 @@ def test_groups_that_do_not_fit_a_pack_are_told_once(
     run(tiny_text, text, "train.tokens_per_pack=40")
     warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")]
     assert len(warnings) == 1 and "exceed train.tokens_per_pack = 40" in warnings[0]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_gradient_mode_changes_nothing(
+    mode: Callable[[], Any], tiny_text: Path, text: Path, run: Runner
+) -> None:
+    truth = run(tiny_text, text).metrics
+    with mode():
+        ours = run(tiny_text, text).metrics
+    assert [line["loss"] for line in ours] == [line["loss"] for line in truth]
+    assert truth[0]["grad_norm"] == ours[0]["grad_norm"] > 0
+
+
+def test_a_first_step_without_a_gradient_is_told(
+    tiny_llava: Path, text: Path, run: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "warning: nothing that trains has a gradient in the first step"
+    run(tiny_llava, text, "lora.targets=[linear_1]")  # the projector, through which text does not run
+    assert told in capsys.readouterr().err
+    run(tiny_llava, text)
+    assert told not in capsys.readouterr().err
