@@ -85,6 +85,16 @@ def tiny_families() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def launches() -> ModuleType:
+    """The module tests/launches.py: the meta device as a GPU whose launches are noted."""
+    spec = importlib.util.spec_from_file_location("launches", Path(__file__).parent / "launches.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
 def tiny_text(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a two-layer Llama with a ChatML tokenizer whose turns end `<|im_end|>` newline."""
     return tiny_models.build_text(tmp_path_factory.mktemp("model") / "tiny-text")

@@ -70,7 +70,8 @@ def check_attention(
 ) -> None:
     """UserError if the backend that a recipe asks for cannot run a model of this configuration there."""
     for size in [] if wanted == "auto" else _head_sizes(config):
-        reason = why_not_attention(wanted, AttentionCase(device, dtype, size, bidirectional))
+        case = AttentionCase(device, dtype, size, bidirectional, softcap=_softcap(config))
+        reason = why_not_attention(wanted, case)
         if reason:
             raise UserError(f"model.attention: wanted a backend that can run here, got {wanted}: {reason}")
 
@@ -82,9 +83,16 @@ def attention_facts(policy: Any) -> dict[str, str]:
         return {"attention_backend": policy.ordinary_attention, "attention_reason": reason}
     if policy.attention != "auto":
         return {"attention_backend": policy.attention, "attention_reason": "model.attention"}
-    size = max(_head_sizes(policy.model.config))
-    backend, reason = choose_attention(AttentionCase(policy.device, policy.model.dtype, size))
+    config = policy.model.config
+    case = AttentionCase(
+        policy.device, policy.model.dtype, max(_head_sizes(config)), softcap=_softcap(config)
+    )
+    backend, reason = choose_attention(case)
     return {"attention_backend": backend, "attention_reason": reason}
+
+
+def _softcap(config: Any) -> bool:
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
 
 
 def _head_sizes(config: Any) -> list[int]:

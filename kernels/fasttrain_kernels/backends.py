@@ -1,11 +1,14 @@
-"""Which implementation runs: `triton` on CUDA where Triton is installed, `torch` everywhere else."""
+"""Which implementation runs: `triton` on CUDA where Triton is installed, `torch` everywhere else; on which device, in what dtype."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -23,6 +26,31 @@ def interpreting() -> bool:
 def backend_for(tensor: Tensor) -> str:
     """Name of the backend that `backend=None` picks for this tensor: "triton" or "torch"."""
     return "triton" if tensor.device.type == "cuda" and triton_installed() else "torch"
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """The tensor's device as the current one, where Triton launches; nothing for a tensor on the CPU.
+
+    Autograd sees to it in backward passes.
+    """
+    return torch.cuda.device_of(tensor)
+
+
+def autocast_on(device: torch.device) -> bool:
+    """Whether autocast is on for a device; there is none on the meta device."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What autocast makes of a tensor, as `F.scaled_dot_product_attention` does: its dtype, but fp64 stays fp64."""
+    if not autocast_on(x.device) or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off; there is none on the meta device."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def resolve_backend(name: str | None, tensor: Tensor, operation: str) -> str:

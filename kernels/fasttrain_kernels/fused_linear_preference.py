@@ -90,7 +90,7 @@ def _scored_first(target_N: Tensor, lengths_S: Tensor) -> tuple[Tensor, Tensor]:
 
     RuntimeError if the lengths do not add up to N; the only wait for the device.
     """
-    ignored_N = target_N == IGNORED
+    ignored_N, lengths_S = target_N == IGNORED, lengths_S.to(target_N.device, non_blocking=True)
     lengths_S = lengths_S - sequence_sums(ignored_N, lengths_S).to(lengths_S.dtype)
     return ignored_N.to(torch.int8).argsort(stable=True), lengths_S
 

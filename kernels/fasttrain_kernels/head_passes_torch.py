@@ -26,8 +26,6 @@ def _exp_around_last_shift_(z: Tensor, run: Running) -> Tensor | None:
     was accumulated; on CUDA looking at the outcome would wait for the device.
     """
     run.follow = False
-    if not run.started or run.top is not None or z.device.type != "cpu":
-        return None
     total = z.sub_(run.m[:, None]).exp_().sum(1)
     # False for NaN too.
     return total if bool((total < _HEADROOM).all()) else None
@@ -55,10 +53,12 @@ def fold(tiles: Tiles, h: Tensor, w: Tensor, bias: Tensor | None, tr: LogitTrans
     p, slope = _logits(tiles, h, w, bias, tr)
     if run.z is not None:
         run.z.add_(p.sum(1))
-    total = _exp_around_last_shift_(p, run)
-    if total is None:
-        if run.started and run.top is None:
+    total = None
+    if run.started and run.top is None and p.device.type == "cpu":
+        total = _exp_around_last_shift_(p, run)
+        if total is None:
             p, slope = _logits(tiles, h, w, bias, tr)
+    if total is None:
         total = _exp_around_maximum_(p, run, columns.start)
     # entr(p) = -p log p is 0 where p underflows, where (z - m) p could be -inf * 0.
     plogp = torch.special.entr(p) if run.a is not None else None

@@ -120,7 +120,9 @@ def finish_kernel(
     z, slope = transform(z, scale, cap, HAS_CAP)
     s = tl.load(s_ptr + row)
     log_s = tl.log(s)
-    tl.store(logprob_ptr + row, tl.minimum(z - tl.load(m_ptr + row) - log_s, 0.0))
+    logprob = z - tl.load(m_ptr + row) - log_s
+    # tl.minimum would make 0 of NaN
+    tl.store(logprob_ptr + row, tl.where(logprob > 0, 0.0, logprob))
     if UNIT:
         shift = 0.0
         if ENTROPY_UNIT:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import head_passes_torch
+from .backends import device_of
 from .cpu_workers import run_on_workers
 from .head_options import LogitTransform
 from .head_running import Running
@@ -86,6 +87,12 @@ def score_rows(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, bias_V: T
 
     One product without `unit`, two with it, three if the entropy is to be differentiated too.
     """
+    with device_of(hidden_ND):
+        return _score_rows(hidden_ND, weight_VD, target_N, bias_V, call, unit)
+
+
+def _score_rows(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, bias_V: Tensor | None, call: HeadCall,
+                unit: bool) -> Scores:  # fmt: skip
     plan, out = cut(hidden_ND, weight_VD, call.dtype), _empty_scores(hidden_ND, call, unit)
     for wave in blocks(0, len(plan.rows), plan.together):
         here = plan.rows[wave]

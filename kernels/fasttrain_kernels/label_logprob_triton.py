@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .backends import device_of
+
 _IGNORED = tl.constexpr(-100)
 _BLOCK = 4096
 
@@ -41,7 +43,9 @@ def label_forward_kernel(
         picked = tl.load(z_ptr + row * z_stride + target).to(dtype)
         tl.store(m_ptr + row, peak)
         tl.store(s_ptr + row, total)
-        tl.store(logprob_ptr + row, tl.minimum(picked - peak - tl.log(total), 0.0))
+        logprob = picked - peak - tl.log(total)
+        # tl.minimum would make 0 of NaN
+        tl.store(logprob_ptr + row, tl.where(logprob > 0, 0.0, logprob))
 
 
 @triton.jit
@@ -64,8 +68,9 @@ def forward(logits: Tensor, target: Tensor, maximum: Tensor, total: Tensor, logp
     """Fill maximum, total and logprob (N,)."""
     n, v = logits.shape
     if n:
-        label_forward_kernel[(n,)](logits, target, maximum, total, logprob, logits.stride(0), v,
-                                   LOWEST=-3.0e38, BLOCK=_BLOCK, num_warps=8)  # fmt: skip
+        with device_of(logits):
+            label_forward_kernel[(n,)](logits, target, maximum, total, logprob, logits.stride(0), v,
+                                       LOWEST=-3.0e38, BLOCK=_BLOCK, num_warps=8)  # fmt: skip
 
 
 def backward(

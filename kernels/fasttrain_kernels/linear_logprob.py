@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends import resolve_backend
+from .backends import autocast_dtype, autocast_on, no_autocast, resolve_backend
 from .head_gradients import Inputs, SavedSoftmax, head_gradients
 from .head_options import LogitTransform
 from .head_scores import HeadCall, Scores, score_rows
@@ -53,10 +53,6 @@ def linear_logprob_ref(
     return LinearLogprob(logp, entropy, log_p2, top1, z_NV.mean(-1).masked_fill(ignored, 0))
 
 
-def _no_autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, enabled=False)
-
-
 def _outputs(ctx: Any, scores: Scores) -> tuple[Tensor | None, ...]:
     fixed = [x for x in (scores.log_p2, scores.top1, scores.mean_logit) if x is not None]
     if scores.entropy is not None and not ctx.call.entropy_grad:
@@ -73,7 +69,7 @@ class _FrozenHead(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, call: HeadCall,
                 ) -> tuple[Tensor | None, ...]:  # fmt: skip
         ctx.call, ctx.dtype = call, hidden.dtype
-        with _no_autocast(hidden.device):
+        with no_autocast(hidden.device):
             scores = score_rows(hidden, weight, target, bias, call, unit=True)
         ctx.save_for_backward(scores.unit, scores.entropy_unit)
         return _outputs(ctx, scores)
@@ -101,7 +97,7 @@ class _TrainedHead(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, call: HeadCall,
                 ) -> tuple[Tensor | None, ...]:  # fmt: skip
         ctx.call = call
-        with _no_autocast(hidden.device):
+        with no_autocast(hidden.device):
             scores = score_rows(hidden, weight, target, bias, call, unit=False)
         ctx.save_for_backward(hidden, weight, target, bias, scores.shift, scores.total, scores.entropy)
         return _outputs(ctx, scores)
@@ -113,7 +109,7 @@ class _TrainedHead(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, target, bias, *softmax = ctx.saved_tensors
         wants = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-        with _no_autocast(hidden.device):
+        with no_autocast(hidden.device):
             dh, dw, db = head_gradients(grad, grad_entropy, Inputs(hidden, weight, target, bias), SavedSoftmax(*softmax),
                                         ctx.call, wants)  # fmt: skip
         return dh, dw, None, db, None
@@ -162,12 +158,12 @@ def linear_logprob_and_unit(
     _check(hidden_ND, weight_VD, target_N, bias)
     if validate and _has_ignored(target_N, weight_VD.shape[0]):
         _refuse("target_N", f"ids in [0, {weight_VD.shape[0]})", IGNORED)
-    name = resolve_backend(backend, hidden_ND, "linear_logprob")
+    name = _backend(backend, hidden_ND)
     call = HeadCall(tr, _product_dtype(hidden_ND, weight_VD), name, entropy=entropy, log_p2=log_p2, top1=top1,
                     mean_logit=mean_logit, entropy_grad=False)  # fmt: skip
     if name == "triton":
         hidden_ND, weight_VD, bias = (_rows_in_memory(x) for x in (hidden_ND, weight_VD, bias))
-    with _no_autocast(hidden_ND.device):
+    with no_autocast(hidden_ND.device):
         scores = score_rows(hidden_ND, weight_VD, target_N.contiguous(), bias, call, unit=True)
     assert scores.unit is not None
     out = LinearLogprob(scores.logprob, scores.entropy, scores.log_p2, scores.top1, scores.mean_logit)
@@ -202,11 +198,7 @@ def linear_logprob(
     """
     tr = LogitTransform(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     _check(hidden_ND, weight_VD, target_N, bias)
-    name = resolve_backend(backend, hidden_ND, "linear_logprob")
-    if name == "triton" and hidden_ND.dtype == torch.float64:
-        raise ValueError(
-            "linear_logprob: hidden_ND: wanted fp32, bf16 or fp16 for backend 'triton', got fp64"
-        )
+    name = _backend(backend, hidden_ND)
     call = HeadCall(
         tr,
         _product_dtype(hidden_ND, weight_VD),
@@ -234,7 +226,7 @@ def _all_rows(
         return LinearLogprob(*_TrainedHead.apply(hidden, weight, target, bias, call))
     if grad and hidden.requires_grad:
         return LinearLogprob(*_FrozenHead.apply(hidden, weight, target, bias, call))
-    with _no_autocast(hidden.device):
+    with no_autocast(hidden.device):
         scores = score_rows(hidden, weight, target, bias, call, unit=False)
     return LinearLogprob(scores.logprob, scores.entropy, scores.log_p2, scores.top1, scores.mean_logit)
 
@@ -255,10 +247,18 @@ def _rows_in_memory(x: Any) -> Any:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
+def _backend(name: str | None, hidden: Tensor) -> str:
+    """The backend that runs: the Triton kernels compute in fp32, so fp64 is torch's."""
+    if hidden.dtype != torch.float64:
+        return resolve_backend(name, hidden, "linear_logprob")
+    if name == "triton":
+        _refuse("hidden_ND", "fp32, bf16 or fp16 for backend 'triton'", "fp64")
+    return resolve_backend(name or "torch", hidden, "linear_logprob")
+
+
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
+    if autocast_on(hidden.device) and hidden.dtype != torch.float64:
+        return autocast_dtype(hidden)
     if hidden.dtype != weight.dtype:
         _refuse("weight_VD", f"dtype {hidden.dtype} as hidden_ND", weight.dtype)
     return hidden.dtype

@@ -79,7 +79,7 @@ def preference_loss(
     terms = Terms(
         chosen=wide["chosen_P"], rejected=wide["rejected_P"], ref_chosen=reference[0], ref_rejected=reference[1],
         chosen_length=wide.get("chosen_length"), rejected_length=wide.get("rejected_length"),
-        mean_chosen_length=None if mean_chosen_length is None else torch.as_tensor(mean_chosen_length, dtype=dtype),
+        mean_chosen_length=None if mean_chosen_length is None else _scalar(mean_chosen_length, dtype, chosen_P.device),
         sft_logprob=wide.get("sft_logprob"), beta=beta, label_smoothing=label_smoothing, f_divergence=f_divergence,
         f_alpha=f_alpha, discopop_tau=discopop_tau, simpo_gamma=simpo_gamma,
     )  # fmt: skip
@@ -95,6 +95,13 @@ def preference_loss(
         losses = losses * pair_weight
     chosen_reward, rejected_reward = _rewards(terms)
     return PreferenceLoss(losses.mean(), losses, chosen_reward, rejected_reward)
+
+
+def _scalar(x: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """() on the device; a number gets there without a copy that the host would wait for."""
+    if isinstance(x, Tensor):
+        return x.to(device, dtype, non_blocking=True)
+    return torch.full((), x, dtype=dtype, device=device)
 
 
 class _OneLaunch(torch.autograd.Function):

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .backends import device_of
 from .preference_kinds import F_DIVERGENCES, KINDS, Terms
 
 _BLOCK = 256
@@ -40,6 +41,12 @@ _FORWARD_KL = tl.constexpr(F_DIVERGENCES.index("forward_kl"))
 _JS = tl.constexpr(F_DIVERGENCES.index("js_divergence"))
 _ALPHA = tl.constexpr(F_DIVERGENCES.index("alpha_divergence"))
 _MAX_EXPONENT = tl.constexpr(80.0)
+
+
+@triton.jit
+def _at_most(x, top):
+    # tl.minimum would make `top` of NaN.
+    return tl.where(x > top, top, x)
 
 
 @triton.jit
@@ -70,14 +77,14 @@ def _score(x, F: tl.constexpr, f_a):
     """The f-divergence score of a log-ratio, and its derivative."""
     value, slope = x, x * 0 + 1.0
     if F == _FORWARD_KL:
-        slope = tl.where(-x < _MAX_EXPONENT, tl.exp(tl.minimum(-x, _MAX_EXPONENT)), 0.0)
-        value = -_expm1(tl.minimum(-x, _MAX_EXPONENT))
+        slope = tl.where(-x < _MAX_EXPONENT, tl.exp(_at_most(-x, _MAX_EXPONENT)), 0.0)
+        value = -_expm1(_at_most(-x, _MAX_EXPONENT))
     elif F == _JS:
         value, slope = 0.6931471805599453 + _log_S(x), _S(-x)
     elif F == _ALPHA:
         y = f_a * x
-        slope = tl.where(y < _MAX_EXPONENT, tl.exp(tl.minimum(y, _MAX_EXPONENT)), 0.0)
-        value = _expm1(tl.minimum(y, _MAX_EXPONENT)) / f_a
+        slope = tl.where(y < _MAX_EXPONENT, tl.exp(_at_most(y, _MAX_EXPONENT)), 0.0)
+        value = _expm1(_at_most(y, _MAX_EXPONENT)) / f_a
     return value, slope
 
 
@@ -89,10 +96,9 @@ def _smoothed(x, s):
 
 @triton.jit
 def _log_odds(x):
-    """log(e^x / (1 - e^x)) and its derivative; x is kept off 0."""
-    y = tl.minimum(x, -1e-7)
-    rest = -_expm1(y)
-    return y - tl.log(rest), tl.where(x < -1e-7, 1.0 / rest, 0.0)
+    """log(e^x / (1 - e^x)) and its derivative; x is kept off 0 in 1 - e^x."""
+    rest = -_expm1(_at_most(x, -1e-7))
+    return x - tl.log(rest), tl.where(x < -1e-7, 1.0 / rest, 1.0)
 
 
 @triton.jit
@@ -104,14 +110,14 @@ def _of_margin(KIND: tl.constexpr, x, s, log_1ms, log_s, tau):
         loss = (s * _log_S(-x) - (1 - s) * _log_S(x)) / (1 - 2 * s)
         dx = -(s * _S(x) + (1 - s) * _S(-x)) / (1 - 2 * s)
     elif KIND == _HINGE:
-        loss = tl.maximum(1 - x, 0.0)
+        loss = tl.where(x >= 1, 0.0, 1 - x)
         dx = tl.where(x < 1, -1.0, 0.0)
     elif KIND == _EXO_PAIR:
         loss = _S(x) * (_log_S(x) - log_1ms) + _S(-x) * (_log_S(-x) - log_s)
         dx = _S(x) * _S(-x) * (x - log_1ms + log_s)
     else:  # discopop
         share = _S(x / tau)
-        e = tl.exp(tl.minimum(-x, _MAX_EXPONENT))
+        e = tl.exp(_at_most(-x, _MAX_EXPONENT))
         loss = share * e - (1 - share) * _log_S(x)
         dx = share * (1 - share) / tau * (_log_S(x) + e) - (1 - share) * _S(-x)
         dx -= tl.where(-x < _MAX_EXPONENT, share * e, 0.0)
@@ -260,14 +266,18 @@ def launch(t: Terms, kinds: tuple[str, ...], factors: tuple[float, ...], weight:
     divergence = t.f_divergence
     if divergence == "alpha_divergence" and abs(t.f_alpha - 1) < 1e-6:
         divergence = "reverse_kl"
-    preference_kernel[(1,)](
+    arguments = (
         a, *(a if x is None else x.contiguous() for x in other), out.losses, out.mean, out.chosen_grad,
         out.rejected_grad, out.sft_grad, out.chosen_reward, out.rejected_reward, pairs, t.beta, s, _log(1 - s),
-        _log(s), t.discopop_tau, t.simpo_gamma, t.f_alpha - 1, KINDS=tuple(KINDS.index(k) for k in kinds),
-        WEIGHTS=factors, F=F_DIVERGENCES.index(divergence), HAS_REFERENCE=t.ref_chosen is not None,
-        HAS_LENGTHS=t.chosen_length is not None and t.rejected_length is not None, HAS_WEIGHT=weight is not None,
-        BLOCK=_BLOCK, num_warps=4,
+        _log(s), t.discopop_tau, t.simpo_gamma, t.f_alpha - 1,
     )  # fmt: skip
+    with device_of(a):
+        preference_kernel[(1,)](
+            *arguments, KINDS=tuple(KINDS.index(k) for k in kinds), WEIGHTS=factors, F=F_DIVERGENCES.index(divergence),
+            HAS_REFERENCE=t.ref_chosen is not None,
+            HAS_LENGTHS=t.chosen_length is not None and t.rejected_length is not None, HAS_WEIGHT=weight is not None,
+            BLOCK=_BLOCK, num_warps=4,
+        )  # fmt: skip
     return out
 
 

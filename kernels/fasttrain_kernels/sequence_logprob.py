@@ -53,6 +53,7 @@ def wpo_weights(
     w = exp(mean over tokens of (logp - log sum_v p_v^2)) per answer; a pair's weight is the product of its two. `validate` as in
     `sequence_sums`.
     """
+    lengths_S = lengths_S.to(logp_N.device, non_blocking=True)
     mean_S = sequence_sums(logp_N.double() - log_p2_N.double(), lengths_S, validate) / lengths_S.clamp(min=1)
     return mean_S[pairs_P2].sum(1).exp().to(_result(logp_N))
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends import autocast_dtype, autocast_on, no_autocast
 from .shared_prefix import SharedPrefixLayout
 from .shared_prefix_backends import (
     AttentionCase,
@@ -15,7 +16,7 @@ from .shared_prefix_backends import (
     why_not_attention,
 )
 from .shared_prefix_cpu import CpuFlash, Tiles
-from .shared_prefix_parts import Kernel, PartsAttention, Scores, no_autocast
+from .shared_prefix_parts import Kernel, PartsAttention, Scores
 from .shared_prefix_plan import attention_plan
 from .shared_prefix_varlen import flash_plan
 
@@ -56,10 +57,8 @@ def shared_prefix_attention(
     masked attention elsewhere); None picks the first that can run. ValueError names the argument, what was wanted and what
     came, also where the backend asked for cannot run.
     """
-    kind = q.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    if autocast_on(q.device):
+        q, k, v = (x.to(autocast_dtype(x)) for x in (q, k, v))
         with no_autocast(q.device):
             return shared_prefix_attention(
                 q, k, v, layout, scale, backend, window=window, softcap=softcap, sinks=sinks
@@ -71,7 +70,7 @@ def shared_prefix_attention(
     window = layout.binding_window(window)
     scores = Scores(q.shape[-1] ** -0.5 if scale is None else float(scale), softcap)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    case = attention_case(q, layout, wants_grad)
+    case = attention_case(q, layout, wants_grad, softcap is not None)
     if backend is None:
         backend = choose_attention(case)[0]
     else:

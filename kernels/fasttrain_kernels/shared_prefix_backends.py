@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import triton_installed
+from .backends import autocast_dtype, triton_installed
 from .shared_prefix import SharedPrefixLayout
 from .shared_prefix_flash import FlashKernel, flash_versions, load_flash
 
@@ -15,18 +15,22 @@ ATTENTION_BACKENDS = ("flash", "flex", "sdpa")
 
 
 class AttentionCase(NamedTuple):
-    """What decides: where, in which type, at which head size, whether spans are bidirectional and gradients wanted."""
+    """What decides: where, in which type, at which head size, whether spans are bidirectional, gradients wanted, and scores
+    bent by a softcap."""
 
     device: torch.device
     dtype: torch.dtype
     head_size: int
     bidirectional: bool = False
     gradients: bool = True
+    softcap: bool = False
 
 
-def attention_case(q: Tensor, layout: SharedPrefixLayout, gradients: bool = True) -> AttentionCase:
+def attention_case(
+    q: Tensor, layout: SharedPrefixLayout, gradients: bool = True, softcap: bool = False
+) -> AttentionCase:
     """The case of queries (1, H, T, K) over a layout."""
-    return AttentionCase(q.device, q.dtype, q.shape[-1], bool(layout.bidirectional), gradients)
+    return AttentionCase(q.device, q.dtype, q.shape[-1], bool(layout.bidirectional), gradients, softcap)
 
 
 def flash_kernel(case: AttentionCase) -> FlashKernel | str:
@@ -49,6 +53,8 @@ def flash_kernel(case: AttentionCase) -> FlashKernel | str:
             reasons.append(
                 f"flash-attn {version} wants a head size of at most {found.largest_head}, got {case.head_size}"
             )
+        elif case.softcap and case.gradients and not found.softcap_backward:
+            reasons.append(f"flash-attn {version} has no backward with a softcap for packed sequences")
         else:
             return found
     return (
@@ -105,6 +111,8 @@ def choose_attention(case: AttentionCase) -> tuple[str, str]:
 
 
 def attention_backend_for(tensor: Tensor, layout: SharedPrefixLayout | None = None) -> str:
-    """Name of the backend that `backend=None` picks for queries like this one, over this layout if given."""
-    case = AttentionCase(tensor.device, tensor.dtype, tensor.shape[-1], bool(layout and layout.bidirectional))
+    """Name of the backend that `backend=None` picks for queries like this one, over this layout if given; under autocast
+    for the dtype that they will be rounded to."""
+    dtype = autocast_dtype(tensor)
+    case = AttentionCase(tensor.device, dtype, tensor.shape[-1], bool(layout and layout.bidirectional))
     return choose_attention(case)[0]

@@ -25,6 +25,7 @@ class FlashKernel:
 
     version = 0
     largest_head = 256
+    softcap_backward = True
 
     def __init__(self, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
         self._forward, self._backward = forward, backward
@@ -163,6 +164,7 @@ class Flash4(FlashKernel):
 
     version = 4
     largest_head = 128
+    softcap_backward = False
 
     def call_forward(
         self, q: Tensor, k: Tensor, v: Tensor, how: Varlen, scores: Scores

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .backends import device_of
+
 _ELEMENTS = 2048
 
 
@@ -33,13 +35,15 @@ def merge_kernel(
     weight_a = tl.exp(a - top)
     weight_b = tl.exp(b - top)
     total = weight_a + weight_b
-    tl.store(lse_place, top + tl.log(total), mask=head < heads)
     inside = (head < heads)[:, None] & (k < size)[None, :]
     place = out_ptr + row * out_row + head[:, None] * out_head + k[None, :]
     x = tl.load(place, mask=inside, other=0.0).to(a.dtype)
     y = tl.load(part_ptr + part * part_row + head[:, None] * part_head + k[None, :], mask=inside, other=0.0)
     merged = x * (weight_a / total)[:, None] + y.to(a.dtype) * (weight_b / total)[:, None]
     tl.store(place, merged.to(out_ptr.dtype.element_ty), mask=inside)
+    # Every warp reads the heads' log-sum-exps for its part of the output; one of them writes them.
+    tl.debug_barrier()
+    tl.store(lse_place, top + tl.log(total), mask=head < heads)
 
 
 def merge_rows_(
@@ -51,9 +55,10 @@ def merge_rows_(
         raise ValueError(f"merge_rows_: wanted a last stride of 1, got {out.stride()} and {part.stride()}")
     width = triton.next_power_of_2(size)
     block = max(1, min(triton.next_power_of_2(heads), _ELEMENTS // width))
-    merge_kernel[(rows, triton.cdiv(heads, block))](
-        out, lse, part, part_lse, lse if index is None else index, start, heads, size,
-        out.stride(1), out.stride(0), lse.stride(1), lse.stride(0),
-        part.stride(1), part.stride(0), part_lse.stride(1), part_lse.stride(0),
-        INDEXED=index is not None, BLOCK_H=block, BLOCK_K=width, num_warps=4,
-    )  # fmt: skip
+    with device_of(out):
+        merge_kernel[(rows, triton.cdiv(heads, block))](
+            out, lse, part, part_lse, lse if index is None else index, start, heads, size,
+            out.stride(1), out.stride(0), lse.stride(1), lse.stride(0),
+            part.stride(1), part.stride(0), part_lse.stride(1), part_lse.stride(0),
+            INDEXED=index is not None, BLOCK_H=block, BLOCK_K=width, num_warps=4,
+        )  # fmt: skip

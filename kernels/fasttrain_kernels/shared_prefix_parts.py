@@ -11,13 +11,13 @@ the exact ones, and ds = -sum over rows of exp(s - l) delta. No mask is built an
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .backends import no_autocast
 from .shared_prefix_merge import merge_, statistics_dtype
 from .shared_prefix_plan import All, Part, Plan
 
@@ -49,11 +49,6 @@ class Kernel(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) of those pairs, given the output and the log-sum-exp of the whole rows."""
         ...
-
-
-def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast off; there is none on the meta device."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class PartsAttention(torch.autograd.Function):

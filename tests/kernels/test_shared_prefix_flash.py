@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fasttrain_kernels import (
     AttentionCase,
     SharedPrefixLayout,
+    attention_backend_for,
     choose_attention,
     shared_prefix_attention,
     shared_prefix_attention_ref,
@@ -202,6 +204,7 @@ def _flash_attn_bwd(
     learnable_sink=None,
 ):  # fmt: skip
     check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    assert cu_seqlens_q is None or not softcap, "varlen + score_mod not supported in bwd yet"
     left, right = (-1 if side is None else side for side in (window_size_left, window_size_right))
     backward(
         dout,
@@ -274,10 +277,12 @@ def test_output_and_gradients_over_varlen_kernels_equal_dense_attention(
     ref = shared_prefix_attention_ref(
         *true[:3], layout, scale=0.21, sinks=true[3] if sinks else None, **choice
     )
+    assert (out.detach().double() - ref.detach()).abs().max() < 1e-5
+    if scores.softcap and not DOUBLES[version].softcap_backward:
+        return
     grad = torch.randn(ref.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     out.backward(grad.float())
     ref.backward(grad)
-    assert (out.detach().double() - ref.detach()).abs().max() < 1e-5
     for mine, theirs in zip(ours, true):
         assert mine.grad is not None and theirs.grad is not None
         assert (mine.grad.double() - theirs.grad).abs().max() <= 1e-5 * theirs.grad.abs().max().clamp(min=1)
@@ -379,6 +384,37 @@ def test_auto_picks_the_first_backend_that_can_run_and_says_why(
     assert backend == picked and reason in why
 
 
+def test_a_kernel_without_a_backward_for_softcaps_runs_them_without_gradients_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
+    monkeypatch.setattr(
+        "fasttrain_kernels.shared_prefix_backends.load_flash",
+        lambda version: DOUBLES["flash-attn 4"] if version == 4 else "not there",
+    )
+    bent = AttentionCase(CUDA, torch.bfloat16, 128, softcap=True)
+    backend, why = choose_attention(bent)
+    assert backend == "flex" and "flash-attn 4 has no backward with a softcap" in why
+    assert choose_attention(bent._replace(gradients=False))[0] == "flash"
+    assert choose_attention(bent._replace(softcap=False))[0] == "flash"
+
+
+def test_the_backend_named_for_a_tensor_is_that_of_the_dtype_autocast_rounds_it_to(hopper: None) -> None:
+    pytest.importorskip("triton")
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 8, 64, device="cuda")
+    assert attention_backend_for(q) == "flex"
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        assert attention_backend_for(q) == "flash"
+        assert attention_backend_for(q.double()) == "sdpa"
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", torch.float16)
+
+
 def test_a_forced_backend_that_cannot_run_is_an_error_that_says_why() -> None:
     layout = SharedPrefixLayout.from_groups([(3, [2, 2])])
     x = torch.ones(1, 2, 7, 8, requires_grad=True)
@@ -431,7 +467,7 @@ def test_flash_attn_on_a_gpu_equals_dense_attention(
     sinks = choice.pop("sinks", None)
     choice["window"] = choice.get("window") and 50 * choice["window"]
     sink = torch.linspace(-2, 4, heads, device="cuda") if sinks else None
-    reason = why_not_attention("flash", AttentionCase(CUDA, dtype, size))
+    reason = why_not_attention("flash", AttentionCase(CUDA, dtype, size, softcap="softcap" in choice))
     if reason:
         pytest.skip(reason)
     ours = [

@@ -24,6 +24,7 @@ from fasttrain_kernels import (
     linear_logprob_ref,
     preference_loss,
 )
+from fasttrain_kernels.preference_kinds import TAKE_F_DIVERGENCE
 from fasttrain_kernels.shared_prefix_merge import merge_, merge_ref_
 from fasttrain_kernels.shared_prefix_plan import Gather, Slice
 
@@ -225,7 +226,9 @@ def both(data: dict[str, Tensor], **options) -> list[list[Tensor]]:
         leaves = [data[k].clone().requires_grad_() for k in ("chosen_P", "rejected_P")]
         rest = {**data, "chosen_P": leaves[0], "rejected_P": leaves[1]}
         out = preference_loss(**rest, backend=backend, beta=0.13, label_smoothing=0.2, **options)
-        (2 * out.loss + (out.losses * torch.linspace(0, 1, 300, dtype=out.losses.dtype)).sum()).backward()
+        (
+            2 * out.loss + (out.losses * torch.linspace(0, 1, len(out.losses), dtype=out.losses.dtype)).sum()
+        ).backward()
         grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
         results.append([x.detach() for x in out] + grads)
     return results
@@ -266,6 +269,39 @@ def test_far_apart_log_probs_give_finite_losses_and_gradients() -> None:
         out.loss.backward()
         for x in (out.losses, *(leaf.grad for leaf in leaves if leaf.grad is not None)):
             assert x.isfinite().all(), kind
+
+
+def test_a_number_that_is_not_finite_is_no_log_prob_of_0() -> None:
+    hidden, weight = torch.ones(3, 16), torch.ones(40, 16)
+    hidden[1, 3], target = torch.nan, torch.tensor([1, 2, 3])
+    for logprob in (
+        linear_logprob(hidden, weight, target, backend="triton").logprob,
+        label_logprob(hidden @ weight.T, target, backend="triton"),
+    ):
+        assert logprob.isnan().tolist() == [False, True, False]
+    nan, one = torch.tensor([torch.nan, -1.0]), torch.tensor([-1.0, -2.0])
+    length = torch.tensor([3, 4])
+    for kind in (k for k in KINDS if k not in COUPLE_PAIRS):
+        for divergence in F_DIVERGENCES if kind in TAKE_F_DIVERGENCE else ("reverse_kl",):
+            out = preference_loss(nan, one, one, one, kind=kind, label_smoothing=0.1, chosen_length=length,
+                                  rejected_length=length, f_divergence=divergence, backend="triton")  # fmt: skip
+            assert out.losses.isnan().tolist() == [True, False], (kind, divergence)
+
+
+def test_odds_of_answers_that_are_all_but_certain_have_torchs_gradient() -> None:
+    """A mean log-prob is kept off 0 where its odds would be infinite, not elsewhere."""
+    data = {
+        k: torch.tensor([-1e-9, 0.0, -3.0, -1e-3], dtype=torch.float64) for k in ("chosen_P", "ref_chosen_P")
+    }
+    data |= {
+        k: torch.tensor([-2.0, -4.0, -1e-9, 0.0], dtype=torch.float64)
+        for k in ("rejected_P", "ref_rejected_P")
+    }
+    lengths = {k: torch.full((4,), n) for k, n in (("chosen_length", 3), ("rejected_length", 5))}
+    torchs, tritons = both({**data, **lengths}, kind="orpo")
+    assert torchs[-2][0] != 0
+    for mine, theirs in zip(torchs, tritons, strict=True):
+        assert worst(mine, theirs) < 1e-7
 
 
 def test_kinds_that_sort_refuse_triton_by_name() -> None:

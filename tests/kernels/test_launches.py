@@ -1,0 +1,123 @@
+"""What the kernels are launched with on a GPU, seen without one: see tests/launches.py."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fasttrain_kernels import (
+    KINDS,
+    FusedLinearPreferenceLoss,
+    SharedPrefixLayout,
+    label_logprob,
+    linear_logprob,
+    preference_loss,
+    shared_prefix_attention,
+)
+from fasttrain_kernels.preference_kinds import COUPLE_PAIRS, REFERENCE_FREE
+
+pytest.importorskip("triton")
+META = torch.device("meta")
+
+
+@pytest.fixture
+def launched(launches: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every launch of the test."""
+    found: list[Any] = launches.note_launches(monkeypatch)
+    return found
+
+
+def there(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device=META, requires_grad=grad)
+
+
+def check(launched: list[Any], *kernels: str, backward: tuple[str, ...] = ()) -> None:
+    """These kernels ran, on tensors of one device; it was made the current one but in the backward, where autograd does that."""
+    assert {launch.kernel for launch in launched} == {*kernels, *backward}
+    for launch in launched:
+        assert launch.devices == {"meta"}, launch
+        assert launch.current == META or launch.kernel in backward, launch
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in COUPLE_PAIRS])
+@pytest.mark.parametrize("mean", [130.0, torch.tensor(130.0)], ids=["number", "tensor on the CPU"])
+def test_the_loss_of_a_step_is_launched_with_tensors_of_one_device(
+    kind: str, mean: Any, launched: list[Any]
+) -> None:
+    policy = [there(5, dtype=torch.float64, grad=True) for _ in range(2)]
+    reference = [None if kind in REFERENCE_FREE else there(5, dtype=torch.float64) for _ in range(2)]
+    lengths = {name: there(5, dtype=torch.int64) for name in ("chosen_length", "rejected_length")}
+    out = preference_loss(
+        *policy,
+        *reference,
+        kind=kind,
+        label_smoothing=0.1,
+        mean_chosen_length=mean,
+        sft_logprob=policy[0],
+        **lengths,
+    )
+    out.loss.backward()
+    assert policy[0].grad is not None
+    check(launched, "preference_kernel")
+
+
+@pytest.mark.parametrize("trained", [None, "hidden", "weight"])
+def test_the_head_is_launched_with_tensors_of_one_device(trained: str | None, launched: list[Any]) -> None:
+    half = {"dtype": torch.bfloat16}
+    hidden, weight = (
+        there(70, 64, grad=bool(trained), **half),
+        there(9000, 64, grad=trained == "weight", **half),
+    )  # type: ignore[arg-type]
+    out = linear_logprob(hidden, weight, there(70, dtype=torch.int64), there(9000, **half), validate=False,  # type: ignore[arg-type]
+                         entropy=True, log_p2=True, top1=True, mean_logit=True)  # fmt: skip
+    if trained:
+        out.logprob.sum().backward()
+    moved = ["shrink_kernel"] if trained == "hidden" else []
+    check(
+        launched,
+        "fold_kernel",
+        "finish_kernel",
+        *moved,
+        backward=("gradient_kernel",) if trained == "weight" else (),
+    )
+
+
+def test_log_probs_of_logits_are_launched_with_tensors_of_one_device(launched: list[Any]) -> None:
+    logits = there(7, 300, grad=True)
+    label_logprob(logits, there(7, dtype=torch.int64), validate=False).sum().backward()
+    check(launched, "label_forward_kernel", backward=("label_backward_kernel",))
+
+
+def test_parts_of_attention_are_merged_on_their_device(launched: list[Any]) -> None:
+    layout = SharedPrefixLayout.from_groups([(33, [5, 7]), (17, [9, 2])])
+    q, k, v = (there(1, heads, layout.tokens, 64, dtype=torch.bfloat16, grad=True) for heads in (4, 2, 2))
+    shared_prefix_attention(q, k, v, layout).sum().backward()
+    assert q.grad is not None
+    check(launched, "merge_kernel")
+
+
+def test_lengths_may_be_on_the_host(launched: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        importlib.import_module("fasttrain_kernels.linear_logprob"),
+        "_has_ignored",
+        lambda target, vocabulary: False,
+    )
+    loss = FusedLinearPreferenceLoss(kind="ipo", use_weighting=True)
+    hidden, target = there(12, 16, grad=True), there(12, dtype=torch.int64)
+    monkeypatch.setattr("fasttrain_kernels.fused_linear_preference.sequence_sums", lambda x, n: there(len(n)))
+    out = loss(
+        hidden,
+        there(50, 16),
+        target,
+        there(1),
+        there(1),
+        lengths_S=torch.tensor([7, 5]),
+        pairs_P2=torch.tensor([[0, 1]]),
+    )
+    out.loss.backward()
+    check(launched, "fold_kernel", "finish_kernel", "preference_kernel")
