@@ -104,6 +104,23 @@ def test_own_code_answers_with_the_flag_and_is_refused_without_it(
         assert texts(tiny_models, out) == texts(tiny_models, truth)
 
 
+def test_memory_is_planned_of_own_code_with_the_setting_and_refused_without_it(
+    own_code: Path,
+    mark: Path,
+    tmp_path: Path,
+    run_command: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {{name: {own_code}}}\ndata: {{train: none.jsonl}}\n")
+    words = ("plan", "-c", recipe, "--lengths", "600,50,30")
+    told = refusal(run_command, capsys, *words)
+    assert told.endswith(f"without Python code of its own, or model.trust_remote_code, got {own_code}\n")
+    assert not mark.exists()
+    assert run_command(*words, "-s", "model.trust_remote_code=true") == 0
+    assert mark.exists()
+
+
 def test_own_code_is_evaluated_with_the_flag_and_refused_without_it(
     own_code: Path, tiny_text: Path, mark: Path, tmp_path: Path, run_command: Callable[..., int],
     capsys: pytest.CaptureFixture[str],

@@ -116,7 +116,10 @@ def _run(members: list[FusedLoraLinear], x: Tensor) -> list[Tensor]:
     weights: list[Tensor | None] = []
     for module in members:
         base, name = module.get_base_layer(), module.active_adapters[0]
-        weights += [base.weight, base.bias, module.lora_A[name].weight, module.lora_B[name].weight]
+        # As views the adapters' gradients leave one after another, the same way on every rank. Several weights of one function
+        # would get theirs in an order that depends on what else the graph holds, and ZeRO adds them up as they come.
+        low, high = (part[name].weight for part in (module.lora_A, module.lora_B))
+        weights += [base.weight, base.bias, low.view_as(low), high.view_as(high)]
     scales = tuple(float(module.scaling[module.active_adapters[0]]) for module in members)
     outputs = _Linears.apply(x.reshape(-1, x.shape[-1]), scales, source_of(x), *weights)
     return [out.view(*x.shape[:-1], out.shape[-1]) for out in outputs]

@@ -81,7 +81,7 @@ def load_model_config(folder: Path, config: ModelConfig) -> Any:
     try:
         found = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        _refuse_own_code(error, folder, config)
+        refuse_own_code(error, folder, config)
         raise UserError(
             f"model.name: cannot read {folder / 'config.json'}: {str(error).splitlines()[0]}"
         ) from None
@@ -96,7 +96,7 @@ def load_model_config(folder: Path, config: ModelConfig) -> Any:
     return found
 
 
-def _refuse_own_code(error: Exception, folder: Path, config: ModelConfig) -> None:
+def refuse_own_code(error: Exception, folder: Path, config: ModelConfig) -> None:
     """UserError where transformers failed because it may not run the Python code in the model's folder."""
     if not config.trust_remote_code and "trust_remote_code" in str(error):
         raise UserError(
@@ -138,7 +138,7 @@ def load_processor(folder: Path, config: ModelConfig, has_images: bool) -> Any:
                     loader = pixtral_processor()
             processor = loader.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
-        _refuse_own_code(error, folder, config)
+        refuse_own_code(error, folder, config)
         kind = "processor" if has_images else "tokenizer"
         raise UserError(
             f"model.name: cannot load a {kind} from {folder}: {str(error).strip().splitlines()[0]}"

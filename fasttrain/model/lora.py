@@ -20,6 +20,12 @@ from fasttrain.ranks import full_shape
 _PROJECTORS = ("multi_modal_projector", "connector", "visual.merger", "visual.deepstack_merger_list")
 
 
+def images_train_alone(model: Any) -> bool:
+    """Whether nothing behind the images' features trains, so that a text without images has no gradient."""
+    parts = (language_model(model), model.get_input_embeddings(), model.get_output_embeddings())
+    return not any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
+
 def in_projector(name: str) -> bool:
     """Whether a module or parameter of this name belongs to the projector."""
     return any(f".{projector}." in f".{name}." for projector in _PROJECTORS)

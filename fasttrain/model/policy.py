@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fasttrain.data.batch import PackBatch
 from fasttrain.errors import UserError
@@ -64,8 +65,9 @@ class Policy(nn.Module):
         self.counts = Counts()
         self.top_k: int | None = None
         self._routed: Tensor | None = None  # the router's sums over the pass that is running
-        # set where ranks that train a model with images must all run the same modules (ZeRO)
+        # set where ranks that train a model with images must all run the same modules (ZeRO), and every pass have a gradient
         self.blank: dict[str, Tensor] | None = None
+        self.images_train_alone = False  # nothing behind the images' features trains
 
     def check(self) -> None:
         """Refuse a model whose head does something our head does not; find out how a mixture of experts routes."""
@@ -116,7 +118,7 @@ class Policy(nn.Module):
             batch.input_ids_T,
             inputs,
             batch.images,
-            blank=batch.pack.images and not batch.images,
+            blank=self._wants_images(batch) and not batch.images,
             uses_T=batch.uses_T if routing else None,
             shared_prefix_layout=layout,
             shared_prefix_backend=backend,
@@ -133,7 +135,7 @@ class Policy(nn.Module):
             self.counts.images += images
             ids_T = batch.input_ids_T[start : start + length]
             uses_T = batch.uses_T[start : start + length] if routing else None
-            blank = batch.pack.images and not images
+            blank = self._wants_images(batch) and not images
             hidden_TD = self._decode(ids_T, inputs, images, blank=blank, uses_T=uses_T)
             rows.append(hidden_TD[prompt - 1 : length - 1])
             start += length
@@ -144,8 +146,12 @@ class Policy(nn.Module):
         idle: Tensor | float = 0.0
         for _ in range(batch.pack.passes - len(batch.layout)):
             ids_T = torch.zeros_like(batch.input_ids_T[:1])
-            idle = idle + self._decode(ids_T, {}, 0, blank=batch.pack.images).sum() * 0
+            idle = idle + self._decode(ids_T, {}, 0, blank=self._wants_images(batch)).sum() * 0
         return idle
+
+    def _wants_images(self, batch: PackBatch) -> bool:
+        """Whether every pass of the pack must run tower and projector (on `blank` if need be) where DeepSpeed runs them."""
+        return batch.pack.images or self.images_train_alone
 
     @contextlib.contextmanager
     def _blank_image(self) -> Iterator[None]:
@@ -165,7 +171,10 @@ class Policy(nn.Module):
             hook.remove()
             found = trunk(self.model).get_image_features(**inputs, return_dict=True)
             features = getattr(found, "pooler_output", found)
-            parts = [features] if isinstance(features, Tensor) else features
+            deeper = (
+                getattr(found, "deepstack_features", None) or []
+            )  # that Qwen3-VL adds behind its first layers
+            parts = [part for part in tree_leaves([features, deeper]) if isinstance(part, Tensor)]
             return embedded + torch.stack([part.sum() for part in parts]).sum() * 0
 
         hook = self.model.get_input_embeddings().register_forward_hook(add_nothing)

@@ -18,6 +18,7 @@ from fasttrain.model.fused_layers import fuse_layers
 from fasttrain.model.fused_lora import fuse_lora
 from fasttrain.model.fused_rotary import fuse_rotary
 from fasttrain.model.head import install_head
+from fasttrain.model.load import refuse_own_code
 from fasttrain.model.lora import attach_lora, choose_trainable, in_projector, language_model
 from fasttrain.plan.known_models import known_config
 from fasttrain.plan.passes import use_planned_attention
@@ -97,6 +98,7 @@ def _read(auto: Any, folder: Path, config: ModelConfig) -> Any:
     try:
         return auto.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        refuse_own_code(error, folder, config)
         problem = str(error).strip().splitlines()[0]
         raise UserError(f"model.name: cannot read {folder / 'config.json'}: {problem}") from None
 

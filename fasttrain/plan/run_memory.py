@@ -10,7 +10,6 @@ import torch
 from fasttrain.config import DPOConfig
 from fasttrain.data.prepared import PreparedData
 from fasttrain.plan.choose import choose_checkpointing, choose_tokens, largest_pack
-from fasttrain.plan.device_memory import free_memory
 from fasttrain.plan.memory import (
     CPU_FRAGMENTATION,
     Activations,
@@ -31,16 +30,17 @@ _CAUTIOUS_TOKENS = 2048
 class RunMemory:
     """Predictions for one recipe, model and data set; nothing is built or counted before it is asked for.
 
-    Make it when the model is on its device: `free` is what is left then.
+    free: bytes left on the device once the model is on it; with several ranks on the fullest of their devices, so that all
+    of them settle on the same packs.
     """
 
     def __init__(
-        self, config: DPOConfig, model_config: Any, dtype: torch.dtype, data: PreparedData, device: torch.device,
-        ranks: int = 1,
+        self, config: DPOConfig, model_config: Any, dtype: torch.dtype, data: PreparedData, device: torch.device, *,
+        free: int, ranks: int = 1,
     ) -> None:  # fmt: skip
         self.config, self.device, self.ranks = config, device, ranks
         self._model_config, self._dtype, self._data = model_config, dtype, data
-        self.free = free_memory(device)
+        self.free = free
 
     @cached_property
     def planned(self) -> PlannedModel:
@@ -81,12 +81,14 @@ class RunMemory:
     def _checkpoints(self, longest_group: int) -> bool:
         return choose_checkpointing(self.config, longest_group, self.device, self.fits)
 
-    def settings(self) -> tuple[bool, int]:
-        """Gradient checkpointing and tokens per pack, with `auto` decided."""
+    def settings(self, before: tuple[bool, int] | None = None) -> tuple[bool, int]:
+        """Gradient checkpointing and tokens per pack, with `auto` decided: as `before` the run was resumed, while that fits."""
         train = self.config.train
         if train.gradient_checkpointing != "auto" and train.tokens_per_pack != "auto":
             return train.gradient_checkpointing, int(train.tokens_per_pack)
         try:
+            if before is not None and self.fits(before[1], before[0]):
+                return before
             checkpointing = self._choose_checkpointing()
             return checkpointing, choose_tokens(
                 self.config, self.device, lambda tokens: self.fits(tokens, checkpointing)

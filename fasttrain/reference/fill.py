@@ -127,7 +127,8 @@ def fill(
     packs = rounds(greedy_packs(data, missing, tokens_per_pack, policy.shared), data)
     with contextlib.closing(load_packs(maker, packs, workers, policy.device.type == "cuda")) as batches:
         for batch in batches:
-            found = ranks().gather(_Round(*_run(policy, data, batch, skip_broken)))
+            ranks().share_mistake(_why_not(data, batch, skip_broken))
+            found = ranks().gather(_Round(*_run(policy, data, batch)))
             mistakes = [part.mistake for part in found if part.mistake]
             if mistakes:
                 ranks().share_mistake(UserError(mistakes[0]))
@@ -155,15 +156,21 @@ class _Round(NamedTuple):
     mistake: str | None
 
 
-def _run(policy: Policy, data: PreparedData, batch: PackBatch, skip_broken: bool) -> tuple[Any, ...]:
-    """The log-probs of a pack, with what went wrong as a value: the other ranks must hear of it."""
+def _why_not(data: PreparedData, batch: PackBatch, skip_broken: bool) -> UserError | None:
+    """Why a pack cannot be run, known before any rank runs its own: under ZeRO-3 a pass waits for those of the others."""
     if batch.broken and not skip_broken:
         number, problem = batch.broken[0]
-        return [], [], 0, 0, f"{data.where(number)}: images: wanted an image, got {problem}"
+        return UserError(f"{data.where(number)}: images: wanted an image, got {problem}")
+    if not batch.sequence_ids and ranks().size > 1:
+        return UserError("a pack of broken images only; run `fasttrain reference` in one process first")
+    return None
+
+
+def _run(policy: Policy, data: PreparedData, batch: PackBatch) -> tuple[Any, ...]:
+    """The log-probs of a pack, with what went wrong as a value: the other ranks must hear of it."""
     seen = dict(batch.broken)
     if not batch.sequence_ids:
-        mistake = "a pack of broken images only; run `fasttrain reference` in one process first"
-        return [], list(seen.items()), 0, 0, mistake if ranks().size > 1 else None
+        return [], list(seen.items()), 0, 0, None
     logp_N = policy(batch.to(policy.device)).logprob.cpu().numpy()
     if batch.pack.fill:
         return [], [], 0, 0, None

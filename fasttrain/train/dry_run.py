@@ -18,10 +18,11 @@ from fasttrain.plan.passes import CannotCount
 from fasttrain.progress import Progress
 from fasttrain.ranks import full_shape, ranks
 from fasttrain.reference.fill import missing_completions
+from fasttrain.train.engine import make_engine
 from fasttrain.train.first_step import check_sharing
 from fasttrain.train.job import Job, build_job
 from fasttrain.train.objective import Objective
-from fasttrain.train.run_folder import check_output, first_day
+from fasttrain.train.run_folder import check_output, first_start
 
 _STEPS_LOOKED_AT = 20
 
@@ -29,8 +30,10 @@ _STEPS_LOOKED_AT = 20
 def dry_run(config: DPOConfig, loss: Objective, *, resume: bool, overwrite: bool) -> str:
     """The report of a dry run; UserError for the first mistake, as training would raise it."""
     check_output(config, loss.command, resume=resume, overwrite=overwrite)
-    today = first_day(Path(config.train.output), resume=resume)
-    with contextlib.closing(build_job(config, loss, today)) as job:
+    began = first_start(Path(config.train.output), resume=resume)
+    with contextlib.closing(build_job(config, loss, began)) as job:
+        if config.distributed.zero_stage == 3:  # its hooks gather the weights
+            make_engine(job.policy, config, checkpointing=False)
         for data in job.datasets:
             job.tokenize_all(data)
         check_sharing(job)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,7 +22,7 @@ from fasttrain.data.prepared import PreparedData
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
 from fasttrain.files import HashMemo, cache_root
-from fasttrain.model.attention import attention_facts, check_attention, silence_dropout, why_unshared
+from fasttrain.model.attention import attention_facts, check_attention, silence_dropout
 from fasttrain.model.compiled_layers import compile_layers
 from fasttrain.model.families import FamilyInputs
 from fasttrain.model.flops import ModelShape, measure_shape
@@ -39,18 +39,28 @@ from fasttrain.model.load import (
     stop_token_ids,
     takes_images,
 )  # fmt: skip
-from fasttrain.model.lora import attach_lora, choose_trainable, language_model
+from fasttrain.model.lora import attach_lora, choose_trainable, images_train_alone, language_model
 from fasttrain.model.policy import Policy
-from fasttrain.model.positions import why_too_long
 from fasttrain.model.routing import declares_routing
+from fasttrain.plan.device_memory import free_memory
 from fasttrain.plan.run_memory import RunMemory
 from fasttrain.progress import say, ticker
-from fasttrain.ranks import full_shape, ranks
+from fasttrain.ranks import ranks
 from fasttrain.reference.cache import ReferenceCache, cache_folder
 from fasttrain.reference.key import CompletionKeys, identity_hash, model_identity
 from fasttrain.train.engine import check_engine, partitioned_loading
+from fasttrain.train.job_checks import (
+    check_blank,
+    check_image_token,
+    check_same_everywhere,
+    check_vocabulary,
+    may_share,
+    notes,
+    refuse_quantized,
+)  # fmt: skip
 from fasttrain.train.losses import PairLoss
 from fasttrain.train.objective import Objective
+from fasttrain.train.run_folder import Began
 from fasttrain.train.watch import Watch, open_watches, split_eval
 
 
@@ -97,7 +107,7 @@ class Job:
 
     def tokenize_all(self, data: PreparedData) -> None:
         """Give all groups of a large file their tokens now."""
-        with _notes(self.chat):
+        with notes(self.chat):
             tokenize_all(data, self.chat, ticker)
 
     def maker(self, data: PreparedData, with_reference: bool) -> PackMaker:
@@ -105,19 +115,60 @@ class Job:
         return PackMaker(data, self.chat.pixels, self.keys, cache, self.family, self.chat.image_token_id)
 
 
-def build_job(config: DPOConfig, loss: Objective | None = None, today: date | None = None) -> Job:
+def build_job(config: DPOConfig, loss: Objective | None = None, began: Began | None = None) -> Job:
     """Check and load everything, cheap things first; UserError at the first mistake. `loss` is the recipe's if not given.
 
-    `today` is the day that a chat template may write.
+    `began` is what a run keeps from its first start; as if it were made now if not given.
     """
     objective: Objective = loss or PairLoss(config.loss)
+    began = began or Began(date.today())
     with all_or_none():
-        return _build_job(config, objective, today)
+        read = _read(config, objective, began.day)
+    # under ZeRO-3 the ranks load together, and one that fails must not wait for the others: they hear of it by the watch
+    with contextlib.nullcontext() if config.distributed.zero_stage == 3 else all_or_none():
+        loaded = _load(config, read)
+    check_same_everywhere(config, loaded.datasets)
+    train = loaded.datasets[0]
+    policy, dtype = loaded.policy, loaded.policy.model.dtype
+    memory = RunMemory(
+        config, read.model_config, dtype, train, read.device,
+        free=min(ranks().gather(free_memory(read.device))), ranks=ranks().size,
+    )  # fmt: skip
+    checkpointing, tokens = memory.settings(began.settings)
+    identity = loaded.identity
+    if (
+        dtype != torch.float32
+    ):  # rounding differs between ways to attend, by more than a first step's check allows for
+        identity["attention"] = attention_facts(policy)["attention_backend"] if policy.shared else "unshared"
+    digest = identity_hash(identity)
+    return Job(
+        config=config,
+        loss=objective,
+        device=read.device,
+        model_folder=read.folder,
+        processor=read.processor,
+        chat=read.chat,
+        train=train,
+        eval=loaded.datasets[1] if len(loaded.datasets) > 1 else None,
+        watches=read.watches,
+        policy=policy,
+        family=FamilyInputs(policy.model, read.processor),
+        adapted=loaded.adapted,
+        shape=measure_shape(policy.model),
+        memory=memory,
+        identity=identity,
+        keys=CompletionKeys(digest, read.chat.fingerprint()),
+        cache_path=cache_folder(config.reference.cache) / f"{digest}.sqlite",
+        memo=read.memo,
+        tokens_per_pack=tokens,
+        checkpointing=checkpointing,
+        workers=_workers(config, train),
+    )
 
 
 @contextlib.contextmanager
 def all_or_none() -> Iterator[None]:
-    """What is a mistake for one rank stops all of them, with one message."""
+    """What is a mistake for one rank stops all of them, with one message. Inside it no rank may wait for another."""
     mistake: UserError | None = None
     try:
         yield
@@ -126,7 +177,30 @@ def all_or_none() -> Iterator[None]:
     ranks().share_mistake(mistake)
 
 
-def _build_job(config: DPOConfig, objective: Objective, today: date | None) -> Job:
+class _Read(NamedTuple):
+    """What is known before the model's weights are read."""
+
+    device: torch.device
+    folder: Path
+    model_config: Any
+    processor: Any
+    chat: ChatTokenizer
+    memo: HashMemo
+    watches: list[Watch]
+    preparing: tuple[Preparation, Preparation | None]
+    datasets: list[PreparedData] | None  # None while they are read in the background
+
+
+class _Loaded(NamedTuple):
+    """The model, ready to train, and all of the data: training pairs, then those of evaluation if there are any."""
+
+    policy: Policy
+    adapted: Any | None
+    identity: dict[str, Any]
+    datasets: list[PreparedData]
+
+
+def _read(config: DPOConfig, objective: Objective, today: date) -> _Read:
     torch.manual_seed(config.train.seed)
     device = pick_device()
     folder = find_folder(config.model)
@@ -149,27 +223,37 @@ def _build_job(config: DPOConfig, objective: Objective, today: date | None) -> J
             "use `fasttrain eval` on the checkpoints"
         )
     watches = open_watches(folders, config.data, memo)
+    refuse_quantized(config)
     preparing = _start_preparing(config, pair_files, objective, chat, memo)
     datasets = None if preparing[0].in_background else _finish(preparing, chat)
-    zero3 = config.distributed.zero_stage == 3
-    if zero3:
-        _refuse_quantized(config)
-    partition = partitioned_loading(config, pick_dtype(config.model.dtype, device)) if zero3 else None
-    model = load_model(folder, config.model, model_config, device, zero3=zero3)
+    return _Read(device, folder, model_config, processor, chat, memo, watches, preparing, datasets)
+
+
+def _load(config: DPOConfig, read: _Read) -> _Loaded:
+    chat, zero_stage, dtype = (
+        read.chat,
+        config.distributed.zero_stage,
+        pick_dtype(config.model.dtype, read.device),
+    )
+    zero3 = zero_stage == 3
+    partition = partitioned_loading(config, dtype) if zero3 else None
+    model = load_model(read.folder, config.model, read.model_config, read.device, zero3=zero3)
     del partition
-    _check_vocabulary(chat, model)
-    _check_image_token(chat, model)
+    check_vocabulary(chat, model)
+    check_image_token(chat, model)
     silence_dropout(model)
     policy = Policy(model, config.model.attention)
     if not zero3:  # the weights are not whole here: make_engine checks
         policy.check()
-    if chat.pixels is not None and ranks().size > 1 and config.distributed.zero_stage is not None:
-        policy.blank = blank_image(chat.pixels)
     torch.manual_seed(config.train.seed)  # a new adapter is the same however the model was loaded
     adapted = attach_lora(model, config.lora, config.model.train_projector) if config.lora else None
     choose_trainable(model, adapted, config.model.train_projector)
+    if chat.pixels is not None and zero_stage is not None:
+        policy.images_train_alone = images_train_alone(model)
+        if ranks().size > 1 or policy.images_train_alone:
+            policy.blank = blank_image(chat.pixels)
     fuse_rotary(language_model(model))
-    if adapted is not None and config.distributed.zero_stage != 3:
+    if adapted is not None and not zero3:
         fuse_lora(model)
         if not config.train.compile:
             fuse_layers(language_model(model))
@@ -178,43 +262,13 @@ def _build_job(config: DPOConfig, objective: Objective, today: date | None) -> J
             f"compiling: {compile_layers(language_model(model))} norms and activations run code made by torch.compile"
         )
     adapter = config.lora.init_from if config.lora else None
-    dtype = str(pick_dtype(config.model.dtype, device)).removeprefix("torch.")
-    identity = model_identity(folder, model_config, config.model, dtype, adapter, memo)
-    train, evaluation = datasets or _finish(preparing, chat)
+    name = str(dtype).removeprefix("torch.")
+    identity = model_identity(read.folder, read.model_config, config.model, name, adapter, read.memo)
+    datasets = read.datasets or _finish(read.preparing, chat)
     if policy.blank is not None:
-        _check_blank(model, train)
-    policy.set_shared(_may_share(config, model, chat, [train, *([evaluation] if evaluation else [])]))
-    shape = measure_shape(model)
-    memory = RunMemory(config, model_config, model.dtype, train, device, ranks().size)
-    checkpointing, tokens = memory.settings()
-    if (
-        dtype != "float32"
-    ):  # rounding differs between ways to attend, by more than a first step's check allows for
-        identity["attention"] = attention_facts(policy)["attention_backend"] if policy.shared else "unshared"
-    digest = identity_hash(identity)
-    return Job(
-        config=config,
-        loss=objective,
-        device=device,
-        model_folder=folder,
-        processor=processor,
-        chat=chat,
-        train=train,
-        eval=evaluation,
-        watches=watches,
-        policy=policy,
-        family=FamilyInputs(model, processor),
-        adapted=adapted,
-        shape=shape,
-        memory=memory,
-        identity=identity,
-        keys=CompletionKeys(digest, chat.fingerprint()),
-        cache_path=cache_folder(config.reference.cache) / f"{digest}.sqlite",
-        memo=memo,
-        tokens_per_pack=tokens,
-        checkpointing=checkpointing,
-        workers=_workers(config, train),
-    )
+        check_blank(model, datasets[0])
+    policy.set_shared(may_share(config, model, chat, datasets))
+    return _Loaded(policy, adapted, identity, datasets)
 
 
 def _start_preparing(
@@ -235,9 +289,7 @@ def _start_preparing(
     return start(config.data.train, limit_pairs=config.data.limit_pairs), evaluation
 
 
-def _finish(
-    preparing: tuple[Preparation, Preparation | None], chat: ChatTokenizer
-) -> tuple[PreparedData, PreparedData | None]:
+def _finish(preparing: tuple[Preparation, Preparation | None], chat: ChatTokenizer) -> list[PreparedData]:
     train, evaluation = preparing
     if chat.pixels is not None and chat.leaves_out_bos():
         bos = chat.tokenizer.bos_token
@@ -245,87 +297,8 @@ def _finish(
             f"note: the chat template writes no {bos}, and prompts begin without it, as in TRL and vLLM; transformers' processors put "
             f"it in front of a chat, as model.bos: tokenizer does here"
         )
-    with _notes(chat):
-        return train.finish(), evaluation.finish() if evaluation else None
-
-
-@contextlib.contextmanager
-def _notes(chat: ChatTokenizer) -> Iterator[None]:
-    """Say what the tokenizer had to note about answers while the block ran."""
-    appended, split = chat.appended_end, chat.split_boundary
-    yield
-    appended, split = chat.appended_end - appended, chat.split_boundary - split
-    if appended:
-        say(
-            f"note: the chat template ends no answer; {chat.end_tokens[0]} is added to all {appended} answers"
-        )
-    if split:
-        say(f"note: {split} answers do not tokenize together with their prompt and were tokenized alone")
-
-
-def _refuse_quantized(config: DPOConfig) -> None:
-    if config.model.quantize is not None:
-        raise UserError(
-            f"distributed.zero_stage: wanted 2 with model.quantize {config.model.quantize}: quantised weights cannot be "
-            "partitioned, got 3"
-        )
-
-
-def _check_blank(model: Any, train: PreparedData) -> None:
-    """Refuse a model whose images pass through layers that a sequence without images leaves out."""
-    if train.account.images and not hasattr(model.base_model, "get_image_features"):
-        raise UserError(
-            f"distributed.zero_stage: wanted null for {type(model).__name__} with images on several ranks: it runs other layers "
-            "with images than without, and under ZeRO all ranks must run the same"
-        )
-
-
-def _check_vocabulary(chat: ChatTokenizer, model: Any) -> None:
-    rows = full_shape(model.get_input_embeddings().weight)[0]
-    if len(chat.tokenizer) > rows:
-        raise UserError(
-            f"model.name: wanted an embedding for all {len(chat.tokenizer)} tokens, got {rows} rows"
-        )
-
-
-def _check_image_token(chat: ChatTokenizer, model: Any) -> None:
-    """The token that the processor writes must be the one that the model replaces by image features."""
-    wanted = getattr(model.config, "image_token_id", None)
-    if wanted is None:
-        wanted = getattr(model.config, "image_token_index", None)
-    if chat.pixels is not None and chat.image_token_id != wanted:
-        raise UserError(
-            f"model.name: wanted a processor that writes the model's image token {wanted}, "
-            f"got token {chat.image_token_id}"
-        )
-
-
-def _may_share(config: DPOConfig, model: Any, chat: ChatTokenizer, datasets: list[PreparedData]) -> bool:
-    longest = max(data.longest()[1] for data in datasets)
-    if any(data.lazy for data in datasets) and _matters(model, longest):
-        with _notes(chat):  # only the exact length can tell
-            for data in datasets:
-                tokenize_all(data, chat, ticker)
-        longest = max(data.longest()[1] for data in datasets)
-    problem = why_too_long(model, longest)
-    if problem:
-        raise UserError(
-            f"data.max_length: {type(model).__name__} cannot run the longest sequence of {longest} tokens: {problem}; "
-            "lower data.max_length and set data.overflow"
-        )
-    if not config.train.share_prefix:
-        return False
-    reason = why_unshared(model, longest)
-    if reason:
-        say(
-            f"warning: {type(model).__name__} cannot share prefixes: {reason}; every completion runs as its own sequence"
-        )
-    return reason is None
-
-
-def _matters(model: Any, longest: int) -> bool:
-    """Whether sequences of so many tokens are treated otherwise than short ones."""
-    return bool(why_too_long(model, longest)) or why_unshared(model, longest) != why_unshared(model, 1)
+    with notes(chat):
+        return [train.finish(), *([evaluation.finish()] if evaluation else [])]
 
 
 def _workers(config: DPOConfig, data: PreparedData) -> int:

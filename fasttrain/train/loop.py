@@ -18,6 +18,7 @@ from fasttrain.data.batch import PackBatch, load_packs, whole
 from fasttrain.data.packs import Order, Pack, Step, plan_step
 from fasttrain.data.prepared import PreparedData
 from fasttrain.environment import collect_facts
+from fasttrain.errors import UserError
 from fasttrain.model.attention import attention_facts
 from fasttrain.model.flops import pass_flops
 from fasttrain.model.load import stop_token_ids
@@ -46,7 +47,7 @@ from fasttrain.train.objective import Objective
 from fasttrain.train.optimizer import learning_rate_factor
 from fasttrain.train.run_folder import (
     check_output,
-    first_day,
+    first_start,
     open_run_folder,
     write_environment,
     write_skipped,
@@ -94,8 +95,8 @@ def _train(config: DPOConfig, loss: Objective, lock: RunLock, resume: bool, over
             lock.take(folder)
         check_output(config, loss.command, resume=resume, overwrite=overwrite)
     with all_or_none():  # apart: here the ranks ask each other
-        today = first_day(folder, resume=resume)
-    with contextlib.closing(build_job(config, loss, today)) as job:
+        began = first_start(folder, resume=resume)
+    with contextlib.closing(build_job(config, loss, began)) as job:
         with all_or_none():  # only now: a mistake in the data leaves no folder
             if main:
                 open_run_folder(config, loss.command, lock, resume=resume, overwrite=overwrite)
@@ -109,7 +110,7 @@ def fill_references(job: Job, everything: bool = False) -> FillReport:
     """
     reports = []
     for data in job.datasets:
-        whole = f"{data.key} {job.keys.pixel_hash}" if data.key else None
+        whole = f"{data.key} {data.image_state} {job.keys.pixel_hash}" if data.key else None
         complete = whole is not None and job.cache.is_complete(whole)
         if not ranks().any(not complete):  # asked of all ranks: each may look into a cache of its own
             reports.append(FillReport(data.completions(), 0, 0, 0.0))
@@ -171,6 +172,7 @@ class Trainer:
             checkpoint = latest_checkpoint(self.folder / "checkpoints") if self.resume else None
             if checkpoint is not None:
                 check_inputs(checkpoint, self._inputs)
+        self._check_same(checkpoint)
         engine = make_engine(job.policy, self.config, job.checkpointing)
         check_routing(self.config.loss.router_aux_weight, job.policy)
         check_sharing(job)
@@ -185,12 +187,14 @@ class Trainer:
         order = Order(job.train, config.pairs_per_step, config.shuffle, config.seed)
         total = config.max_steps or order.total_steps(config.epochs)
         peak_flops, peak_source = peak_rate(job.device, job.policy.model.dtype)
+        if ranks().size > 1:
+            peak_flops, peak_source = peak_flops * ranks().size, f"{ranks().size} x {peak_source}"
         if main:
             write_environment(self.folder, collect_facts() | self._facts(total, peak_flops, peak_source))
         job.policy.train()
         self._watcher.open(self.folder)
         torch.manual_seed(config.seed + ranks().rank)  # every rank drops out units of its own
-        done = self._restore(engine)
+        done = self._restore(engine, checkpoint)
         log = RunLog(self.folder, self.config.to_dict(), done, main=main, changes=self.loss.needs_reference)
         say(self._account(total, done))
         try:
@@ -216,6 +220,9 @@ class Trainer:
         runner = StepRunner(engine, self.loss, job.train, balance)
         planned: deque[Step] = deque()
         batches = self._batches(order, done + 1, total, planned)
+        worst = torch.zeros(
+            (), device=job.device
+        )  # norm since the last look: under ZeRO an update with inf is left out
         with contextlib.closing(batches):
             for number in range(done + 1, total + 1):
                 runner.clock.start()
@@ -235,6 +242,7 @@ class Trainer:
                 runner.clock.mark("other")
                 factor = learning_rate_factor(config.schedule, number, total, config.warmup_ratio)
                 norm = engine.step(factor)
+                worst = torch.maximum(worst, norm.detach())
                 if keep and not float(norm):
                     say(
                         "warning: nothing that trains has a gradient in the first step: do these pairs run through it "
@@ -250,11 +258,11 @@ class Trainer:
                 if logged or last or evaluates:
                     line: dict[str, Any] = {"step": number, "epoch": round(step.epoch, 6)}
                     work = self._work(step, result, runner.clock.read())
-                    sums, work, changes = self._of_all_ranks(result, work)
-                    check_finite(number, sums, norm)
+                    sums, work, changes, memory = self._of_all_ranks(result, work, peak_memory(job.device))
+                    check_finite(number, sums, worst)
                     line |= step_metrics(self.loss, sums, norm, step.pairs, balance)
                     line["learning_rate"] = config.learning_rate * factor
-                    line |= speed_metrics(work, self.loss.unit, peak_flops, peak_memory(job.device))
+                    line |= speed_metrics(work, self.loss.unit, peak_flops, memory)
                     line |= self._evaluate(engine, final=number == total) if evaluates else {}
                     log.write(line, changes)
                     note = self.loss.note(line)
@@ -264,7 +272,7 @@ class Trainer:
                     self._stop
                 )  # told meanwhile: a run must not end without a checkpoint
                 if last or (config.checkpoint_every and number % config.checkpoint_every == 0):
-                    check_finite(number, torch.tensor(ranks().sum(result.sums.tolist())), norm)
+                    check_finite(number, torch.tensor(ranks().sum(result.sums.tolist())), worst)
                     log.sync()
                     save_checkpoint(
                         self.folder / "checkpoints",
@@ -298,19 +306,26 @@ class Trainer:
         return step.for_rank(here.rank)
 
     def _of_all_ranks(
-        self, result: StepResult, work: StepWork
-    ) -> tuple[torch.Tensor, StepWork, list[list[float]]]:
-        """Sums, tokens, operations and most changed pairs of a step over all ranks, in one exchange."""
+        self, result: StepResult, work: StepWork, memory: int
+    ) -> tuple[torch.Tensor, StepWork, list[list[float]], int]:
+        """Sums, tokens, operations and most changed pairs of a step over all ranks, in one exchange, and the most memory of one."""
         changes = result.changes.extremes(self.job.train)
         if ranks().size == 1:
-            return result.sums, work, changes
+            return result.sums, work, changes, memory
         counts = [work.image_tokens, work.prompt_tokens, work.answer_tokens, work.flops]
-        found = ranks().gather([result.sums.tolist(), counts, changes])
-        sums = np.sum([sums for sums, _, _ in found], axis=0)
-        images, prompts, answers, flops = (sum(values) for values in zip(*[counts for _, counts, _ in found]))
+        found = ranks().gather([result.sums.tolist(), counts, changes, memory])
+        sums = np.sum([sums for sums, *_ in found], axis=0)
+        images, prompts, answers, flops = (
+            sum(values) for values in zip(*[counts for _, counts, *_ in found])
+        )
         work = replace(work, image_tokens=images, prompt_tokens=prompts, answer_tokens=answers, flops=flops)
-        changes = most_and_least([pair for _, _, theirs in found for pair in theirs])
-        return torch.tensor(sums, dtype=torch.float64, device=result.sums.device), work, changes
+        changes = most_and_least([pair for _, _, theirs, _ in found for pair in theirs])
+        return (
+            torch.tensor(sums, dtype=torch.float64, device=result.sums.device),
+            work,
+            changes,
+            max(most for *_, most in found),
+        )
 
     def _evaluate(self, engine: Engine, final: bool) -> dict[str, float]:
         """Metrics of the evaluation pairs and benchmarks; none when SIGTERM comes before the last step is done."""
@@ -329,8 +344,17 @@ class Trainer:
         means = evaluate(engine, self.loss, data, step, batches, stopped, balance)
         return means | self._watcher.metrics(stopped)
 
-    def _restore(self, engine: Engine) -> int:
-        path = latest_checkpoint(self.folder / "checkpoints") if self.resume else None
+    def _check_same(self, checkpoint: Path | None) -> None:
+        """UserError on all ranks unless they go on from the same checkpoint."""
+        names = [name or "none" for name in ranks().gather(checkpoint and checkpoint.name)]
+        if len(set(names)) > 1:
+            mistake = (
+                f"--resume: wanted all ranks to see the same checkpoints in {self.folder}, got {', '.join(names)} as their last: "
+                "is train.output on storage that all machines share?"
+            )
+            ranks().share_mistake(UserError(mistake))
+
+    def _restore(self, engine: Engine, path: Path | None) -> int:
         if path is None:
             return 0
         done = restore_checkpoint(path, engine.optimizer)

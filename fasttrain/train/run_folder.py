@@ -6,7 +6,7 @@ import json
 import shutil
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fasttrain.config import DPOConfig, read_yaml_mapping
 from fasttrain.errors import UserError
@@ -68,15 +68,29 @@ def _check_same_command(folder: Path, command: str) -> None:
         raise UserError(f"--resume: {folder} is a run of fasttrain {before}, not of fasttrain {command}")
 
 
-def first_day(folder: Path, *, resume: bool) -> date:
-    """The day the run began, which its chat template may write: as environment.json has it on resume, else today.
+class Began(NamedTuple):
+    """What a run keeps from its first start: its day, which the chat template may write, and what `auto` stood for: gradient
+    checkpointing and tokens per pack."""
+
+    day: date
+    settings: tuple[bool, int] | None = None
+
+
+def first_start(folder: Path, *, resume: bool) -> Began:
+    """How the run in `folder` began, as environment.json has it on resume; else today.
 
     Every rank calls; it is the first one's for all of them.
     """
-    began = _read_environment(folder).get("began") if resume else None
-    day = ranks().gather(str(began or date.today()))[0]
+    facts = _read_environment(folder) if resume else {}
+    names = ("gradient_checkpointing", "tokens_per_pack")
+    day, *settings = ranks().gather([str(facts.get("began") or date.today()), *map(facts.get, names)])[0]
+    for name, value, kind in zip(names, settings, (bool, int)):
+        if value is not None and type(value) is not kind:
+            raise UserError(
+                f"--resume: {folder / 'environment.json'}: {name}: wanted {kind.__name__}, got {value!r}"
+            )
     try:
-        return date.fromisoformat(day)
+        return Began(date.fromisoformat(day), None if None in settings else tuple(settings))
     except ValueError:
         raise UserError(
             f"--resume: {folder / 'environment.json'}: began: wanted a date, got {day!r}"

@@ -80,6 +80,10 @@ class ZeroEngine:
         return self.engine(batch, **wants)
 
     def backward(self, loss: Tensor) -> None:
+        if not loss.requires_grad:
+            raise UserError(
+                "lora.targets: wanted something to train that the answers depend on, got nothing with a gradient in this pass"
+            )
         self.engine.backward(loss * ranks().size)  # DeepSpeed takes the mean over the ranks
 
     def step(self, factor: float) -> Tensor:

@@ -37,6 +37,9 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "projector rests": (  # some steps have no image: the projector's gradient is zero, not the last step's
         MIXED, ["model.train_projector=true", "train.pairs_per_step=1", "train.max_steps=9"],
     ),
+    "tower alone": (  # a pack without images has no gradient
+        MIXED, [r"lora.targets=model\.vision_tower\..*q_proj", "train.pairs_per_step=1", "train.max_steps=9"],
+    ),
     "mixture": (MIXTURE, ["loss.router_aux_weight=0.5", "train.tokens_per_pack=110"]),
     "nf4": (MIXED, ["model.quantize=nf4"]),
     "few": ("text", ["train.pairs_per_step=1", "data.limit_pairs=5", "train.epochs=4"]),  # a group a step
@@ -122,9 +125,9 @@ def assert_same(ours: list[dict[str, Any]], truth: list[dict[str, Any]]) -> None
     ("stage", "zero", "cases"),
     [
         ("null", {}, ["images", "unshared", "coupled", "mixture"]),
-        ("2", {}, ["text", "full", "split", "projector rests", "nf4", "mixture"]),
+        ("2", {}, ["text", "full", "split", "projector rests", "tower alone", "nf4", "mixture"]),
         ("2", ON_CPU, ["projector rests"]),
-        ("3", IN_PARTS, ["full", "few", "projector rests", "unshared", "mixture"]),
+        ("3", IN_PARTS, ["full", "few", "projector rests", "tower alone", "unshared", "mixture"]),
         ("3", {**IN_PARTS, **ON_CPU, "offload_param": {"device": "cpu"}}, ["full", "projector rests"]),
     ],
 )
@@ -187,15 +190,23 @@ def test_ranks_that_tokenize_as_steps_ask_take_the_same_steps(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "stage"), [("Qwen2.5-VL", "3"), ("Mllama", "null")])
+@pytest.mark.parametrize(
+    ("family", "stage", "more"),
+    [
+        ("Qwen2.5-VL", "3", []),
+        # features of several layers of the tower; ranks with images beside ranks without
+        ("Qwen3-VL", "2", ["model.train_projector=true", "train.pairs_per_step=2", "train.max_steps=9"]),
+        ("Mllama", "null", []),
+    ],
+)
 def test_other_families_take_the_steps_of_one_process(
-    family: str, stage: str, tiny_models: ModuleType, recipes: Callable[..., Any], run_ranks: Callable[..., Any],
+    family: str, stage: str, more: list[str], tiny_models: ModuleType, recipes: Callable[..., Any], run_ranks: Callable[..., Any],
     deepspeed_config: Callable[..., str], tmp_path: Path,
 ) -> None:  # fmt: skip
     """Mllama runs other layers with images than without: only where ranks need not run the same modules."""
     # one process runs fused norms, ZeRO-3 transformers' own: steps of the usual size would amplify the rounding
     name = f"model.name={tiny_families.save(tiny_models, tmp_path / 'model', family)}"
-    changes = [name, "train.learning_rate=1e-3"]
+    changes = [name, "train.learning_rate=1e-3", *more]
     one = recipes("images", "one", *changes)
     train_dpo(one)
     settings = [] if stage == "null" else [f"distributed.zero_stage={stage}", deepspeed_config(**IN_PARTS)]

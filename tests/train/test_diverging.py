@@ -56,6 +56,24 @@ def test_a_diverged_run_stops_and_keeps_the_last_sound_checkpoint(
     assert not (tmp_path / "run" / "final").exists()
 
 
+def test_a_gradient_that_was_not_finite_is_told_at_the_next_line(
+    tiny_text: Path, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed leaves such an update out and goes on."""
+    from fasttrain.train.engine import TorchEngine
+
+    step, steps = TorchEngine.step, 0
+
+    def skipped(self: TorchEngine, factor: float) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        return torch.tensor(torch.inf) if steps == 2 else step(self, factor)
+
+    monkeypatch.setattr(TorchEngine, "step", skipped)
+    with pytest.raises(UserError, match=r"step 4: training has diverged .* gradient norm inf"):
+        train(tiny_text, "train.log_every=4")
+
+
 def test_the_metrics_of_a_diverged_run_are_json(
     tiny_text: Path, train: Callable[..., Any], tmp_path: Path
 ) -> None:
