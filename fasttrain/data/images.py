@@ -33,6 +33,8 @@ FORMATS = (
     "AVIF",
 )  # no EPS: it runs Ghostscript
 
+_WIDTH, _LENGTH, _BITS, _PHOTOMETRIC = 256, 257, 258, 262  # tags of a TIFF
+
 
 @dataclass(frozen=True)
 class ImageRef:
@@ -77,7 +79,25 @@ def open_image(content: bytes) -> Image:
     from PIL import ImageOps
 
     with _opened(io.BytesIO(content)) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def to_rgb(image: Image) -> Image:
+    """8 bits a channel; of 16-bit greys the upper 8. ValueError for integer or float greys of no known range."""
+    import numpy as np
+    from PIL import Image
+
+    if not image.mode.startswith(("I", "F")):
+        return image.convert("RGB")
+    grey = np.asarray(image)
+    low, high, most = grey.min(), grey.max(), 255 if image.mode == "F" else 65535
+    if not 0 <= low <= high <= most:
+        raise ValueError(f"grey values from {low} to {high}, not within 0 to {most}")
+    if image.mode.startswith("I;16") or high > 255:  # as "I" come files of 16 bits and files of 8 bits in 32
+        grey = grey >> 8
+    elif image.mode == "F" and high <= 1:
+        grey = np.round(grey * 255)
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
 def check_header(ref: ImageRef) -> None:
@@ -101,6 +121,7 @@ def _opened(file: Any) -> Iterator[Image]:
         try:
             with Image.open(file, formats=known) as image:
                 _check_size(image.width, image.height)
+                _check_greys(image)
                 yield image
         except Image.DecompressionBombError:
             raise ValueError(f"more than {MAX_PIXELS:,} pixels") from None
@@ -117,6 +138,17 @@ def _check_size(width: int, height: int) -> None:
         raise ValueError(f"{width} x {height} pixels, one side more than {MAX_RATIO} times the other")
 
 
+def _check_greys(image: Image) -> None:
+    """Refuse greys of a TIFF that Pillow passes on as they are and that its mode does not tell from others."""
+    if not image.mode.startswith(("I", "F")):
+        return
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(_BITS) == (12,):
+        raise ValueError("a TIFF with greys of 12 bits, wanted 8 or 16")
+    if tags.get(_PHOTOMETRIC) == 0:
+        raise ValueError("a TIFF whose white is 0 with greys of more than 8 bits, wanted black as 0")
+
+
 def image_size(ref: ImageRef) -> tuple[int, int]:
     """(width, height) of an image as `open_image` would give it, from its header; ValueError or OSError if it has none."""
     from PIL import Image
@@ -126,8 +158,11 @@ def image_size(ref: ImageRef) -> tuple[int, int]:
     else:
         file = ref._file().open("rb")
     with file, _opened(file) as image:
+        # of a TIFF: some versions of Pillow turn its size, and not yet its pixels, when they open it
+        tags = getattr(image, "tag_v2", None)
+        width, height = image.size if tags is None else (tags[_WIDTH], tags[_LENGTH])
         turned = image.getexif().get(Image.ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return (image.height, image.width) if turned else image.size
+        return (height, width) if turned else (width, height)
 
 
 # What processors return for the text, not for the images.

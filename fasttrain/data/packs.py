@@ -77,16 +77,19 @@ class Order:
     seed: int
 
     def epoch_groups(self, epoch: int) -> np.ndarray:
-        """Group numbers in the order of this epoch; groups without pairs are left out."""
+        """Group numbers in the order of this epoch, without those that have no pairs.
+
+        All are shuffled, whatever pairs they have: a group dropped late leaves the others where they were.
+        """
         counts = self._counts()
-        numbers = np.flatnonzero(counts)
-        if not len(numbers):  # every image turned out broken
+        if not counts.any():  # every image turned out broken
             raise UserError(
                 "data.train: wanted at least one usable pair, got none after all images were read"
             )
+        numbers = np.arange(len(counts))
         if self.shuffle:
             numbers = np.random.default_rng([self.seed, 1, epoch]).permutation(numbers)
-        return numbers
+        return numbers[counts[numbers] > 0]
 
     def steps_in(self, epoch: int) -> list[np.ndarray]:
         """The groups of each step; the last step of an epoch holds what is left."""

@@ -102,8 +102,9 @@ class Preparation:
             return
         limit, how = self.limit, self._read_by
         self.key = prepared_cache.entry_key(
-            self._names, self.data, self.chat, self.memo, limit=limit, seed=limit and self.seed, read=how
-        )
+            self._names, self.files.roots, self.data, self.chat, self.memo,
+            limit=limit, seed=limit and self.seed, read=how,
+        )  # fmt: skip
         if self.key is not None:
             self._held = prepared_cache.load(self.key, self.files, self.chat, self._tokenizing)
 

@@ -1,9 +1,10 @@
 """Prepared data on disk: a second start over the same files reads no row and tokenizes nothing.
 
 An entry is a folder under `prepared/` of the cache root, named by a hash of everything that the tokens depend on: contents of
-the pair files, the settings of `data`, tokenizer, template, image settings, versions. Image files may change beside a pair
-file that does not: their sizes and modification times are compared when an entry is opened. An entry that does not fit, or is
-damaged, is made again; the newest `KEPT` stay.
+the pair files, where their image paths start, the settings of `data`, tokenizer, template, image settings, versions. Image
+files may change beside a pair file that does not: their sizes and modification times are compared when an entry is opened, and
+the data carries what they were as `image_state`. An entry that does not fit, or is damaged, is made again; the newest `KEPT`
+stay.
 """
 
 from __future__ import annotations
@@ -30,22 +31,27 @@ from fasttrain.data.prepared import Account, PreparedData
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.files import HashMemo, atomic_folder, cache_root
 
-VERSION = 3  # raised when the same rows become other tokens, groups or pairs
+VERSION = 4  # raised when the same rows become other tokens, groups or pairs
 KEPT = 8
 SMALLEST = 2000  # rows; fewer are prepared in about a second
 
 
 def entry_key(
-    paths: list[str], data: DataConfig, chat: ChatTokenizer, memo: HashMemo, **more: Any
+    paths: list[str], roots: list[Path], data: DataConfig, chat: ChatTokenizer, memo: HashMemo, **more: Any
 ) -> str | None:
-    """Name of the entry; None where what decides the tokens cannot be seen (a tokenizer without a fast form)."""
+    """Name of the entry; None where what decides the tokens cannot be seen (a tokenizer without a fast form).
+
+    roots: for each of the paths, the folder where its rows' image paths start.
+    """
     fast = getattr(chat.tokenizer, "backend_tokenizer", None)
     if fast is None:
         return None
     what = {
         "version": [VERSION, __version__, *(importlib.metadata.version(n) for n in ("transformers", "tokenizers", "jinja2"))],
-        "files": [[path, *contents(Path(path).expanduser(), memo)] for path in paths],
-        "root": data.image_root and os.path.realpath(Path(data.image_root).expanduser()),
+        "files": [
+            [path, os.path.realpath(root), *contents(Path(path).expanduser(), memo)]
+            for path, root in zip(paths, roots, strict=True)
+        ],
         "data": [data.max_length, data.overflow, data.on_bad_row],
         "tokenizer": [fast.to_str(), str(getattr(chat.processor, "chat_template", None)), chat.end_tokens, chat.bos],
         "images": [chat.fingerprint(), chat.image_token_id, _settings(chat.processor)],
@@ -133,7 +139,7 @@ def load(
         os.utime(folder)  # the newest stay
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    prepared.key = key
+    prepared.key, prepared.image_state = key, about["images"]
     chat.appended_end += about["appended_end"]
     chat.split_boundary += about["split_boundary"]
     return prepared
@@ -148,14 +154,15 @@ def store(key: str, prepared: PreparedData, witness: ImageWitness | _Copied, not
         with atomic_folder(folder) as temporary:
             for name, array in prepared.arrays().items():
                 np.save(temporary / f"{name}.npy", array)
-            about = {"account": asdict(prepared.account), "images": witness.written(temporary), **notes}
+            state = witness.written(temporary)
+            about = {"account": asdict(prepared.account), "images": state, **notes}
             (temporary / "about.json").write_text(json.dumps(about), encoding="utf-8")
         entries = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
         for old in entries[KEPT:]:
             shutil.rmtree(old, ignore_errors=True)
     except OSError:
         return
-    prepared.key = key
+    prepared.key, prepared.image_state = key, state
 
 
 class _Copied:

@@ -317,6 +317,25 @@ def test_groups_without_pairs_are_left_out() -> None:
     assert sorted(np.concatenate(order(data, 1).steps_in(0)).tolist()) == [0, 2]
 
 
+@settings(deadline=None)
+@given(groups, st.booleans(), st.integers(0, 5), st.integers(0, 3), st.data())
+def test_a_group_dropped_late_leaves_the_others_in_their_order(
+    shape: Any, shuffle: bool, seed: int, epoch: int, draw: Any
+) -> None:
+    dropped = draw.draw(st.sets(st.integers(0, len(shape) - 1), max_size=len(shape) - 1))
+    less = [
+        (prompt, answers, 0 if n in dropped else pairs) for n, (prompt, answers, pairs) in enumerate(shape)
+    ]
+    before, after = (order(data_of(s), 8, shuffle, seed).epoch_groups(epoch).tolist() for s in (shape, less))
+    assert after == [number for number in before if number not in dropped]
+
+
+def test_checkpoints_of_earlier_versions_go_on_with_the_same_order() -> None:
+    for seed, epoch in itertools.product(range(3), repeat=2):
+        truth = np.random.default_rng([seed, 1, epoch]).permutation(np.arange(40))
+        assert order(SMALL, seed=seed).epoch_groups(epoch).tolist() == truth.tolist()
+
+
 def test_data_that_lost_all_its_pairs_ends_the_run_instead_of_looking_for_steps_forever() -> None:
     data = data_of([(5, [3, 4], 0)] * 3)
     with pytest.raises(UserError, match="wanted at least one usable pair, got none"):

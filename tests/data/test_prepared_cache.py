@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -38,14 +39,14 @@ def prepared(
 
     monkeypatch.setattr(group_tokens, "tokenize_group", counted)
 
-    def run(limit: int | None = None, seed: int = 0, **settings: Any) -> Any:
+    def run(limit: int | None = None, seed: int = 0, file: str | None = None, **settings: Any) -> Any:
         processor = load_processor(tiny_llava, ModelConfig(name=str(tiny_llava)), True)
         chat = ChatTokenizer(processor, stop_token_ids(processor, tiny_llava))
         memo = HashMemo(fresh_cache / "hashes.sqlite")
         run.tokenized = 0  # type: ignore[attr-defined]
-        file = tmp_path / "data" / "pairs.jsonl"
-        config = DataConfig(train=str(file), **settings)
-        data = module.prepare(str(file), config, chat, memo, seed=seed, limit_pairs=limit)
+        name = file or str(tmp_path / "data" / "pairs.jsonl")
+        config = DataConfig(train=name, **settings)
+        data = module.prepare(name, config, chat, memo, seed=seed, limit_pairs=limit)
         memo.close()
         return data
 
@@ -70,6 +71,7 @@ def test_a_second_start_tokenizes_nothing_and_is_the_same(
     second = prepared(**settings)
     assert prepared.tokenized == 0  # type: ignore[attr-defined]
     assert described(second) == described(first)
+    assert first.image_state and (second.key, second.image_state) == (first.key, first.image_state)
 
 
 def test_the_date_is_part_of_the_key_where_the_template_writes_it(tiny_models: Any, tmp_path: Path) -> None:
@@ -83,7 +85,7 @@ def test_the_date_is_part_of_the_key_where_the_template_writes_it(tiny_models: A
         chats = [
             ChatTokenizer(tokenizer, [tokenizer.eos_token_id], today=date(2026, 11, n)) for n in (26, 27)
         ]
-        keys = [entry_key([str(file)], DataConfig(train=str(file)), chat, memo) for chat in chats]
+        keys = [entry_key([str(file)], [tmp_path], DataConfig(train=str(file)), chat, memo) for chat in chats]
         assert len(set(keys)) == count
     memo.close()
 
@@ -112,6 +114,29 @@ def test_changed_rows_and_images_are_prepared_again(
     change(tmp_path / "data")
     prepared(on_bad_row="skip")
     assert prepared.tokenized  # type: ignore[attr-defined]
+
+
+def test_the_image_state_is_another_one_when_an_image_has_changed(
+    prepared: Callable[..., Any], tmp_path: Path
+) -> None:
+    before = prepared()
+    _touched_image(tmp_path / "data")
+    after = prepared()
+    assert before.key == after.key and before.image_state != after.image_state
+
+
+def test_equal_files_in_two_folders_have_entries_of_their_own(
+    prepared: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are named `pairs.jsonl`, and their rows name `images/0.png`: a picture in each."""
+    shutil.copytree(tmp_path / "data", tmp_path / "other")
+    keys = []
+    for folder in ("data", "other"):
+        monkeypatch.chdir(tmp_path / folder)
+        data = prepared(file="pairs.jsonl")
+        assert prepared.tokenized  # type: ignore[attr-defined]
+        keys.append(data.key)
+    assert None not in keys and len(set(keys)) == 2
 
 
 @pytest.mark.parametrize(
