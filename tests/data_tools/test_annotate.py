@@ -430,14 +430,65 @@ def test_gif_images_are_sent_as_png(annotate, tmp_path, write_rows):
     assert sent[0].startswith(b"\x89PNG")
 
 
-def test_annotating_imports_no_torch():
+def test_the_judge_sees_photos_upright_and_greys_of_16_bits_as_greys(
+    annotate, tmp_path, write_rows, read_rows
+):
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    photo = Image.fromarray(np.full((2, 3, 3), (200, 10, 10), np.uint8))
+    turned = Image.Exif()
+    turned[Image.ExifTags.Base.Orientation] = 6
+    more = {"save_all": True, "append_images": [photo], "exif": turned}
+    photo.save(tmp_path / "photo.jpg", "MPO", **more)
+    grey = np.array([[0, 256, 30000], [256 * 129, 65000, 65535]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.tif")
+    Image.fromarray(np.full((2, 2), -1.5, np.float32)).save(tmp_path / "depth.tif")
+    rows = [
+        {"id": name, "question_id": name, "image": name, "question": name, "text": "So."}
+        for name in ("photo.jpg", "grey.tif", "depth.tif")
+    ]
+    sent = {}
+
+    def judge(question, images, answers):
+        sent[question] = Image.open(io.BytesIO(images[0]))
+        return [(1, 1, 1, 1, 1)]
+
+    with GeminiDouble(judge) as double:
+        _, found, _, _ = annotate(double, write_rows(tmp_path / "c.jsonl", rows))
+    assert [row["status"] for row in found] == ["ok", "ok", "bad_image"]
+    assert sent["photo.jpg"].size == (2, 3)
+    assert np.asarray(sent["grey.tif"])[..., 1].tolist() == (grey // 256).tolist()
+
+
+def test_thinking_that_the_older_sdk_does_not_name_is_paid_for(completions, annotate, tmp_path):
+    costs = {}
+    for sdk in SDKS:
+        with GeminiDouble(faults=FaultMix({"max_tokens_thinking": 1.0})) as double:
+            _, [row], _, _ = annotate(double, completions(1), "--sdk", sdk, out=f"{sdk}.jsonl")
+        [entry] = [json.loads(line) for line in (tmp_path / f"{sdk}.journal.jsonl").read_text().splitlines()]
+        assert (row["status"], entry["usage"]["thoughts"], entry["usage"]["output"]) == ("truncated", 8000, 0)
+        costs[sdk] = entry["cost_usd"]
+    assert len(set(costs.values())) == 1 and None not in costs.values()
+
+
+def test_annotating_imports_no_torch(tmp_path):
     import subprocess
     import sys
 
+    from PIL import Image
+
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.gif")
     code = (
         "import sys, fasttrain_data.annotations.run, fasttrain_data.cli, fasttrain_data.gemini_double, "
         "fasttrain_data.pairs.build, fasttrain_data.questions.build\n"
-        "assert not {'torch', 'transformers', 'fasttrain', 'google.genai', 'matplotlib'} & set(sys.modules)"
+        "assert not {'torch', 'transformers', 'fasttrain', 'google.genai', 'matplotlib'} & set(sys.modules)\n"
+        "from pathlib import Path\n"
+        "from fasttrain_data.annotations.prompts import ImageReader\n"
+        f"assert ImageReader(Path({str(tmp_path)!r}))(('a.gif',))[0].mime_type == 'image/png'\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

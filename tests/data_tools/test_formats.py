@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fasttrain_data.errors import BadRow, UserError
 from fasttrain_data.formats import FORMATS, detect_format, read_pairs
 from fasttrain_data.formats.bring_in import import_pairs
+from fasttrain_data.formats.messages import parts_of
 from fasttrain_data.formats.write import export_pairs
 from fasttrain_data.pairs.build import PairSettings, make_pairs
 from fasttrain_data.records import ATTRIBUTES
@@ -174,6 +175,17 @@ def test_every_layout_is_recognised_and_read(name, tmp_path, write_rows):
     [row] = read_pairs(path)
     assert {key: row[key] for key in meaning} == meaning
     assert isinstance(row["id"], str) and row["id"]
+
+
+@pytest.mark.parametrize(
+    "text", ["<image>\nWhy?", "Why?\n<image>", "In\n\n<image>\n\nwhy?\n<image>\n", "<image>"]
+)
+def test_text_around_placeholders_is_read_as_the_trainer_reads_it(text, tmp_path):
+    from fasttrain.data.pairs import read_prompt
+
+    row = {"images": [{"bytes": PNG}] * text.count("<image>")}
+    [(_, trained)], _ = read_prompt(row, text, "line 1", tmp_path)
+    assert [(part["type"], part.get("text", "")) for part in parts_of(text)] == list(trained)
 
 
 def test_helpsteer_answers_become_pairs_by_the_papers_rule(tmp_path, write_rows):

@@ -75,6 +75,45 @@ def test_scigraphqa_takes_the_first_question_and_cuts_fake_human_turns(drafts):
     assert last.question == "Why?"
 
 
+def test_scigraphqa_answers_of_several_lines_are_whole_or_left_out(drafts):
+    record = {
+        "image_file": "a.png",
+        "conversations": [
+            human("What does it show?\n<image>"),
+            gpt("Growth."),
+            human("Why?"),
+            gpt("The reasons are:"),
+            human("* First one."),
+            gpt("* Second one."),
+            human("And then?"),
+            gpt("Nothing."),
+        ],
+        "response": "\n Question: What does it show?\nAnswer: Growth.\n\nQuestion: Why?\nAnswer: The reasons are:\n\n"
+        "* First one.\n* Second one.\n\nQuestion: And then?\nAnswer: Nothing.",
+    }
+
+    def read(**changes):
+        return [(draft.reference, draft.changed[1:]) for draft in drafts({**record, **changes}, turns="each")]
+
+    moved = "placeholder moved to the front"
+    whole = ("The reasons are:\n\n* First one.\n* Second one.", [moved, "split answer put together again"])
+    assert read() == [("Growth.", [moved]), whole]
+    left_out = (None, [moved, "split answer left out"])
+    for unknown in (None, "no questions in it", record["response"].replace("reasons", "causes"), 5):
+        assert read(response=unknown) == [("Growth.", [moved]), left_out]
+    # a request without a question mark ends the conversation too, and splits no answer
+    request = [*record["conversations"][:4], human("Describe the axes."), gpt("Two.")]
+    asked = "Question: Why?\nAnswer: The reasons are:\nQuestion: Describe the axes.\nAnswer: Two."
+    assert read(conversations=request, response=asked)[1] == ("The reasons are:", [moved])
+    # the last line of an odd number of lines is in no turn, and no fake turn tells of it
+    end = {
+        "conversations": record["conversations"][:2],
+        "response": "Question: What does it show?\nAnswer: Growth.\n\nAll in all.",
+    }
+    [draft] = drafts({**record, **end})
+    assert draft.reference == "Growth.\n\nAll in all."
+
+
 def test_scigraphqa_drops_a_record_that_begins_with_an_answer(drafts):
     record = {"image_file": "a.png", "conversations": [human("The figure shows scores."), gpt("Also.")]}
     assert drafts(record) == [("line 1", "first human turn asks nothing")]
@@ -312,10 +351,37 @@ def test_a_limit_is_shared_by_the_sources_and_broken_images_are_replaced(folder,
     assert [row["id"] for row in read_rows(folder / "q.jsonl")] != [row["id"] for row in first]
 
 
+def test_what_a_stratum_turns_out_not_to_have_the_others_give(folder, write_rows, read_rows):
+    rows = [{"question": f"What is {number}?", "image": f"img/{number % 6}.png"} for number in range(40)]
+    one = write_rows(folder / "one.jsonl", rows)
+    rows = [{"question": f"What is {number}?", "image": "img/broken.png"} for number in range(30)]
+    rows[7]["image"] = rows[8]["image"] = "img/0.png"
+    two = write_rows(folder / "two.jsonl", rows)
+    settings = QuestionSettings(limit=20, seed=4)
+    account = build_questions([str(two), str(one)], folder / "q.jsonl", settings)
+    kept = read_rows(folder / "q.jsonl")
+    assert [row["source_file"] for row in kept] == ["two.jsonl"] * 2 + ["one.jsonl"] * 18
+    assert account.notes == ["sampled two.jsonl: 2 of 30", "sampled one.jsonl: 18 of 40"]
+    build_questions([str(two), str(one)], folder / "again.jsonl", settings)
+    assert [row["id"] for row in read_rows(folder / "again.jsonl")] == [row["id"] for row in kept]
+    build_questions([str(two), str(one)], folder / "q.jsonl", QuestionSettings(limit=99))
+    assert len(read_rows(folder / "q.jsonl")) == 42
+
+
 def test_rows_of_the_paper_can_be_cut_out(folder, write_rows, read_rows):
     source = write_rows(folder / "s.jsonl", [{"question": f"What is {number}?"} for number in range(9)])
     build_questions([str(source)], folder / "q.jsonl", QuestionSettings(rows=(3, 5)))
     assert [row["question"] for row in read_rows(folder / "q.jsonl")] == ["What is 3?", "What is 4?"]
+    turns = [
+        [human(f"What is {number}?"), gpt("A."), human(f"Why {number}?"), gpt("B.")] for number in range(4)
+    ]
+    turns[1][0] = gpt("no question")  # a row all the same
+    rows = [{"image": "img/0.png", "conversations": conversation} for conversation in turns]
+    source = write_rows(folder / "s.jsonl", rows)
+    settings = QuestionSettings(rows=(1, 3), turns="each")
+    account = build_questions([str(source)], folder / "q.jsonl", settings)
+    assert [row["question"] for row in read_rows(folder / "q.jsonl")] == ["What is 2?", "Why 2?"]
+    assert account.dropped["s.jsonl"] == {"outside --rows": 4, "no question": 1}
 
 
 def test_real_scigraphqa_files_are_read_whole_and_the_dirt_is_found(shared_data, tmp_path, command):
@@ -328,6 +394,12 @@ def test_real_scigraphqa_files_are_read_whole_and_the_dirt_is_found(shared_data,
     assert "99 read, 98 kept" in stdout
     # 12 of the 99 are known to be damaged; "<image>" follows the question in 55
     assert "changed       11  fake human turns cut" in stdout
+    assert "changed        3  split answer put together again" in stdout
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    [split] = [row for row in rows if row["source_place"] == "line 3"]
+    lines = split["reference_answer"].splitlines()
+    assert lines[0] == "The main takeaways from the graph in Figure 9 are as follows:"
+    assert lines[2].startswith("* The runtime of pruned") and lines[-1].startswith("These results verify")
     assert "dropped        1  first human turn asks nothing" in stdout
     assert "changed       55  placeholder moved to the front" in stdout
     assert not any("<image>" in line for line in out.read_text().splitlines())

@@ -95,14 +95,14 @@ SENT_AS_IS = frozenset({"image/png", "image/jpeg", "image/webp", "image/heic", "
 
 
 def _as_png(image: ImageFile) -> ImageFile:
+    """The picture as training sees it: upright, 8 bits a channel."""
     import io
 
-    from PIL import Image
+    from fasttrain.data.images import open_image  # needs no torch
 
     buffer = io.BytesIO()
     try:
-        with Image.open(io.BytesIO(image.content)) as opened:
-            opened.convert("RGB").save(buffer, "PNG")
-    except (OSError, ValueError) as error:
+        open_image(image.content).save(buffer, "PNG")
+    except ValueError as error:
         raise BadImage(f"cannot be decoded: {error}") from None
     return ImageFile(buffer.getvalue(), "image/png", image.sha256)

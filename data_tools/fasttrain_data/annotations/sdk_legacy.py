@@ -108,15 +108,19 @@ def _reply(response: Any) -> Reply:
     parts = ((candidate or {}).get("content") or {}).get("parts") or []
     texts = [part["text"] for part in parts if part.get("text") is not None]
     block = feedback.get("block_reason")
+    prompt, output, total = (
+        int(usage.get(f"{name}_token_count") or 0) for name in ("prompt", "candidates", "total")
+    )
     return Reply(
         text="".join(texts) if texts else None,
         finish_reason=_finish_name(candidate.get("finish_reason")) if candidate else None,
         block_reason=None if block in (None, "BLOCK_REASON_UNSPECIFIED", 0) else str(block),
         model_version=raw.get("model_version") or None,
         usage={
-            "prompt": int(usage.get("prompt_token_count") or 0),
-            "output": int(usage.get("candidates_token_count") or 0),
-            "thoughts": 0,
+            "prompt": prompt,
+            "output": output,
+            # it has no name for them, they are in the sum alone
+            "thoughts": max(0, total - prompt - output),
             "cached": int(usage.get("cached_content_token_count") or 0),
         },
         raw=raw,

@@ -35,6 +35,11 @@ from fasttrain_data.errors import EXIT_TYPED_FAILURES
     help="Of a local model.",
 )
 @click.option(
+    "--bos",
+    type=click.Choice(["template", "tokenizer"]),
+    help="As model.bos in a recipe, for a local model. Default: as the adapter's run did, else template.",
+)
+@click.option(
     "--batch-size",
     type=click.IntRange(1),
     default=4,
@@ -90,21 +95,26 @@ def complete_command(questions: Path, output: Path, **options: Any) -> int:
     from fasttrain_data.completions.samples import Sampler, SampleSettings
 
     names = ("model", "samples", "temperature", "top_p", "max_new_tokens", "seed", "image_root")
-    settings = SampleSettings(**{name: options[name] for name in names})
+    chosen = {name: options[name] for name in names}
     sampler: Sampler
     if options["server"]:
         from fasttrain_data.calls.dispatch import CallLimits
         from fasttrain_data.completions.server import ServerSampler
 
-        if options["adapter"]:
-            raise click.UsageError("--adapter: wanted with a local model only, got it with --server")
+        for name in ("adapter", "bos"):
+            if options[name]:
+                raise click.UsageError(f"--{name}: wanted with a local model only, got it with --server")
+        settings = SampleSettings(**chosen)
         limits = CallLimits(**{name: options[name] for name in ("in_flight", "rpm", "attempts", "backoff_s")})
         sampler = ServerSampler(options["server"], settings, limits, options["timeout_s"])
     else:
-        from fasttrain_data.completions.local import load_sampler
+        from fasttrain_data.completions.local import bos_of_adapter, load_sampler
 
-        chosen = {name: options[name] for name in ("adapter", "revision", "dtype", "batch_size")}
-        sampler = load_sampler(settings, **chosen)
+        settings = SampleSettings(**chosen, bos=options["bos"] or bos_of_adapter(options["adapter"]))
+        loading = ("adapter", "revision", "dtype", "batch_size")
+        sampler = load_sampler(settings, **{name: options[name] for name in loading})
+        if note := sampler.note():
+            click.echo(note, err=True)
     result = complete(questions, output, settings, sampler)
     for line in result.account.lines():
         click.echo(line)

@@ -1,13 +1,13 @@
 """Sampling with a local Hugging Face model: prompt and image go through it once, whatever the number of samples.
 
 The prompts of a batch are run without their last token; the key-value cache is then repeated once per sample
-and `generate` goes on from there. Every sample has a random generator of its own, so that its text does not
-depend on which others are drawn beside it.
+and `generate` goes on from there. Where images are not LLaVA-1.5's, or layers do not see all that went before,
+`generate` runs the whole prompt of every sample, with all that the processor says about its images. Every sample has
+a random generator of its own, so that its text does not depend on which others are drawn beside it.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -18,12 +18,12 @@ from fasttrain_data.calls.failures import CallFailed
 from fasttrain_data.completions.samples import Done, Drawn, Sample, SampleSettings, messages_of
 from fasttrain_data.errors import UserError
 from fasttrain_data.ids import content_hash
-from fasttrain_data.image_files import ImageFile
 
 # torch is imported by the functions that use it; its types are not spelled here.
 Tensor = Any
-# What PIL raises on files whose header is good and whose pixels are not.
-_DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, RuntimeError)
+# All there is to say about text and LLaVA-1.5's images.
+_INPUTS = ("input_ids", "attention_mask", "pixel_values")
+_PROBE = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
 
 
 def load_sampler(
@@ -70,6 +70,21 @@ def load_sampler(
     return LocalSampler(load, processor, settings, version=version, batch_size=batch_size)
 
 
+def bos_of_adapter(adapter: Path | None) -> Any:
+    """`SampleSettings.bos` as the run had it that made the adapter; "template" where nothing tells."""
+    if adapter is None:
+        return "template"
+    try:
+        from fasttrain.answering.local import bos_of_run
+        from fasttrain.errors import UserError as TrainerError
+    except ImportError:
+        return "template"  # load_sampler says that torch is missing
+    try:
+        return bos_of_run(adapter)
+    except TrainerError:
+        return "template"  # and that this is no adapter
+
+
 def _with_adapter(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
 
@@ -108,11 +123,38 @@ class LocalSampler:
         template = getattr(processor, "chat_template", None)
         if not template:
             raise UserError("--model: wanted a model with a chat template, got one without")
-        self.prompt_hash: str | None = content_hash(template)
+        bos = [] if settings.bos == "template" else [settings.bos]
+        self.prompt_hash: str | None = content_hash(template, *bos)
 
     @cached_property
     def model(self) -> Any:
         return self._load()
+
+    @cached_property
+    def _goes_on_from_a_cache(self) -> bool:
+        """Whether prompts can be run once for all their samples: text, or LLaVA-1.5's images, and layers that see it all."""
+        from fasttrain.answering.local import shares_prompts
+
+        known = not self.takes_images or self.processor.image_processor.model_input_names == ["pixel_values"]
+        return known and shares_prompts(self.model) and not getattr(self.model, "_is_stateful", False)
+
+    def note(self) -> str | None:
+        """What to tell a user of a vision model whose prompts begin otherwise than transformers' processors begin them."""
+        if not self.takes_images or self.settings.bos != "template":
+            return None
+        text = self.processor.apply_chat_template(_PROBE, add_generation_prompt=True, tokenize=False)
+        if not self._tokenizer_begins(text):
+            return None
+        return (
+            f"note: the chat template writes no {self.tokenizer.bos_token}, and prompts begin without it, as in TRL and vLLM; "
+            f"transformers' processors put it in front of a chat, as --bos tokenizer does here"
+        )
+
+    def _tokenizer_begins(self, prompt: str) -> bool:
+        """Whether the tokenizer puts a token in front that the prompt as rendered does not begin with."""
+        from fasttrain.data.tokens import beginning
+
+        return bool(beginning(self.tokenizer)) and not prompt.startswith(self.tokenizer.bos_token)
 
     def draw(self, samples: Iterator[list[Sample]], done: Done) -> None:
         """Batches of `batch_size` questions, each with all its missing samples."""
@@ -137,11 +179,36 @@ class LocalSampler:
 
     def _generate(self, batch: Sequence[tuple[Sequence[Sample], list[Any]]]) -> list[Drawn]:
         """The samples of questions with their decoded images, flat and in order."""
+        if self._goes_on_from_a_cache:
+            return self._once(batch)
+        rows = [(sample, images) for samples, images in batch for sample in samples]
+        drawn: dict[str, Drawn] = {}
+        for with_images in (True, False):  # processors want an image for every prompt, or for none
+            if some := [(sample, images) for sample, images in rows if bool(images) == with_images]:
+                drawn |= zip((sample.key for sample, _ in some), self._whole(some), strict=True)
+        return [drawn[sample.key] for sample, _ in rows]
+
+    def _whole(self, rows: Sequence[tuple[Sample, list[Any]]]) -> list[Drawn]:
+        """Samples from prompts that are run whole, each for itself."""
+        import torch
+
+        prompts = [self._prompt(sample) for sample, _ in rows]
+        with torch.inference_mode():
+            inputs = self._encode(prompts, [images for _, images in rows] if rows[0][1] else [])
+            output_ST = self.model.generate(
+                **inputs, **self._generation([sample.seed for sample, _ in rows], self.model.device)
+            )
+        new_ST = output_ST[:, inputs["input_ids"].shape[1] :].tolist()
+        return [self._drawn(tokens) for tokens in new_ST]
+
+    def _once(self, batch: Sequence[tuple[Sequence[Sample], list[Any]]]) -> list[Drawn]:
+        """Samples from prompts that are run once for all of a question."""
         import torch
 
         prompts = [self._prompt(samples[0]) for samples, _ in batch]
         with torch.inference_mode():
             inputs = self._encode(prompts, [image for _, images in batch for image in images])
+            inputs = {key: inputs[key] for key in _INPUTS if key in inputs}
             ids_BT = inputs.pop("input_ids")
             mask_BT = inputs.pop("attention_mask")
             cache = self._prefill(ids_BT, mask_BT, inputs)
@@ -169,23 +236,24 @@ class LocalSampler:
         return text
 
     def _encode(self, prompts: list[str], images: list[Any]) -> dict[str, Any]:
-        """Left-padded inputs on the model's device; nothing is added that the template does not write."""
+        """Left-padded inputs on the model's device; nothing is added that neither the template nor --bos asks for."""
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         options = {
             "padding": True,
             "padding_side": "left",
             "return_tensors": "pt",
-            "add_special_tokens": False,
+            "add_special_tokens": self.settings.bos == "tokenizer" and self._tokenizer_begins(prompts[0]),
         }
         if images:
-            inputs = self.processor(text=prompts, images=images, **options)
+            inputs = dict(self.processor(text=prompts, images=images, **options))
         else:
-            inputs = self.tokenizer(prompts, **options)
-        wanted = ("input_ids", "attention_mask", "pixel_values")
+            inputs = {
+                key: value for key, value in self.tokenizer(prompts, **options).items() if key in _INPUTS
+            }
         dtype = next(self.model.parameters()).dtype
-        moved = {key: value.to(self.model.device) for key, value in inputs.items() if key in wanted}
-        return {key: value.to(dtype) if key == "pixel_values" else value for key, value in moved.items()}
+        moved = {key: value.to(self.model.device) for key, value in inputs.items() if hasattr(value, "to")}
+        return {key: value.to(dtype) if value.is_floating_point() else value for key, value in moved.items()}
 
     def _prefill(self, ids_BT: Tensor, mask_BT: Tensor, images: dict[str, Tensor]) -> Any:
         """Key-value cache of all prompts but for their last token, from which `generate` starts."""
@@ -274,17 +342,12 @@ def gumbel_sampler(seeds: Sequence[int], temperature: float, top_p: float, devic
 
 def _decode_all(sample: Sample) -> list[Any] | CallFailed:
     """A question's images; the failure of its samples, which names the image, where one cannot be decoded."""
+    from fasttrain.data.images import open_image
+
     images = []
     for name, image in zip(sample.question.images, sample.images, strict=True):
         try:
-            images.append(_decode(image))
-        except _DAMAGED as error:
+            images.append(open_image(image.content))
+        except ValueError as error:
             return CallFailed("bad_image", f"{name}: cannot be decoded: {error}")
     return images
-
-
-def _decode(image: ImageFile) -> Any:
-    from PIL import Image, ImageOps
-
-    with Image.open(io.BytesIO(image.content)) as opened:
-        return ImageOps.exif_transpose(opened).convert("RGB")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from fasttrain_data.calls.failures import CallFailed
 from fasttrain_data.errors import UserError
@@ -16,7 +16,11 @@ from fasttrain_data.records import Question
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings:
-    """What decides the text of a sample, besides model and question."""
+    """What decides the text of a sample, besides model and question.
+
+    bos: of a local model, as `model.bos` in a recipe: whether a prompt begins as the template says, or with the token that
+    the tokenizer puts in front of a text also where the template does not write it.
+    """
 
     model: str
     samples: int = 4
@@ -24,6 +28,7 @@ class SampleSettings:
     top_p: float = 1.0
     max_new_tokens: int = 1024
     seed: int = 0
+    bos: Literal["template", "tokenizer"] = "template"
     image_root: Path | None = None
 
     def __post_init__(self) -> None:
@@ -81,6 +86,7 @@ def samples_of(
 ) -> list[Sample]:
     """All samples of a question. A seed follows from the question and the sample's number alone."""
     samples = []
+    begun: list[Any] = [] if settings.bos == "template" else [["bos", settings.bos]]
     for index in range(settings.samples):
         seed = seed_of("complete", settings.seed, question.id, index)
         key = content_hash(
@@ -90,6 +96,7 @@ def samples_of(
             [settings.model, version],
             [settings.temperature, settings.top_p, settings.max_new_tokens],
             seed,
+            *begun,
         )
         samples.append(Sample(key, question, images, index, seed))
     return samples

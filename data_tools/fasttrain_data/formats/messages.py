@@ -27,13 +27,16 @@ class Place:
 
 
 def parts_of(text: str) -> list[dict[str, str]]:
-    """Text with `<image>` in it as parts; the line break beside a placeholder belongs to templates."""
+    """Text with `<image>` in it as parts; the line breaks beside a placeholder belong to templates."""
     parts: list[dict[str, str]] = []
-    for index, piece in enumerate(text.split(PLACEHOLDER)):
+    pieces = text.split(PLACEHOLDER)
+    for index, piece in enumerate(pieces):
         if index:
             parts.append({"type": "image"})
             piece = piece.removeprefix("\n")
-        if piece.strip() or (not index and PLACEHOLDER not in text):
+        if index + 1 < len(pieces):
+            piece = piece.removesuffix("\n")
+        if piece.strip() or len(pieces) == 1:
             parts.append({"type": "text", "text": piece})
     return parts
 

@@ -71,6 +71,7 @@ def judged(
     }
     if fault == "max_tokens_thinking":
         body["usageMetadata"]["thoughtsTokenCount"] = 8000
+        body["usageMetadata"]["totalTokenCount"] += 8000
     return body
 
 

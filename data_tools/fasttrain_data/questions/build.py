@@ -30,7 +30,8 @@ class QuestionSettings:
 
     missing_images: `drop` (counted, listed), `keep` (marked by a null hash), or `stop`.
     on_overlap: what to do with a question whose image or text is in an evaluation file.
-    near: see Duplicates. rows: (first, end) of each source, counted from 0 as in the paper; None for all.
+    near: see Duplicates. rows: (first, end) of each source, counted from 0 as in the paper, whatever
+    the number of questions of a row; None for all.
     """
 
     limit: int | None = None
@@ -134,7 +135,7 @@ def _candidates(
     for spec in sources:
         form, path = split_source(spec)
         source = path.name
-        for index, draft in enumerate(read_drafts(path, form, settings.turns)):
+        for index, draft in _with_row_numbers(read_drafts(path, form, settings.turns)):
             if index < first or (end is not None and index >= end):
                 account.drop(source, "outside --rows", f"{path} {_place(draft)}")
                 continue
@@ -152,6 +153,15 @@ def _candidates(
             else:
                 yield candidate
     seen.close()
+
+
+def _with_row_numbers(
+    drafts: Iterator[Draft | tuple[str, str]],
+) -> Iterator[tuple[int, Draft | tuple[str, str]]]:
+    """Drafts, each with the number of the row that it comes from."""
+    for number, (_, of_row) in enumerate(itertools.groupby(drafts, _place)):
+        for draft in of_row:
+            yield number, draft
 
 
 def _place(draft: Draft | tuple[str, str]) -> str:
@@ -216,19 +226,25 @@ def _sample(
 ) -> list[_Candidate]:
     """A seeded sample of `limit` admitted candidates in file order, shared evenly over the strata.
 
-    A candidate that is not admitted is replaced by the next one of its stratum.
+    A candidate that is not admitted is replaced by the next one of its stratum, or of the others when that has none left.
     """
     heaps: dict[str, BottomK[_Candidate]] = {}
     for candidate in candidates:
         heap = heaps.setdefault(_stratum(candidate, settings), BottomK(limit + _SPARE, settings.seed))
         heap.offer(content_hash(candidate.draft.images, candidate.draft.question), candidate)
-    shares = share_out(limit, {name: heap.offered for name, heap in heaps.items()})
-    chosen: list[_Candidate] = []
+    admitted = {name: filter(entrance.admit, heap.ordered()) for name, heap in heaps.items()}
+    chosen: dict[str, list[_Candidate]] = {name: [] for name in heaps}
+    available = {name: heap.offered for name, heap in heaps.items()}
+    short = True
+    while short:
+        short = False
+        for name, share in share_out(limit, available).items():
+            chosen[name] += itertools.islice(admitted[name], share - len(chosen[name]))
+            if len(chosen[name]) < share:
+                available[name], short = len(chosen[name]), True
     for name, heap in heaps.items():
-        admitted = list(itertools.islice(filter(entrance.admit, heap.ordered()), shares[name]))
-        account.notes.append(f"sampled {name}: {len(admitted):,} of {heap.offered:,}")
-        chosen += admitted
-    return sorted(chosen, key=lambda candidate: candidate.number)
+        account.notes.append(f"sampled {name}: {len(chosen[name]):,} of {heap.offered:,}")
+    return sorted(itertools.chain(*chosen.values()), key=lambda candidate: candidate.number)
 
 
 def _stratum(candidate: _Candidate, settings: QuestionSettings) -> str:

@@ -23,6 +23,8 @@ ARXIV_FIGURE = re.compile(
 )
 COORDINATES = re.compile(r"\bX:\s*\d+,?\s*Y:\s*\d+")
 _NO_UNICODE = "text that is not valid Unicode"
+# SciGraphQA's `response`: questions with their answers as the language model wrote them, line breaks included.
+_ASKED = re.compile(r"^\s*Question:(.*?)^\s*Answer:(.*?)(?=^\s*Question:|\Z)", re.MULTILINE | re.DOTALL)
 _REQUEST = re.compile(
     r"(?:please|can|could|describe|explain|summari[sz]e|compare|discuss|identify|list|tell|give|show|analy[sz]e|"
     r"interpret|what|which|how|why|when|where|who|is|are|do|does|did)\b",
@@ -106,14 +108,36 @@ def _read_scigraphqa(row: Row, place: str, turns: Turns | None) -> Iterator[Draf
     humans = [text for role, text in conversation if role == "human"]
     if humans and not _asks(clean_text(humans[0])[0]):
         raise Unusable("first human turn asks nothing")
-    changed = []
-    for number, text in enumerate(humans[1:], start=1):
-        if not clean_text(text)[0].endswith("?"):
-            changed.append("fake human turns cut")
-            conversation = conversation[: 2 * number]
-            break
+    asking = [clean_text(text)[0].endswith("?") for text in humans[1:]]
+    cut = not all(asking)
+    if cut:
+        conversation = conversation[: 2 * (asking.index(False) + 1)]
+    conversation, mended = _with_whole_answer(conversation, row.get("response"), cut)
+    changed = ["fake human turns cut"] if cut else []
     base = Draft("scigraphqa", place, "", [image], source_id=str(row.get("id", image)), changed=changed)
-    yield from _from_conversation(base, conversation, turns or "first")
+    for draft in _from_conversation(base, conversation, turns or "first"):
+        if mended and len(draft.history) == (len(conversation) - 1) // 2 * 2:
+            draft.changed.append(mended)
+        yield draft
+
+
+def _with_whole_answer(
+    conversation: list[tuple[str, str]], response: Any, cut: bool
+) -> tuple[list[tuple[str, str]], str | None]:
+    """(the conversation with its last answer whole, what was done to it): of an answer of several lines, the turn has one.
+
+    `response` has the others. Without it, or where it has another answer, one that a cut follows is left out.
+    """
+    if len(conversation) % 2 or not conversation:
+        return conversation, None
+    question, line = (clean_text(text)[0] for _, text in conversation[-2:])
+    pairs = _ASKED.findall(response) if isinstance(response, str) else []
+    answers = [clean_text(answer)[0] for asked, answer in pairs if clean_text(asked)[0] == question]
+    whole = next((answer for answer in answers if answer.startswith(line)), None)
+    if whole is None:
+        return (conversation[:-1], "split answer left out") if cut else (conversation, None)
+    mended = None if whole == line else "split answer put together again"
+    return [*conversation[:-1], (conversation[-1][0], whole)], mended
 
 
 def _q_a_pairs(row: Row) -> list[tuple[str, str]]:
