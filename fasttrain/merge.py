@@ -16,14 +16,15 @@ from fasttrain.errors import UserError
 from fasttrain.files import atomic_folder
 from fasttrain.model.load import find_folder, load_model, load_model_config, load_processor, takes_images
 from fasttrain.model.lora import read_adapter, read_adapter_config
+from fasttrain.model.no_videos import save_processor
 from fasttrain.progress import say
 
 
 def merge(run: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
     """Write the merged model to `out`, whole or not at all; UserError for a run or folder that cannot be merged.
 
-    The product of each low-rank pair is made in fp32, added and rounded once to the type of the base model's files. A trained
-    projector takes the base's place. A fully fine-tuned run is copied: its `final/` is such a folder already.
+    The weights of an adapter are rounded to the type of the base model's files; so is the product of each low-rank pair, which
+    is made in fp32, and so is its sum with the base's weights. A trained projector takes the base's place. A fully fine-tuned run is copied: its `final/` is such a folder already.
     `trust_remote_code` lets the Python code run that comes with the base; a run's recipe may say so itself.
     """
     trained = _find_trained(run)
@@ -90,7 +91,7 @@ def _merge_adapter(run: Path, adapter: Path, out: Path, trust_remote_code: bool)
     processor = load_processor(folder, base, takes_images(model_config))  # training leaves it as it is
     with atomic_folder(out) as temporary:
         _save(merged, temporary, folder)
-        processor.save_pretrained(temporary)
+        save_processor(processor, folder, temporary)
         card = _card(base, run)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 

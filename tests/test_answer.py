@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import runpy
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -114,6 +116,40 @@ def test_layers_that_cannot_share_go_through_generate(
     assert found[1] == found[4]
     truth = plain_answer(model, model.generator.model, questions[2], 8)
     assert [reply.text for reply in found[1]["q2"]] == truth
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"repetition_penalty": 1.8},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(0, 200, 2))},
+        {"num_beams": 3},
+        {"min_new_tokens": 8, "do_sample": True, "temperature": 0.1, "top_k": 5},
+    ],
+)
+def test_the_models_own_generation_settings_change_no_answer(
+    own: dict[str, Any], tiny_mistral_sliding: Path, text_questions: Path, tmp_path: Path
+) -> None:
+    """The same weights with and without penalties in generation_config.json; with an adapter round them too."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path / "penalised"
+    shutil.copytree(tiny_mistral_sliding, folder)
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    questions = read_questions(text_questions)
+    plain, model = (LocalModel(ModelConfig(name=str(name))) for name in (tiny_mistral_sliding, folder))
+    # more stops are met early, so that a least length would show
+    plain.stops = model.stops = [*plain.stops, *range(100, 116)]
+    truth = answers_of(plain, questions, Decoding(max_new_tokens=12))
+    assert answers_of(model, questions, Decoding(max_new_tokens=12)) == truth
+    bare = model.generator.model
+    kept = dict(bare.generation_config.to_dict())
+    adapted = get_peft_model(bare, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    generic = GenericGenerator(adapted, model.processor, model.stops)
+    for question in questions:
+        assert generic.answer([question], Decoding(max_new_tokens=12)) == [truth[question.id]]
+    assert bare.generation_config.to_dict() == kept and kept.items() >= own.items()
 
 
 def test_the_generic_way_answers_about_images_as_the_shared_one_does(

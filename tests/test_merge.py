@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -112,6 +115,28 @@ def test_a_head_tied_to_an_adapted_embedding_stays_where_it_was(
     ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert not torch.allclose(*ends, atol=1e-3)  # the adapter is on the embedding
     assert not (model.config.tie_word_embeddings or model.config.get_text_config().tie_word_embeddings)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is not None, reason="videos are read where it is there"
+)
+def test_video_settings_are_kept_where_videos_cannot_be_read(
+    tiny_models: ModuleType, tiny_families: ModuleType, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    base = tiny_families.save(tiny_models, tmp_path / "base", "Qwen2.5-VL")
+    videos = {"max_frames": 768, "video_processor_type": "Qwen2VLVideoProcessor"}
+    settings = json.loads((base / "processor_config.json").read_text()) | {"video_processor": videos}
+    (base / "processor_config.json").write_text(json.dumps(settings))
+    (base / "video_preprocessor_config.json").write_text(json.dumps(videos))
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    merged = merge(tmp_path / "adapter", tmp_path / "merged")
+    assert json.loads((merged / "video_preprocessor_config.json").read_text()) == videos
+    assert json.loads((merged / "processor_config.json").read_text())["video_processor"] == videos
 
 
 @pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")  # it tells so when the adapter is made

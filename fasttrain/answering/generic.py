@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from datetime import date
 from typing import Any
 
@@ -81,10 +82,11 @@ class GenericGenerator:
             decoding.top_p,
             self.model.device,
         )
-        output_ST = self.model.generate(
-            **moved, max_new_tokens=decoding.max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
-            logits_processor=[picker], eos_token_id=self.stops, pad_token_id=self.tokenizer.pad_token_id,
-        )  # fmt: skip
+        with _neutral(self.model):
+            output_ST = self.model.generate(
+                **moved, max_new_tokens=decoding.max_new_tokens, do_sample=False, logits_processor=[picker],
+                eos_token_id=self.stops, pad_token_id=self.tokenizer.pad_token_id,
+            )  # fmt: skip
         new_ST = output_ST[:, moved["input_ids"].shape[1] :].tolist()
         return [reply_of(tokens, set(self.stops), self.tokenizer) for tokens in new_ST]
 
@@ -137,6 +139,19 @@ class GenericGenerator:
             raise BadRow(
                 question.where, "question", "a conversation that the chat template renders", problem
             ) from None
+
+
+@contextlib.contextmanager
+def _neutral(model: Any) -> Iterator[None]:
+    """The model without generation settings of its own (penalties, suppressed tokens, beams), as the shared way answers."""
+    from transformers import GenerationConfig
+
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, owner.generation_config = owner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        owner.generation_config = own
 
 
 def _plain(message: Message) -> dict[str, str]:

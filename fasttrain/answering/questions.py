@@ -67,9 +67,7 @@ def read_questions(path: Path, image_root: Path | None = None) -> list[Question]
 
 def question_of(row: dict[str, Any], where: str, image_root: Path, number: int) -> Question:
     """One row. The question stands under `turns` (several), `text`, `question`, `prompt` or `instruction`."""
-    name = row.get("question_id", row.get("id"))
-    if name is None:
-        name = number
+    name = question_name(row, number)
     if isinstance(name, bool) or not isinstance(name, (str, int)):
         raise BadRow(where, "question_id", "text or an integer", name)
     turns = row.get("turns")
@@ -88,6 +86,12 @@ def question_of(row: dict[str, Any], where: str, image_root: Path, number: int) 
         raise BadRow(where, "turns", f"{PLACEHOLDER} in the first turn only", "one in a later turn")
     messages, images = read_prompt(row, _with_history(row, prompt, where), where, image_root)
     return Question(id=name, where=where, messages=messages, later_turns=later, images=images, row=row)
+
+
+def question_name(row: dict[str, Any], number: int) -> Any:
+    """The row's id, unchecked; its place in the file, counted from 1, where it has none."""
+    name = row.get("question_id", row.get("id"))
+    return number if name is None else name
 
 
 def _single(row: dict[str, Any], where: str) -> Any:

@@ -151,6 +151,7 @@ def _answer(
     """Ask everything, write the official files; those by part, and whether questions stayed without answer."""
     from fasttrain import __version__
     from fasttrain.answering.run import answer_questions
+    from fasttrain.evaluate.earlier import bring_back, hash_answers, set_aside
     from fasttrain.files import write_json
 
     parts = benchmark.read(data, reading)
@@ -164,7 +165,10 @@ def _answer(
         name: [by_question[id(question)] for question in part if id(question) in by_question]
         for name, part in parts.items()
     }
+    set_aside(out)
     files = benchmark.write(out, by_part, shared.name(), data)
+    written = dict(zip(parts, files))
+    bring_back(out, hash_answers(written.values()))
     for path in files:
         click.echo(f"answers: {path}")
     for name, ids in failures.items():
@@ -189,7 +193,7 @@ def _answer(
         "fasttrain": __version__,
     }
     write_json(out / "eval.json", about)
-    return dict(zip(parts, files)), bool(failures)
+    return written, bool(failures)
 
 
 def _given_answers(benchmark: Benchmark, data: Path, answers: tuple[str, ...]) -> dict[str, Path]:
@@ -218,15 +222,19 @@ def _given_answers(benchmark: Benchmark, data: Path, answers: tuple[str, ...]) -
 
 
 def _score(benchmark: Benchmark, data: Path, out: Path, files: dict[str, Path], limit: int | None) -> int:
+    from fasttrain.evaluate.earlier import bring_back, hash_answers, set_aside
     from fasttrain.evaluate.results import write_results
     from fasttrain.files import write_json
 
     assert benchmark.score is not None
+    answers_hash = hash_answers(files.values())
+    set_aside(out)
+    bring_back(out, answers_hash)
     given = {part: benchmark.read_answers(path) for part, path in files.items()}
     scored = benchmark.score(data, given, limit)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "scores.json", scored.scores)
     write_results(out, scored.results)
+    write_json(out / "scores.json", scored.scores | {"answers_hash": answers_hash})
     for line in scored.warnings:
         click.echo(f"fasttrain: warning: {line}", err=True)
     for line in scored.lines:
@@ -249,6 +257,7 @@ def _tell_unjudged(benchmark: Benchmark, answers: Path, data: Path, out: Path) -
 
 
 def _judge(bench: str, data: Path, answers: Path, out: Path, judge: Any, dry_run: bool) -> int:
+    from fasttrain.evaluate.earlier import bring_back, hash_answers, set_aside
     from fasttrain.evaluate.judging import forecast_judging, judge_benchmark
     from fasttrain.evaluate.judging.told import score_lines
     from fasttrain.files import write_json
@@ -261,8 +270,11 @@ def _judge(bench: str, data: Path, answers: Path, out: Path, judge: Any, dry_run
             f"{forecast.prompt_tokens:,} tokens in and {forecast.output_tokens:,} out, {money}"
         )
         return 0
+    answers_hash = hash_answers([answers])
+    set_aside(out)
+    bring_back(out, answers_hash)
     scores = judge_benchmark(bench, data, answers, out, judge)
-    write_json(out / "scores.json", scores)
+    write_json(out / "scores.json", scores | {"answers_hash": answers_hash})
     for line in score_lines(scores):
         click.echo(line)
     click.echo(f"scores: {out / 'scores.json'}")

@@ -74,9 +74,11 @@ def check_recipes(study) -> None:  # type: ignore[no-untyped-def]
 
 
 def _tell(study) -> None:  # type: ignore[no-untyped-def]
+    from fasttrain.study.execute import incomplete
     from fasttrain.study.page import write_page
     from fasttrain.study.results import collect, write_results
     from fasttrain.study.table import cost_lines, findings, table_lines
+    from fasttrain.study.tasks import tasks_of
 
     results = collect(study)
     if not results.rows:
@@ -88,6 +90,9 @@ def _tell(study) -> None:  # type: ignore[no-untyped-def]
         click.echo(line)
     write_results(results, study.output / "results.json")
     click.echo(f"page: {write_page(results, study.output)}")
+    for task in tasks_of(study):
+        if task.is_incomplete:
+            click.echo(f"{task.kind} {task.subject}{incomplete(task)}", err=True)
     if results.missing:
         click.echo(f"{len(results.missing)} runs are not finished", err=True)
         sys.exit(3)

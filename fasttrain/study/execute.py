@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from fasttrain.answering.command import EXIT_TYPED_FAILURES
 from fasttrain.errors import UserError
 from fasttrain.files import write_json
 from fasttrain.signals import on_sigterm
@@ -30,7 +31,14 @@ def execute(tasks: list[Task], logs: Path, echo: Callable[[str], object]) -> Non
                 continue
             echo(f"[{number}/{len(tasks)}] {task.kind:8} {task.subject} ...")
             seconds = _run(task, logs / f"{task.note.stem}.log")
-            echo(f"{'':10}done in {seconds:.1f} s")
+            echo(f"{'':10}done in {seconds:.1f} s{incomplete(task)}")
+
+
+def incomplete(task: Task) -> str:
+    """What there is to say of a step whose results leave something out; nothing of any other."""
+    if not task.is_incomplete:
+        return ""
+    return f"; some answers or judgements are missing, see its log; delete {task.note} to try again"
 
 
 def _leave() -> None:
@@ -43,7 +51,7 @@ def _run(task: Task, log: Path) -> float:
     start = time.monotonic()
     for path in (task.output, task.note):
         path.parent.mkdir(parents=True, exist_ok=True)
-    spent = _spent(task)
+    spent, inputs = _spent(task), task.read()
     with log.open("ab") as file:
         file.write(f"\n$ {task.shown}\n".encode())
         file.flush()
@@ -61,8 +69,10 @@ def _run(task: Task, log: Path) -> float:
                 child.wait()
                 raise
     seconds = time.monotonic() - start
-    if code == 0 and task.output.exists():
-        write_json(task.note, {"command": task.shown, "seconds": spent + seconds})
+    left_out = code == EXIT_TYPED_FAILURES and task.may_be_incomplete
+    if (code == 0 or left_out) and task.output.exists():
+        note = {"command": task.shown, "inputs": inputs, "seconds": spent + seconds}
+        write_json(task.note, note | ({"incomplete": True} if left_out else {}))
         return seconds
     write_json(task.note, {"command": "", "seconds": spent + seconds})
     if code == 0:  # training that was told to stop ends well, without its result

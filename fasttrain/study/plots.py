@@ -8,6 +8,7 @@ from typing import Any
 
 from fasttrain.study.results import Results, Row
 from fasttrain.study.run import Run
+from fasttrain.study.scores import Scored
 from fasttrain.study.table import METHOD_NAMES
 
 _COLOURS = {"dpo": "#4477aa", "sft": "#ee6677", "rejection": "#228833", "steerlm": "#aa3377", None: "#777777"}
@@ -75,12 +76,12 @@ def _bars(figure: Any, rows: list[Row], name: str) -> None:
     axis = figure.subplots()
     for place, row in enumerate(reversed(rows)):
         scored = row.scored[name]
-        low, high = scored.interval()
+        below, over = _reach(scored)
         colour = _COLOURS[row.run.method if row.run else None]
         axis.errorbar(
             scored.mean,
             place,
-            xerr=[[scored.mean - low], [high - scored.mean]],
+            xerr=[[below], [over]],
             fmt="o",
             color=colour,
             capsize=3,
@@ -90,6 +91,12 @@ def _bars(figure: Any, rows: list[Row], name: str) -> None:
     axis.grid(axis="x", alpha=0.3)
 
 
+def _reach(scored: Scored) -> tuple[float, float]:
+    """How far the interval reaches below and above the mean; never below zero, which rounding can make of nothing."""
+    low, high = scored.interval()
+    return max(0.0, scored.mean - low), max(0.0, high - scored.mean)
+
+
 def _curve(
     figure: Any, lines: dict[str, list[tuple[float, Row]]], name: str, label: str, base: Row | None
 ) -> None:
@@ -97,9 +104,7 @@ def _curve(
     for series, points in lines.items():
         places = [place for place, _ in points]
         means = [row.scored[name].mean for _, row in points]
-        bounds = [row.scored[name].interval() for _, row in points]
-        below = [mean - low for mean, (low, _) in zip(means, bounds, strict=True)]
-        over = [high - mean for mean, (_, high) in zip(means, bounds, strict=True)]
+        below, over = zip(*(_reach(row.scored[name]) for _, row in points), strict=True)
         axis.errorbar(places, means, yerr=[below, over], marker="o", capsize=3, label=series)
     if base is not None:
         axis.axhline(base.scored[name].mean, color="#777777", linestyle="--", label=base.name)

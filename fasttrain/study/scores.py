@@ -48,11 +48,11 @@ class Scored:
 
 
 def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Score interval of a share (Wilson, JASA 1927)."""
+    """Score interval of a share (Wilson, JASA 1927); its ends are exact at none and at all."""
     share = right / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2) / (1 + z * z / total)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return 0.0 if right == 0 else max(0.0, centre - half), 1.0 if right == total else min(1.0, centre + half)
 
 
 def _bootstrap(values: np.ndarray) -> tuple[float, float]:
@@ -63,14 +63,29 @@ def _bootstrap(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def score_exactly(questions: Path, answers: Path) -> Scored:
-    """1 where the answer is the question's `answer` word for word, spaces at its ends aside; else 0."""
+def right_answers(questions: Path) -> dict[str, str]:
+    """By the question's name, as `fasttrain answer` gives it; UserError for a question that cannot be scored exactly."""
+    from fasttrain.answering.questions import question_name
+
     truths: dict[str, str] = {}
-    for place, row in _rows(questions):
+    for number, (place, row) in enumerate(_rows(questions), start=1):
         truth = row.get("answer", row.get("reference_answer"))
         if not isinstance(truth, str):
             raise UserError(f"{questions} {place}: answer: wanted the right answer as text, got {truth!r}")
-        truths[str(row.get("question_id", row.get("id", place)))] = truth.strip()
+        if row.get("turns") is not None:
+            raise UserError(f"{questions} {place}: turns: wanted one question, got turns")
+        name = str(question_name(row, number))
+        if name in truths:
+            raise UserError(f"{questions} {place}: question_id: wanted an id of its own, got {name!r} again")
+        truths[name] = truth.strip()
+    if not truths:
+        raise UserError(f"{questions}: wanted at least one question, got none")
+    return truths
+
+
+def score_exactly(questions: Path, answers: Path) -> Scored:
+    """1 where the answer is the question's `answer` word for word, spaces at its ends aside; else 0."""
+    truths = right_answers(questions)
     given = {str(row["question_id"]): str(row["text"]) for _, row in _rows(answers)}
     missing = [name for name in truths if name not in given]
     if missing:

@@ -12,6 +12,7 @@ from typing import Any, get_args
 from fasttrain.config import read_yaml_mapping
 from fasttrain.errors import UserError, did_you_mean
 from fasttrain.study.run import Method, Run
+from fasttrain.study.scores import right_answers
 
 METHODS: tuple[str, ...] = get_args(Method)
 _AXES = ("method", "model", "answers", "pairs", "flip", "beta")
@@ -167,6 +168,13 @@ def _evaluation(raw: dict[str, Any], where: str, folder: Path) -> Evaluation:
         raise UserError(
             f"{where}: wanted questions or benchmark, got {'both' if given.questions else 'neither'}"
         )
+    if given.questions:
+        try:
+            right_answers(given.questions)
+        except UserError as error:
+            raise UserError(f"{where}.questions: {error}") from None
+    if given.benchmark:
+        _check_benchmark(given.benchmark, given.options, where)
     if given.benchmark and given.data is None:
         raise UserError(f"{where}.data: wanted the benchmark's folder, got nothing")
     if given.steer is not None and (not isinstance(given.steer, str) or given.questions is None):
@@ -174,6 +182,23 @@ def _evaluation(raw: dict[str, Any], where: str, folder: Path) -> Evaluation:
             f"{where}.steer: wanted five scores such as 4,4,4,2,2 beside questions, got {given.steer!r}"
         )
     return given
+
+
+def _check_benchmark(name: Any, options: tuple[str, ...], where: str) -> None:
+    """UserError for a name that `fasttrain eval` does not know, and for a judged benchmark without its judge."""
+    from fasttrain.evaluate.command import NAMES
+    from fasttrain.evaluate.judging import JUDGED
+
+    if name not in NAMES:
+        wanted = f"{where}.benchmark: wanted {' or '.join(NAMES)}, got {name!r}"
+        raise UserError(wanted + did_you_mean(str(name), list(NAMES)))
+    if "--judge-dry-run" in options or (
+        name in JUDGED and not any(word == "--judge" or word.startswith("--judge=") for word in options)
+    ):
+        raise UserError(
+            f"{where}.options: wanted a judge for {name}, as [--judge, MODEL], got "
+            f"{' '.join(options) or 'nothing'}: without one it has no scores"
+        )
 
 
 def _entry(kind: type, raw: dict[str, Any], where: str, folder: Path, needed: tuple[str, ...]) -> Any:

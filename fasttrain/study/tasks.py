@@ -1,7 +1,7 @@
 """A study as commands: data, training, answers and benchmarks, in an order in which each finds what it needs.
 
 Every task is one command line of this project. A task is done when its output is there and its note says that this very
-command made it.
+command made it from the very files that it reads now.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fasttrain.config import load_config
+from fasttrain.evaluate.results import RESULTS
+from fasttrain.files import hash_file
 from fasttrain.study.run import Run
 from fasttrain.study.spec import AnswerSource, Evaluation, Study
 
@@ -23,7 +26,10 @@ BASE = "base"
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """kind: data, train or evaluate. subject: what it is of, for the table. output: what is there when it is done."""
+    """kind: data, train or evaluate. subject: what it is of, for the table. output: what is there when it is done.
+
+    inputs: files whose content decides the output.
+    """
 
     kind: str
     subject: str
@@ -31,6 +37,7 @@ class Task:
     output: Path
     note: Path
     after: Path | None = None  # note of the task whose result this one uses
+    inputs: tuple[Path, ...] = ()
 
     @property
     def shown(self) -> str:
@@ -46,7 +53,21 @@ class Task:
         ):
             return False  # what it used was made anew
         said = json.loads(self.note.read_text(encoding="utf-8"))
-        return said.get("command") == self.shown
+        # notes of earlier versions do not tell what was read
+        return said.get("command") == self.shown and said.get("inputs", self.read()) == self.read()
+
+    def read(self) -> dict[str, str]:
+        """A hash of each input's content, as the note keeps it."""
+        return {str(path): _hash(path) for path in self.inputs}
+
+    @property
+    def may_be_incomplete(self) -> bool:
+        """Whether its results are of use when some are missing, as a benchmark's are whose judge left some out."""
+        return self.kind == "evaluate" and self.output.name == RESULTS
+
+    @property
+    def is_incomplete(self) -> bool:
+        return self.note.exists() and "incomplete" in json.loads(self.note.read_text(encoding="utf-8"))
 
     @property
     def seconds(self) -> float:
@@ -54,6 +75,18 @@ class Task:
         if not self.note.exists():
             return 0.0
         return float(json.loads(self.note.read_text(encoding="utf-8")).get("seconds", 0.0))
+
+
+def _hash(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    found = path.stat()
+    return _hash_version(path, found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _hash_version(path: Path, size: int, modified_ns: int) -> str:
+    return hash_file(path)
 
 
 def tasks_of(study: Study) -> list[Task]:
@@ -102,11 +135,14 @@ def _put(tasks: dict[Path, Task], task: Task) -> None:
 
 
 def _task(
-    study: Study, kind: str, subject: str, command: list[Any], output: Path, after: Path | None = None
-) -> Task:
+    study: Study, kind: str, subject: str, command: list[Any], output: Path, inputs: list[Path],
+    after: Path | None = None,
+) -> Task:  # fmt: skip
     words = tuple(str(word) for word in command)
     note = _note(study, output)
-    return Task(kind=kind, subject=subject, command=words, output=output, note=note, after=after)
+    return Task(
+        kind=kind, subject=subject, command=words, output=output, note=note, after=after, inputs=tuple(inputs)
+    )
 
 
 def _note(study: Study, output: Path) -> Path:
@@ -122,11 +158,13 @@ def _data(study: Study, run: Run) -> Task:
         if (name == "rejected" and run.method != "dpo") or (name == "take" and run.method == "dpo"):
             continue
         command += [f"--{name.replace('_', '-')}", value]
+    inputs = [source.annotations]
     if run.method == "sft" and study.pair.get("take", "gold") == "gold" and source.questions:
         command += ["--questions", source.questions]
+        inputs.append(source.questions)
     if run.flip:
         command += ["--flip", f"{run.flip:g}"]
-    return _task(study, "data", output.stem, [*command, "--image-root", image_root(source)], output)
+    return _task(study, "data", output.stem, [*command, "--image-root", image_root(source)], output, inputs)
 
 
 def data_file(study: Study, run: Run) -> Path:
@@ -165,7 +203,8 @@ def _training(study: Study, run: Run) -> Task:
     command: list[Any] = [*study.launcher, run.command, "-c", study.recipe]
     for override in overrides_of(study, run):
         command += ["-s", override]
-    return _task(study, "train", run.name, [*command, "--resume"], trained(study, run))
+    inputs = [study.recipe, data_file(study, run)]
+    return _task(study, "train", run.name, [*command, "--resume"], trained(study, run), inputs)
 
 
 def trained(study: Study, run: Run) -> Path:
@@ -178,7 +217,8 @@ def _steered(study: Study, name: str, evaluation: Evaluation) -> Task:
     command: list[Any] = ["fasttrain-data", "steer", evaluation.questions, "-o", output]
     if evaluation.steer:
         command += ["--scores", evaluation.steer]
-    return _task(study, "data", output.stem, [*command, "--image-root", _root(evaluation)], output)
+    words = [*command, "--image-root", _root(evaluation)]
+    return _task(study, "data", output.stem, words, output, [evaluation.questions])
 
 
 def _root(evaluation: Evaluation) -> Path:
@@ -197,17 +237,19 @@ def _evaluations(
     after = None if run is None else _note(study, trained(study, run))
     for name, evaluation in study.evaluations.items():
         folder = evaluation_folder(study, subject, name)
+        inputs: list[Path] = []
         if evaluation.questions is not None:
             output = folder / "answers.jsonl"
-            command: list[Any] = ["fasttrain", "answer", asked_questions(study, name, run), "-o", output]
+            inputs.append(asked_questions(study, name, run))
+            command: list[Any] = ["fasttrain", "answer", *inputs, "-o", output]
             command += [*answerer, "--image-root", _root(evaluation)]
             if evaluation.max_new_tokens:
                 command += ["--max-new-tokens", evaluation.max_new_tokens]
         else:
-            output = folder / "results.jsonl"
+            output = folder / RESULTS
             command = ["fasttrain", "eval", evaluation.benchmark, *answerer]
             command += ["--data", evaluation.data, "-o", folder]
-        yield _task(study, "evaluate", subject, [*command, *evaluation.options], output, after)
+        yield _task(study, "evaluate", subject, [*command, *evaluation.options], output, inputs, after)
 
 
 def printed(tasks: list[Task]) -> Iterator[str]:

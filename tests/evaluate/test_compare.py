@@ -172,6 +172,60 @@ def test_pope_tests_pair_questions_by_split(write_eval: Callable[..., Path], tmp
     assert test.test.p_value < 0.002 and test.test.interval[0] > 0.1
 
 
+def test_a_question_that_several_splits_ask_counts_once(write_eval: Callable[..., Path]) -> None:
+    """POPE's "yes" questions are the same in all three: twenty of them gained are twenty, not sixty."""
+    splits, rng = ("random", "popular", "adversarial"), np.random.default_rng(5)
+    noes = {split: ["yes" if rng.random() < 0.2 else "no" for _ in range(30)] for split in splits}
+
+    def write(name: str, hits: int, column: bool) -> str:
+        rows = []
+        for split in splits:
+            asked = [("yes", "yes" if n < hits else "no", f"shared {n}") for n in range(30)]
+            asked += [("no", said, f"{split} {n}") for n, said in enumerate(noes[split])]
+            for number, (label, said, question) in enumerate(asked):
+                rows.append(pope_row(split, number, label, said) | ({"asked": question} if column else {}))
+        return str(write_eval(f"{name}/pope", "pope", rows))
+
+    told = compare(read_evaluations([write("base", 5, True), write("dpo", 25, True)]), resamples=4000)
+    (test,) = told.tests
+    assert test.test.n == 30 + 3 * 30 and [row.questions for row in told.scores] == [120, 120]
+    assert test.test.mcnemar == pytest.approx(2 / 2**20) and not told.warnings
+    old = compare(read_evaluations([write("base", 5, False), write("dpo", 25, False)]), resamples=4000)
+    assert old.tests[0].test.mcnemar == pytest.approx(2 / 2**60) and old.tests[0].test.n == 180
+    assert sum("does not say which questions its splits share" in line for line in old.warnings) == 2
+    for new, before in zip(told.scores, old.scores, strict=True):
+        assert new.score == before.score
+        # the hits of three splits move as one: nearly sqrt(3) times as wide
+        assert 1.3 < np.diff(new.interval)[0] / np.diff(before.interval)[0] < 1.9
+    mixed = compare(read_evaluations([write("base", 5, True), write("dpo", 25, False)]), resamples=500)
+    assert mixed.tests[0].test.n == 180 and len(mixed.warnings) == 1
+
+
+def test_the_bootstrap_of_shared_questions_equals_one_that_draws_them_one_by_one(
+    write_eval: Callable[..., Path],
+) -> None:
+    rng = np.random.default_rng(2)
+    shared = rng.random(40) < 0.7
+    false_alarms = {split: rng.random(40) < 0.3 for split in ("popular", "random")}
+    rows = []
+    for split, alarms in false_alarms.items():
+        rows += [
+            pope_row(split, n, "yes", "yes" if hit else "no") | {"asked": f"y{n}"}
+            for n, hit in enumerate(shared)
+        ]
+        rows += [
+            pope_row(split, 40 + n, "no", "yes" if alarm else "no") | {"asked": f"{split}{n}"}
+            for n, alarm in enumerate(alarms)
+        ]
+    comparison = compare(read_evaluations([str(write_eval("m/pope", "pope", rows))]), resamples=20000)
+    drawn = []
+    for _ in range(20000):
+        hits = shared[rng.integers(0, 40, 40)].sum()
+        wrong = [alarms[rng.integers(0, 40, 40)].sum() for alarms in false_alarms.values()]
+        drawn.append(np.mean([2 * hits / (2 * hits + false + 40 - hits) for false in wrong]))
+    assert comparison.scores[0].interval == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.01)
+
+
 def test_turns_of_a_question_stay_together_and_excluded_ones_do_not_count(
     write_eval: Callable[..., Path],
 ) -> None:

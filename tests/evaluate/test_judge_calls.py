@@ -181,6 +181,55 @@ def test_the_forecast_counts_calls_without_making_one(data: Path, tmp_path: Path
     assert (forecast.calls, forecast.calls_in_journal) == (0, QUESTIONS)
 
 
+def test_a_limit_counts_questions_and_not_answers(
+    data: Path, tmp_path: Path, judge_double: Any, write_rows: Callable[..., Path]
+) -> None:
+    """Of the first five, two have no answer: three are judged, none from beyond."""
+    answers = [row for row in rows_of(tmp_path / "m.jsonl") if row["question_id"] not in (1, 3)]
+    write_rows(tmp_path / "m.jsonl", answers)
+    scores = run(data, tmp_path, options(judge_double, limit=5, partial=True))
+    assert sorted(map(number_of, judge_double.bodies)) == [0, 2, 4]
+    assert (scores["n"], scores["missing"], scores["unknown"]) == (3, 2, 0)
+    with pytest.raises(
+        UserError, match="wanted an answer to each of 5 questions, got none to 2 of them, first 1"
+    ):
+        run(data, tmp_path, options(judge_double, limit=5))
+    write_rows(tmp_path / "m.jsonl", answers[-2:])
+    with pytest.raises(UserError, match="got none of its first 5 ids"):
+        run(data, tmp_path, options(judge_double, limit=5, partial=True))
+
+
+def test_another_server_is_another_judge_and_the_apis_own_needs_no_address(
+    data: Path, tmp_path: Path, judge_double: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(data, tmp_path, options(judge_double))
+
+    def left(**more: Any) -> int:
+        judge = options(judge_double, **more)
+        return forecast_judging("mt-bench", data, tmp_path / "m.jsonl", tmp_path / "out", judge).calls
+
+    assert left() == left(base_url=f"{judge_double.url}/v1/") == 0
+    assert left(base_url="http://other.example") == left(api="gemini") == QUESTIONS
+    monkeypatch.setenv("OPENAI_BASE_URL", judge_double.url)
+    assert left(base_url=None) == 0
+    for name in ("OPENAI_BASE_URL", "GOOGLE_GEMINI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    own = [options(judge_double, base_url=url).server for url in (None, "https://api.openai.com")]
+    assert own == ["", ""] and options(judge_double, api="gemini", base_url=None).server == ""
+
+
+def test_a_journal_without_servers_goes_on_at_the_apis_own() -> None:
+    """The key of a request as earlier versions wrote it into journals."""
+    from fasttrain.evaluate.judging.request import JudgeRequest
+    from fasttrain_data.ids import content_hash
+
+    asked = {"model": "gemini-3.8-flash", "system": "s", "prompt": "p", "temperature": 0.0}
+    request = JudgeRequest(**asked, max_output_tokens=9, about="1")
+    assert request.key == content_hash("judge", "gemini-3.8-flash", "s", "p", 0.0, 9, 0)
+    elsewhere = JudgeRequest(**asked, max_output_tokens=9, about="1", server="gemini http://a.example")
+    assert elsewhere.key != request.key
+
+
 def test_two_versions_of_a_judge_in_one_score_are_warned_of(
     data: Path, tmp_path: Path, judge_double: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -107,3 +108,53 @@ def test_a_missing_judge_file_is_one_line_and_exit_code_2(
     assert (
         "wanted the judge's rules as rule.json, got no such file; it is llava/eval/table/rule.json of" in err
     )
+
+
+def test_scores_stay_beside_the_answers_they_are_of_and_beside_no_others(
+    tmp_path: Path, tiny_text: Path, shared_data: Path, judge_double: Any,
+    fasttrain: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    judge_double.say = lambda body: "Rating: [[7]]"
+    out, model = tmp_path / "e", tmp_path / "model"
+    shutil.copytree(tiny_text, model)
+    judge = ("--judge", "j", "--judge-api", "openai", "--judge-url", judge_double.url)
+    words = ("eval", "mt-bench", "-m", model, "--data", shared_data / "mt_bench", "-o", out, "--limit", 2)
+    words = (*words, "--max-new-tokens", 4)
+    assert fasttrain(*words, *judge)[0] == 0
+    kept = [(out / name).read_bytes() for name in ("scores.json", "results.jsonl")]
+    code, _, err = fasttrain(*words)  # the same answers, no judge
+    assert code == 0 and "removed" not in err
+    assert [(out / name).read_bytes() for name in ("scores.json", "results.jsonl")] == kept
+    before = (out / "model_answer" / "model.jsonl").read_bytes()
+
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    save_file(weights | {name: -3 * weights[name]}, model / "model.safetensors", {"format": "pt"})
+    code, _, err = fasttrain(*words)
+    assert (out / "model_answer" / "model.jsonl").read_bytes() != before
+    assert code == 0 and f"note: the scores in {out} were of other answers" in err
+    assert not list(out.glob("scores.json*")) and not list(out.glob("results.jsonl*"))
+    code, _, err = fasttrain("compare", out, "-o", tmp_path / "page")
+    assert code == 2 and "wanted scores.json" in err
+
+
+def test_a_judge_that_fails_leaves_no_scores_of_another_answer_file(
+    llava: Path, tmp_path: Path, judge_double: Any, fasttrain: Callable[..., tuple[int, str, str]]
+) -> None:
+    judge_double.say = lambda body: "8 6"
+    out = tmp_path / "out"
+    judge = ("--judge", "judge-1", "--judge-api", "openai", "--judge-url", judge_double.url)
+
+    def run(name: str, *more: str) -> int:
+        answers = tmp_path / f"{name}.jsonl"
+        return fasttrain(
+            "eval", "llava-bench", "--data", llava, "--answers", answers, "-o", out, *judge, *more
+        )[0]
+
+    assert run("base") == 0 and (out / "scores.json").is_file()
+    judge_double.fault = lambda body, attempt: 401
+    assert run("base") == 0 and run("dpo", "--judge-dry-run") == 0 and (out / "scores.json").is_file()
+    assert run("dpo") == 2
+    assert not (out / "scores.json").exists() and not (out / "results.jsonl").exists()

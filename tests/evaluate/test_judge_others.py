@@ -298,6 +298,32 @@ def test_alpaca_eval_shows_a_judge_that_looks_at_places(
     assert scores["win_rate_when_shown_first"] == 100 and scores["win_rate_when_shown_second"] == 0
 
 
+def test_alpaca_eval_pairs_instructions_whatever_is_missing_and_in_whatever_order(
+    alpaca: Path, tmp_path: Path, judge_double: Any
+) -> None:
+    """A model that lacks the first answer, against a reference file turned round: its results keep their names."""
+    judge_double.say = lambda body: ranking("model_1")
+    reference = json.loads((alpaca / "alpaca_eval.json").read_text())
+    (tmp_path / "turned.json").write_text(json.dumps(reference[::-1]))
+    ours = json.loads((tmp_path / "outputs.json").read_text())
+    (tmp_path / "fewer.json").write_text(json.dumps(ours[1:]))
+    judged = {}
+    for name, file, more in (
+        ("base", "outputs.json", {}),
+        ("dpo", "fewer.json", {"partial": True}),
+        ("turned", "outputs.json", {"baseline": tmp_path / "turned.json"}),
+    ):
+        out = tmp_path / name
+        judge_benchmark("alpaca-eval", alpaca, tmp_path / file, out, options(judge_double, **more))
+        texts = [row["instruction"] for row in json.loads((out / "annotations.json").read_text())]
+        names = [row["question_id"] for row in rows_of(out / "results.jsonl")]
+        assert len(set(names)) == len(names)
+        judged[name] = dict(zip(names, texts, strict=True))
+    assert len(judged["base"]) == 40 and len(judged["dpo"]) == 39
+    assert judged["dpo"].items() < judged["base"].items()
+    assert judged["turned"] == judged["base"]
+
+
 def test_alpaca_eval_takes_a_chat_prompt_from_the_data_folder(
     alpaca: Path, tmp_path: Path, judge_double: Any
 ) -> None:

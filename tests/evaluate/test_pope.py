@@ -271,3 +271,18 @@ def test_a_model_answers_once_what_two_splits_ask_and_every_split_gets_its_offic
     assert json.loads((out / "scores.json").read_text())["random"]["n"] == 4
     code, _, err = fasttrain("eval", "mmbench", *words[2:])
     assert code == 2 and "holds an evaluation on pope" in err
+
+
+def test_a_file_that_cannot_be_scored_leaves_no_scores_of_another(
+    tmp_path: Path, write_rows: Callable[..., Path], fasttrain: Callable[..., Any]
+) -> None:
+    asked = [{"question_id": n, "image": "1.jpg", "text": f"Is it {n}?", "label": "yes"} for n in range(4)]
+    write_rows(tmp_path / "data" / "coco_pope_random.json", asked)
+    for name, first in (("good", 0), ("foreign", 90)):
+        answers = [{"question_id": first + n, "text": "Yes"} for n in range(4)]
+        write_rows(tmp_path / f"{name}.jsonl", answers)
+    out = tmp_path / "out"
+    words = ("eval", "pope", "--data", tmp_path / "data", "-o", out, "--answers")
+    assert fasttrain(*words, tmp_path / "good.jsonl")[0] == 0 and (out / "results.jsonl").is_file()
+    assert fasttrain(*words, tmp_path / "foreign.jsonl")[0] == 2
+    assert not list(out.glob("scores.json*")) and not list(out.glob("results.jsonl*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -22,6 +23,7 @@ from fasttrain.errors import UserError
 from fasttrain.study.command import check_recipes
 from fasttrain.study.execute import execute
 from fasttrain.study.page import write_page
+from fasttrain.study.plots import plots
 from fasttrain.study.results import collect, write_results
 from fasttrain.study.scores import Scored, read_scored, score_exactly, wilson
 from fasttrain.study.spec import load_study
@@ -178,6 +180,18 @@ def test_a_launcher_that_is_not_there_is_named_before_anything_runs(study_file: 
         ({"evaluate": {"x": {}}}, "evaluate.x: wanted questions or benchmark, got neither"),
         ({"evaluate": {"x": {"benchmark": "pope"}}}, "evaluate.x.data: wanted the benchmark's folder"),
         (
+            {"evaluate": {"x": {"benchmark": "mt-bench", "data": "."}}},
+            r"study\.yaml: evaluate.x.options: wanted a judge for mt-bench, as \[--judge, MODEL\], got nothing",
+        ),
+        (
+            {"evaluate": {"x": {"benchmark": "mm-vet", "data": ".", "options": ["--judge-url", "u"]}}},
+            "wanted a judge for mm-vet, .* got --judge-url u",
+        ),
+        (
+            {"evaluate": {"x": {"benchmark": "mtbench", "data": "."}}},
+            "got 'mtbench'; did you mean 'mt-bench'",
+        ),
+        (
             {"evaluate": {"x": {"questions": "q.jsonl", "max_new_tokens": "5"}}},
             "max_new_tokens: wanted a whole number",
         ),
@@ -239,11 +253,69 @@ def test_what_is_done_is_not_done_again_and_what_failed_is(tmp_path: Path, pytho
     assert [(tmp_path / name).read_text() for name in ("first", "third")] == ["xx", "xx"]
 
 
+def test_what_was_made_from_other_files_is_made_again(tmp_path: Path, python_tasks: None) -> None:
+    pairs = tmp_path / "pairs"
+    count = "path.write_text(path.read_text() + 'x' if path.exists() else 'x')"
+    task = dataclasses.replace(_task(tmp_path, "one", count), inputs=(pairs, tmp_path / "recipe"))
+    (tmp_path / "recipe").write_text("r")
+
+    def runs(text: str) -> int:
+        pairs.write_text(text)
+        execute([task], tmp_path / "logs", lambda text: None)
+        return len(task.output.read_text())
+
+    assert [runs("a"), runs("a"), runs("b"), runs("b")] == [1, 1, 2, 2]
+    pairs.unlink()
+    assert not task.is_done()
+    note = json.loads(task.note.read_text())
+    del note["inputs"]  # as earlier versions wrote it
+    task.note.write_text(json.dumps(note))
+    assert task.is_done()
+
+
+def test_every_step_knows_the_files_it_reads(study_file: Any, tmp_path: Path) -> None:
+    """All that its command names and that is no folder; a changed recipe leaves data and answers as they are."""
+    tasks = tasks_of(load_study(study_file()))
+    for task in tasks:
+        named = {tmp_path / word for word in task.command if Path(word).suffix in (".jsonl", ".yaml")}
+        named |= {
+            Path(json.loads(word.partition("=")[2]))
+            for word in task.command
+            if word.startswith("data.train=")
+        }
+        assert named - {task.output} == set(task.inputs)
+    assert {task.kind for task in tasks if tmp_path / "recipe.yaml" in task.inputs} == {"train"}
+
+
 def test_a_command_that_stopped_early_is_no_success(tmp_path: Path, python_tasks: None) -> None:
     """Training ends with code 0 after SIGTERM, without its adapter."""
     with pytest.raises(SystemExit) as stopped:
         execute([_task(tmp_path, "one", "pass")], tmp_path / "logs", lambda text: None)
     assert stopped.value.code == 143
+
+
+def test_a_benchmark_whose_judge_left_some_out_is_done_and_told(tmp_path: Path, python_tasks: None) -> None:
+    """`fasttrain eval` ends with exit code 3 then, its results written; answers that are missing are no results."""
+    told: list[str] = []
+
+    def task(name: str, code: str, kind: str = "evaluate") -> Task:
+        return dataclasses.replace(_task(tmp_path, name, code), kind=kind)
+
+    ends = "path.write_text('x')\nraise SystemExit(3)"
+    done = task("results.jsonl", ends)
+    for _ in range(2):
+        execute([done], tmp_path / "logs", told.append)
+    assert [line.partition(" s;")[2] for line in told if "done in" in line] == [
+        f" some answers or judgements are missing, see its log; delete {done.note} to try again"
+    ]
+    assert told[-1] == "1 of 1 steps are done"
+    done.note.unlink()
+    for other in (task("results.jsonl", ends, "train"), task("answers.jsonl", ends)):
+        with pytest.raises(UserError, match="exit code 3"):
+            execute([other], tmp_path / "logs", told.append)
+    with pytest.raises(UserError, match="exit code 3"):
+        (tmp_path / "results.jsonl").unlink()
+        execute([task("results.jsonl", "raise SystemExit(3)")], tmp_path / "logs", told.append)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent is gone")
@@ -313,6 +385,46 @@ def test_exact_scores_need_every_answer_and_every_truth(study_file: Any, tmp_pat
     (tmp_path / "open.jsonl").write_text('{"id": "a", "question": "Why?"}\n')
     with pytest.raises(UserError, match="line 1: answer: wanted the right answer as text"):
         score_exactly(tmp_path / "open.jsonl", answers)
+
+
+def test_answers_of_questions_without_ids_are_found_by_their_place(study_file: Any, tmp_path: Path) -> None:
+    """A file with blank lines, and one row with an id of its own: as `fasttrain answer` names them."""
+    from fasttrain.answering.questions import read_questions
+
+    study_file()
+    rows = [{"question": f"Why {n}?", "answer": f"because {n}"} for n in range(4)]
+    rows[2] |= {"id": None}
+    rows[3] |= {"question_id": 77}
+    path = tmp_path / "bare.jsonl"
+    path.write_text("\n\n".join(json.dumps(row) for row in rows))
+    load_study(study_file(evaluate={"held": {"questions": "bare.jsonl"}}))
+    answers = tmp_path / "answers.jsonl"
+    named = [
+        {"question_id": q.id, "text": q.row["answer"] if q.id != 3 else "no"} for q in read_questions(path)
+    ]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in named))
+    scored = score_exactly(path, answers)
+    assert scored.questions == ["1", "2", "3", "77"] and scored.scores.tolist() == [1, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"id": "b"},
+            r"study\.yaml: evaluate\.held\.questions: .*bad\.jsonl line 2: answer: wanted the right answer",
+        ),
+        ({"id": "a", "answer": "x"}, "bad.jsonl line 2: question_id: wanted an id of its own, got 'a' again"),
+        ({"id": "b", "answer": "x", "turns": ["one", "two"]}, "bad.jsonl line 2: turns: wanted one question"),
+    ],
+)
+def test_questions_that_cannot_be_scored_are_named_before_anything_runs(
+    row: dict[str, Any], message: str, study_file: Any, tmp_path: Path
+) -> None:
+    rows = [{"id": "a", "question": "Why?", "answer": "so"}, {"question": "Why?"} | row]
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=message):
+        load_study(study_file(evaluate={"held": {"questions": "bad.jsonl"}}))
 
 
 def test_results_of_benchmarks_are_means_per_question_without_excluded_rows(tmp_path: Path) -> None:
@@ -405,6 +517,18 @@ def test_the_page_stands_alone_and_shows_curves_and_the_transfer_matrix(finished
     assert rows["dpo-flip50"]["flip"] == 0.5
 
 
+def test_all_right_and_none_right_are_exact_ends_and_are_drawn(finished: Any) -> None:
+    for total in range(1, 400):
+        assert wilson(total, total)[1] == 1 and wilson(0, total)[0] == 0
+    results = collect(finished)
+    for row, right in zip(results.rows, [0, 1, 1, 0, 1, 0, 1], strict=True):
+        row.scored["held"] = Scored([str(n) for n in range(200)], np.full(200, float(right)), np.ones(200))
+    assert set(plots(results)) == {"scores-held", "size-held", "noise-held"}
+    tenths = Scored([str(n) for n in range(3)], np.full(3, 0.1), np.ones(3))  # their mean is not 0.1 exactly
+    results.rows[2].scored["held"] = tenths
+    plots(results)
+
+
 @pytest.mark.slow
 def test_a_small_study_on_charts_runs_from_one_command_and_goes_on_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -425,3 +549,8 @@ def test_a_small_study_on_charts_runs_from_one_command_and_goes_on_where_it_was(
     assert "8 of 8 steps are done" in again.output and "[1/" not in again.output
     printed_again = CliRunner().invoke(cli, ["study", str(file), "--print-commands"]).output.splitlines()
     assert printed_again == ["set -e", f"fasttrain study '{file}' --report"]
+    annotations = tmp_path / "a study/data/annotations.jsonl"
+    annotations.write_text("".join(annotations.read_text().splitlines(keepends=True)[:-9]))
+    changed = CliRunner().invoke(cli, ["study", str(file)])
+    assert isinstance(changed.exception, UserError)
+    assert re.search(r"train dpo: exit code 2: .*changed since .*data\.train", str(changed.exception))

@@ -10,7 +10,7 @@ import numpy as np
 
 from fasttrain.errors import UserError, did_you_mean
 from fasttrain.evaluate.comparing.benchmarks import BENCHMARKS
-from fasttrain.evaluate.comparing.folders import Evaluation, Key, strata_of
+from fasttrain.evaluate.comparing.folders import Evaluation, Key, group_units, strata_of
 from fasttrain.evaluate.comparing.resampling import (
     Floats,
     PairedTest,
@@ -88,7 +88,7 @@ def compare(
         baseline=baseline,
         scores=tuple(scores),
         tests=tuple(tests),
-        warnings=(*_judge_warnings(sorted_by_benchmark), *warnings),
+        warnings=(*_judge_warnings(sorted_by_benchmark), *_unit_warnings(sorted_by_benchmark), *warnings),
         resamples=resamples,
         seed=seed,
     )
@@ -96,7 +96,7 @@ def compare(
 
 def _score_row(evaluation: Evaluation, resamples: int, seed: int) -> ScoreRow:
     strata = strata_of(evaluation)
-    score = _flat_score(evaluation, len(strata))
+    score = _flat_score(evaluation, len(evaluation.strata))
     total = np.asarray(sum(parts.sum(axis=0) for parts in strata))
     return ScoreRow(
         benchmark=evaluation.name,
@@ -105,7 +105,7 @@ def _score_row(evaluation: Evaluation, resamples: int, seed: int) -> ScoreRow:
         interval=bootstrap_interval(strata, score, resamples=resamples, seed=seed),
         mean_answer_chars=evaluation.mean_chars,
         n=len(evaluation.scored),
-        questions=len(evaluation.parts),
+        questions=sum(map(len, strata)),
         excluded=evaluation.excluded,
         categories=_category_scores(evaluation),
         judge=evaluation.judge,
@@ -168,20 +168,33 @@ def _tests(
 
 
 def _test(ours: Evaluation, theirs: Evaluation, keys: list[Key], resamples: int, seed: int) -> PairedTest:
-    strata = strata_of(ours, keys)
-    right = (_right(ours, keys), _right(theirs, keys)) if ours.benchmark.binary else None
-    score = _flat_score(ours, len(strata))
-    return paired_test(strata, strata_of(theirs, keys), score, resamples=resamples, seed=seed, right=right)
+    units = ours.units if theirs.units else {}
+    strata = strata_of(ours, keys, units)
+    right = (_right(ours, keys, units), _right(theirs, keys, units)) if ours.benchmark.binary else None
+    score = _flat_score(ours, len({stratum for stratum, _ in keys}))
+    return paired_test(
+        strata, strata_of(theirs, keys, units), score, resamples=resamples, seed=seed, right=right
+    )
 
 
-def _right(evaluation: Evaluation, keys: Sequence[Key]) -> np.ndarray:
+def _right(evaluation: Evaluation, keys: Sequence[Key], units: dict[Key, str]) -> np.ndarray:
     """Whether each question was right: all of its results."""
     stratum = evaluation.benchmark.stratum
     right: dict[Key, bool] = {}
     for result in evaluation.scored:
         key = (stratum(result), str(result.question_id))
         right[key] = right.get(key, True) and result.score == 1
-    return np.array([right[key] for key in keys])
+    return np.array([all(right[key] for key in group) for group in group_units(keys, units)])
+
+
+def _unit_warnings(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Files of earlier versions do not say which questions several splits share."""
+    return [
+        f"{e.benchmark.title}: {e.folder} does not say which questions its splits share: intervals and p-values count them once "
+        "a split and are too narrow; run `fasttrain eval` again"
+        for e in evaluations
+        if len(e.strata) > 1 and not e.units
+    ]
 
 
 def _judge_warnings(evaluations: Sequence[Evaluation]) -> list[str]:

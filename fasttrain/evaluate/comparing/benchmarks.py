@@ -16,7 +16,8 @@ class Benchmark:
     """title: benchmark and measure. best: the highest score there is. binary: whether each question is right or wrong.
 
     parts: a scored result -> its parts, which are summed over a question's results. stratum: questions are drawn within
-    it, and it has parts of its own. score: sums (..., S, K) over strata and parts -> (...).
+    it, and it has parts of its own. unit: what tells that results of several strata are of one question, which is drawn in
+    all of them at once; None where the file does not say. score: sums (..., S, K) over strata and parts -> (...).
     """
 
     title: str
@@ -25,6 +26,7 @@ class Benchmark:
     parts: Callable[[Result], tuple[float, ...]]
     score: Score
     stratum: Callable[[Result], str] = lambda result: ""
+    unit: Callable[[Result], str | None] = lambda result: None
     binary: bool = False
 
 
@@ -80,6 +82,7 @@ BENCHMARKS = {
         parts=_confusion,
         score=_mean_f1,
         stratum=lambda result: str(result.extra["split"]),
+        unit=lambda result: result.extra.get("asked"),
         binary=True,
     ),
     "mmbench": Benchmark(

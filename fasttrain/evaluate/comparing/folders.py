@@ -22,7 +22,10 @@ Key = tuple[str, str]  # stratum, question
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One model on one benchmark. parts: per stratum and question (sorted), the sums of its results' parts."""
+    """One model on one benchmark. parts: per stratum and question (sorted), the sums of its results' parts.
+
+    units: what tells the same question in several strata; empty where not every result says it.
+    """
 
     model: str
     name: str
@@ -30,6 +33,11 @@ class Evaluation:
     results: tuple[Result, ...]
     judge: str | None
     parts: dict[Key, tuple[float, ...]]
+    units: dict[Key, str]
+
+    @property
+    def strata(self) -> list[str]:
+        return sorted({stratum for stratum, _ in self.parts})
 
     @property
     def benchmark(self) -> Benchmark:
@@ -50,18 +58,29 @@ class Evaluation:
         return dict(Counter(result.status for result in self.results if result.score is None))
 
 
-def strata_of(evaluation: Evaluation, keys: Sequence[Key] | None = None) -> list[Floats]:
-    """(Q_i, S * K) per stratum: each question's parts, standing in its stratum's columns."""
+def group_units(keys: Sequence[Key], units: dict[Key, str]) -> list[list[Key]]:
+    """The keys of each question that is drawn as one, in the keys' order."""
+    groups: dict[Key | str, list[Key]] = {}
+    for key in keys:
+        groups.setdefault(units.get(key, key), []).append(key)
+    return list(groups.values())
+
+
+def strata_of(
+    evaluation: Evaluation, keys: Sequence[Key] | None = None, units: dict[Key, str] | None = None
+) -> list[Floats]:
+    """(Q_i, S * K): a question's parts, standing in its strata's columns; questions of the same strata are drawn together."""
     keys = sorted(evaluation.parts) if keys is None else keys
+    units = evaluation.units if units is None else units
     names = sorted({stratum for stratum, _ in keys})
     width = len(next(iter(evaluation.parts.values()), ()))
-    strata = []
-    for index, name in enumerate(names):
-        rows = [evaluation.parts[key] for key in keys if key[0] == name]
-        table = np.zeros((len(rows), len(names) * width))
-        table[:, index * width : (index + 1) * width] = rows
-        strata.append(table)
-    return strata
+    rows: dict[tuple[str, ...], list[Floats]] = {}
+    for group in group_units(keys, units):
+        row = np.zeros((len(names), width))
+        for stratum, question in group:
+            row[names.index(stratum)] += evaluation.parts[stratum, question]
+        rows.setdefault(tuple(sorted({stratum for stratum, _ in group})), []).append(row.ravel())
+    return [np.array(found) for found in rows.values()]
 
 
 def read_evaluations(arguments: Sequence[str]) -> list[Evaluation]:
@@ -131,6 +150,7 @@ def _read(folder: Path, model: str | None) -> Evaluation:
         results=results,
         judge=_judge_of(scores),
         parts=_sum_parts(BENCHMARKS[name], results, folder / RESULTS),
+        units=_units(BENCHMARKS[name], results),
     )
     if not evaluation.parts:
         raise UserError(
@@ -153,6 +173,16 @@ def _sum_parts(benchmark: Benchmark, results: Sequence[Result], path: Path) -> d
         before = sums.get(key)
         sums[key] = parts if before is None else tuple(a + b for a, b in zip(before, parts, strict=True))
     return dict(sorted(sums.items()))
+
+
+def _units(benchmark: Benchmark, results: Sequence[Result]) -> dict[Key, str]:
+    units = {}
+    for result in results:
+        unit = benchmark.unit(result)
+        if unit is None:
+            return {}
+        units[benchmark.stratum(result), str(result.question_id)] = str(unit)
+    return units
 
 
 def _judge_of(scores: dict[str, Any]) -> str | None:

@@ -20,7 +20,7 @@ from fasttrain.evaluate.judging.parsing import preferred_of
 from fasttrain.evaluate.judging.request import JudgeRequest
 from fasttrain.evaluate.results import Result, write_results
 from fasttrain_data.errors import UserError
-from fasttrain_data.ids import rng_of
+from fasttrain_data.ids import content_hash, rng_of
 from fasttrain_data.jsonl import Row, read_rows, write_text
 
 OUTPUT_TOKENS = 100
@@ -81,7 +81,7 @@ class AlpacaEval:
     def score(self, calls: JudgeCalls, out: Path) -> dict[str, Any]:
         replies = iter(calls.ask(self.requests()))
         judged = [(item, None if item.same else next(replies)) for item in self.items]
-        results = [_result(number, *pair) for number, pair in enumerate(judged)]
+        results = [_result(*pair) for pair in judged]
         self._write_official(out, judged, results)
         write_results(out, results)
         scored = [result.score for result in results if result.score is not None]
@@ -105,6 +105,7 @@ class AlpacaEval:
         blocks = {role: insert(text, values) for role, text in self.prompt.items()}
         return JudgeRequest(
             model=self.options.model,
+            server=self.options.server,
             system=blocks.get("system"),
             prompt=blocks["user"],
             temperature=self.options.heat(0.0),
@@ -153,7 +154,8 @@ class AlpacaEval:
         write_text(out / "leaderboard.csv", buffer.getvalue())
 
 
-def _result(number: int, item: Item, judgment: Judgment | None) -> Result:
+def _result(item: Item, judgment: Judgment | None) -> Result:
+    """Named by its instruction, so that comparisons pair files whose rows are in another order or not all there."""
     score, status = None, "ok"
     if judgment is None:
         score = 0.5
@@ -163,9 +165,10 @@ def _result(number: int, item: Item, judgment: Judgment | None) -> Result:
         first = preferred_of(judgment.text)
         status = "ok" if first else outcome.PARSE_FAILED
         score = None if first is None else float((first == 1) == item.swapped)
+    name = content_hash("alpaca-eval", item.instruction)[:16]
     return Result(
-        id=str(number),
-        question_id=number,
+        id=name,
+        question_id=name,
         category=item.dataset,
         score=score,
         answer_chars=len(item.output),

@@ -6,14 +6,13 @@ import os
 import re
 from typing import Any, Protocol
 
-from fasttrain.evaluate.judging.options import JudgeOptions
+from fasttrain.evaluate.judging.options import OPENAI_SERVER, JudgeOptions
 from fasttrain.evaluate.judging.request import JudgeRequest
 from fasttrain_data.annotations.reply import Reply
 from fasttrain_data.calls.chat_server import KEY_VARIABLE, chat_url, post_chat
 from fasttrain_data.calls.failures import CallFailed
 from fasttrain_data.errors import UserError
 
-OPENAI_SERVER = "https://api.openai.com/v1"
 _FINISH = {"stop": "STOP", "length": "MAX_TOKENS", "content_filter": "SAFETY"}
 
 

@@ -82,22 +82,24 @@ class Gaps:
     def answered(
         self, questions: Iterable[Any], answers: Iterable[Any], path: Path, options: JudgeOptions
     ) -> list[Any]:
-        """Ids of the questions to judge, the first `options.limit`; what does not fit is counted.
+        """Ids of the questions to judge, those among the first `options.limit`; what does not fit is counted.
 
         UserError when no answer fits, and when one is missing without `options.partial`.
         """
-        wanted, there = list(questions), set(answers)
-        found = [name for name in wanted if name in there][: options.limit]
+        every, there = list(questions), set(answers)
+        wanted = every[: options.limit]
+        found = [name for name in wanted if name in there]
         if not found:
+            which = "" if len(wanted) == len(every) else "first "
             raise UserError(
-                f"{path}: wanted answers to the benchmark's questions, got none of its {len(wanted)} ids"
+                f"{path}: wanted answers to the benchmark's questions, got none of its {which}{len(wanted)} ids"
             )
-        self.missing = len(wanted[: options.limit]) - len(found)
-        self.unknown = len(there.difference(wanted))
+        self.missing = len(wanted) - len(found)
+        self.unknown = len(there.difference(every))
         if self.missing and not options.partial:
             first = next(name for name in wanted if name not in there)
             raise UserError(
-                f"{path}: wanted an answer to each of {len(wanted[: options.limit])} questions, got none to {self.missing} of "
+                f"{path}: wanted an answer to each of {len(wanted)} questions, got none to {self.missing} of "
                 f"them, first {first!r}; --partial scores the others"
             )
         return found

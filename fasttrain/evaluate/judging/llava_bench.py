@@ -81,6 +81,7 @@ class LlavaBench:
             texts.append(f"[{role} {number}]\n{answer['text']}\n\n[End of {role} {number}]\n\n")
         return JudgeRequest(
             model=options.model,
+            server=options.server,
             system=SYSTEM,
             prompt="".join([*texts, f"[System]\n{rule['prompt']}\n\n"]),
             temperature=options.heat(TEMPERATURE),

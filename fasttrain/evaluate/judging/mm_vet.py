@@ -81,6 +81,7 @@ class MMVet:
         values = {"question": item.question, "answer": item.expected, "prediction": item.prediction}
         return JudgeRequest(
             model=self.options.model,
+            server=self.options.server,
             system=None,
             prompt=insert(self.prompt, values) + (_AGAIN if number else ""),
             temperature=min(HOTTEST, self.options.heat(0.0) + WARMER * number),

@@ -163,6 +163,7 @@ def judge_request(
     """A request with a template of judge_prompts.jsonl filled in; temperature 0 and 2048 tokens, as FastChat asks."""
     return JudgeRequest(
         model=options.model,
+        server=options.server,
         system=template.system,
         prompt=fill(template.prompt, values, template.path),
         temperature=options.heat(0.0),

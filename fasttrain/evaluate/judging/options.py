@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any, Literal, get_args
 import click
 
 from fasttrain.errors import UserError
+from fasttrain_data.calls.chat_server import chat_url
 from fasttrain_data.calls.dispatch import CallLimits
 from fasttrain_data.records import TRANSIENT, Status
 
 Api = Literal["gemini", "openai"]
+OPENAI_SERVER = "https://api.openai.com/v1"
 GEMINI_TOKENS = 8192
 
 
@@ -58,6 +61,18 @@ class JudgeOptions:
         for status in self.retry:
             if status not in known:
                 raise UserError(f"--retry: wanted one of {', '.join(known)}, got {status!r}")
+
+    @property
+    def server(self) -> str:
+        """API and address of a server that is not the API's own, else nothing: what a reply depends on beside the model."""
+        variable = "GOOGLE_GEMINI_BASE_URL" if self.api == "gemini" else "OPENAI_BASE_URL"
+        given = self.base_url or os.environ.get(variable)
+        if not given:
+            return ""
+        if self.api == "gemini":
+            return f"gemini {given.rstrip('/')}"
+        url = chat_url(given, "--judge-url")
+        return "" if url == chat_url(OPENAI_SERVER) else f"openai {url}"
 
     def tokens(self, official: int) -> int:
         """The output allowance: what is asked for, else the benchmark's own; Gemini's thoughts need room in it."""

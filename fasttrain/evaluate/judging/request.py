@@ -11,7 +11,7 @@ from fasttrain_data.ids import content_hash
 class JudgeRequest:
     """about: what is judged, for messages and the journal; it is not part of the key.
 
-    likely_tokens: a guess at the reply's length before the first one is known. sample: tells apart requests that
+    server: where the model is asked, if not at its API's own server: one name may be two models. likely_tokens: a guess at the reply's length before the first one is known. sample: tells apart requests that
     would otherwise share one reply.
     """
 
@@ -21,6 +21,7 @@ class JudgeRequest:
     temperature: float
     max_output_tokens: int
     about: str
+    server: str = ""
     likely_tokens: int = 300
     sample: int = 0
     images: tuple[()] = field(default=(), repr=False)
@@ -36,6 +37,7 @@ class JudgeRequest:
             self.temperature,
             self.max_output_tokens,
             self.sample,
+            *([self.server] if self.server else []),
         )
 
     def prompt_chars(self) -> int:
