@@ -171,9 +171,7 @@ class Policy(nn.Module):
             hook.remove()
             found = trunk(self.model).get_image_features(**inputs, return_dict=True)
             features = getattr(found, "pooler_output", found)
-            deeper = (
-                getattr(found, "deepstack_features", None) or []
-            )  # that Qwen3-VL adds behind its first layers
+            deeper = getattr(found, "deepstack_features", None) or []  # Qwen3-VL's, for its first layers
             parts = [part for part in tree_leaves([features, deeper]) if isinstance(part, Tensor)]
             return embedded + torch.stack([part.sum() for part in parts]).sum() * 0
 

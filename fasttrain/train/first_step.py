@@ -53,9 +53,8 @@ def check_sharing(job: Job) -> None:
         say(f"warning: {error}, which cannot share prefixes; every completion runs as its own sequence")
         return
     off = (shared - ordinary).abs()
-    if not ranks().any(
-        not (off <= 2 * tolerance(job, lengths_S)).all()
-    ):  # rounding may differ between devices
+    changed = not (off <= 2 * tolerance(job, lengths_S)).all()
+    if not ranks().any(changed):  # rounding may differ between devices
         policy.set_shared(True)
     else:
         say(

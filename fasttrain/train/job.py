@@ -136,9 +136,8 @@ def build_job(config: DPOConfig, loss: Objective | None = None, began: Began | N
     )  # fmt: skip
     checkpointing, tokens = memory.settings(began.settings)
     identity = loaded.identity
-    if (
-        dtype != torch.float32
-    ):  # rounding differs between ways to attend, by more than a first step's check allows for
+    # rounding differs between ways to attend, by more than a first step's check allows for
+    if pick_dtype(config.model.dtype, read.device) != torch.float32:
         identity["attention"] = attention_facts(policy)["attention_backend"] if policy.shared else "unshared"
     digest = identity_hash(identity)
     return Job(
