@@ -98,6 +98,7 @@ def cases() -> list[Case]:
     loss = lambda kinds, lengths: {  # noqa: E731
         "KINDS": kinds, "WEIGHTS": (1.0,) * len(kinds), "F": 0, "HAS_REFERENCE": True, "HAS_LENGTHS": lengths,
         "HAS_WEIGHT": lengths, "BLOCK": preference._BLOCK}  # fmt: skip
+    double = {name: "fp64" for name in preference.preference_kernel.arg_names if name.endswith("_ptr")}
     return [
         Case("fold, reference pass", head.fold_kernel, fold(""), warps, logits * 4, ROWS * 12),
         Case("fold, frozen head", head.fold_kernel, fold("UNIT"), warps, logits * 4, logits * 2),
@@ -119,6 +120,9 @@ def cases() -> list[Case]:
              wide_loads=False),
         Case("preference, every kind that does not sort", preference.preference_kernel,
              loss(tuple(k for k in every if k not in sorting), True), 4, PAIRS * 32, PAIRS * 24, wide_loads=False),
+        # as training calls it: a log-ratio is a small difference of two sums in the hundreds
+        Case("preference, sigmoid, fp64", preference.preference_kernel, loss((0,), True), 4, PAIRS * 64, PAIRS * 48,
+             wide_loads=False, pointers=double),
         Case("attention merge", shared_prefix_merge_triton.merge_kernel,
              {"INDEXED": True, "BLOCK_H": 16, "BLOCK_K": 128}, 4, ROWS * HIDDEN * 4 + ROWS * 40 * 8,
              ROWS * HIDDEN * 2 + ROWS * 40 * 4, pointers={"out_ptr": "bf16", "part_ptr": "bf16", "index_ptr": "i64"}),
