@@ -82,7 +82,7 @@ class GenericGenerator:
             decoding.top_p,
             self.model.device,
         )
-        with _neutral(self.model):
+        with neutral(self.model):
             output_ST = self.model.generate(
                 **moved, max_new_tokens=decoding.max_new_tokens, do_sample=False, logits_processor=[picker],
                 eos_token_id=self.stops, pad_token_id=self.tokenizer.pad_token_id,
@@ -142,7 +142,7 @@ class GenericGenerator:
 
 
 @contextlib.contextmanager
-def _neutral(model: Any) -> Iterator[None]:
+def neutral(model: Any) -> Iterator[None]:
     """The model without generation settings of its own (penalties, suppressed tokens, beams), as the shared way answers."""
     from transformers import GenerationConfig
 

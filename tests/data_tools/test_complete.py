@@ -72,6 +72,16 @@ def test_a_sample_is_what_a_plain_loop_with_its_seed_gives(questions, tiny_llava
     assert len({result.text for result in drawn}) == 9
 
 
+def test_a_sample_takes_no_penalties_from_the_models_settings(questions, tiny_llava):
+    settings = SampleSettings(model=str(tiny_llava), samples=2, temperature=0.3, max_new_tokens=12)
+    sampler = load_sampler(settings)
+    batch = batch_of(questions, settings)
+    truth = [drawn.text for drawn in sampler.draw_batch(batch)]
+    sampler.model.generation_config.repetition_penalty = 1.8
+    assert [drawn.text for drawn in sampler.draw_batch(batch)] == truth
+    assert sampler.model.generation_config.repetition_penalty == 1.8  # put back
+
+
 def test_a_sample_does_not_depend_on_its_neighbours(questions, tiny_llava):
     settings = SampleSettings(model=str(tiny_llava), samples=4, temperature=1.0, max_new_tokens=7, top_p=0.9)
     sampler = load_sampler(settings)

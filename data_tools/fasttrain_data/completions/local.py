@@ -179,6 +179,13 @@ class LocalSampler:
 
     def _generate(self, batch: Sequence[tuple[Sequence[Sample], list[Any]]]) -> list[Drawn]:
         """The samples of questions with their decoded images, flat and in order."""
+        from fasttrain.answering.generic import neutral
+
+        _ = self._ends  # read while the model has its own settings
+        with neutral(self.model):
+            return self._generate_neutrally(batch)
+
+    def _generate_neutrally(self, batch: Sequence[tuple[Sequence[Sample], list[Any]]]) -> list[Drawn]:
         if self._goes_on_from_a_cache:
             return self._once(batch)
         rows = [(sample, images) for samples, images in batch for sample in samples]
@@ -282,21 +289,20 @@ class LocalSampler:
         return {
             "max_new_tokens": settings.max_new_tokens,
             "do_sample": False,
-            "temperature": None,
-            "top_p": None,
-            "top_k": None,
             "logits_processor": processors,
-            "eos_token_id": self._end_tokens(),
+            "eos_token_id": self._ends,
             "pad_token_id": self.tokenizer.pad_token_id,
         }
 
-    def _end_tokens(self) -> list[int]:
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Tokens that end an answer: the model's and the tokenizer's."""
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         return sorted({token for token in [*ends, self.tokenizer.eos_token_id] if token is not None})
 
     def _drawn(self, tokens: list[int]) -> Drawn:
-        ends = set(self._end_tokens())
+        ends = set(self._ends)
         length = next((at for at, token in enumerate(tokens) if token in ends), None)
         kept = tokens if length is None else tokens[:length]
         text = self.tokenizer.decode(kept, skip_special_tokens=True)
