@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -68,6 +68,15 @@ def _load_builders() -> ModuleType:
     return module
 
 
+def _module(name: str) -> ModuleType:
+    """A file beside this one as a module; tests/ is no package and not on the path (import mode importlib)."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="session")
 def tiny_models() -> ModuleType:
     """The module tests/tiny_models.py: builders of models, adapters, images and pair files."""
@@ -77,21 +86,13 @@ def tiny_models() -> ModuleType:
 @pytest.fixture(scope="session")
 def tiny_families() -> ModuleType:
     """The module tests/tiny_families.py: builders of the vision-language families."""
-    spec = importlib.util.spec_from_file_location("tiny_families", Path(__file__).parent / "tiny_families.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return _module("tiny_families")
 
 
 @pytest.fixture(scope="session")
 def launches() -> ModuleType:
     """The module tests/launches.py: the meta device as a GPU whose launches are noted."""
-    spec = importlib.util.spec_from_file_location("launches", Path(__file__).parent / "launches.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return _module("launches")
 
 
 @pytest.fixture(scope="session")
@@ -122,6 +123,45 @@ def text_pairs(tiny_models: ModuleType) -> Callable[..., Path]:
 def vision_pairs(tiny_models: ModuleType) -> Callable[..., Path]:
     """Draws images and writes a pair file: `vision_pairs(folder, count, ...)`; see tests/tiny_models.py."""
     return tiny_models.vision_pairs
+
+
+class FirstStep(NamedTuple):
+    """A job whose reference cache is full, and the packs of its first step as batches on the CPU."""
+
+    job: Any
+    step: Any
+    batches: list[Any]
+
+
+@pytest.fixture
+def first_step(
+    tiny_text: Path, tiny_llava: Path, text_pairs: Callable[..., Path], vision_pairs: Callable[..., Path], tmp_path: Path,
+    fresh_cache: Path,
+) -> Callable[[str, list[str]], FirstStep]:  # fmt: skip
+    """`first_step("text" or "llava", settings)`: nine pairs in training mode."""
+
+    def make(kind: str, settings: list[str]) -> FirstStep:
+        from fasttrain.config import config_from_dict
+        from fasttrain.data.packs import Order, plan_step
+        from fasttrain.train.job import build_job
+        from fasttrain.train.loop import fill_references
+
+        pairs = text_pairs(tmp_path / "pairs.jsonl", 9) if kind == "text" else vision_pairs(tmp_path, 9)
+        raw = {
+            "model": {"name": str(tiny_text if kind == "text" else tiny_llava)},
+            "data": {"train": str(pairs), "workers": 0},
+            "train": {"output": str(tmp_path / "run"), "pairs_per_step": 9},
+            "track": [],
+        }
+        job = build_job(config_from_dict(raw, settings))
+        fill_references(job)  # its first pass with images compares placeholders and features, once
+        job.policy.train()
+        number, epoch, groups = next(Order(job.train, 9, False, 0).steps(1, 1))
+        step = plan_step(job.train, number, epoch, groups, job.tokens_per_pack, job.policy.shared)
+        maker = job.maker(job.train, with_reference=True)
+        return FirstStep(job, step, [maker[pack] for pack in step.packs])
+
+    return make
 
 
 _WORDS = [

@@ -220,20 +220,10 @@ def test_a_question_is_asked_with_the_prompt_ids_of_training(
     family: str, bos: Any, tiny_models: ModuleType, tiny_families: ModuleType, tmp_path: Path, picture_questions: Path, text_questions: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from tokenizers.processors import TemplateProcessing
-
     from fasttrain.data.images import image_size
     from fasttrain.data.tokens import ChatTokenizer
 
-    build = tiny_models.build_tokenizer
-
-    def adds_bos(*given: Any, **named: Any) -> Any:
-        tokenizer = build(*given, **named)
-        front = [("<s>", tokenizer.bos_token_id)]
-        tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=front)
-        return tokenizer
-
-    monkeypatch.setattr(tiny_models, "build_tokenizer", adds_bos)
+    tiny_models.let_tokenizers_begin(monkeypatch)
     folder = tmp_path / "model"
     if family == "LLaVA-NeXT":
         tiny_families.save(tiny_models, folder, family)

@@ -85,6 +85,23 @@ def build_tokenizer(template: str, eos: str, vocab_size: int = 320) -> Any:
     )
 
 
+def let_tokenizers_begin(monkeypatch: Any) -> None:
+    """From here on tokenizers that are built put <s> in front of a text, as Llama's do."""
+    import sys
+
+    from tokenizers.processors import TemplateProcessing
+
+    build = build_tokenizer
+
+    def adds_bos(*given: Any, **named: Any) -> Any:
+        tokenizer = build(*given, **named)
+        front = [("<s>", tokenizer.bos_token_id)]
+        tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=front)
+        return tokenizer
+
+    monkeypatch.setattr(sys.modules[__name__], "build_tokenizer", adds_bos)
+
+
 def draw_weights(model: Any, seed: int, std: float = 0.15) -> Any:
     """Fill every parameter from one generator: matrices N(0, std), norm weights about 1, biases small."""
     import torch

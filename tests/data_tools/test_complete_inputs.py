@@ -63,17 +63,7 @@ def test_other_families_sample_what_generate_gives_with_all_that_the_processor_s
 @pytest.fixture
 def llava_that_begins(tiny_models, tmp_path, monkeypatch):
     """A LLaVA whose tokenizer puts <s> in front of a text, and whose template does not."""
-    from tokenizers.processors import TemplateProcessing
-
-    build = tiny_models.build_tokenizer
-
-    def adds_bos(*given, **named):
-        tokenizer = build(*given, **named)
-        front = [("<s>", tokenizer.bos_token_id)]
-        tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=front)
-        return tokenizer
-
-    monkeypatch.setattr(tiny_models, "build_tokenizer", adds_bos)
+    tiny_models.let_tokenizers_begin(monkeypatch)
     folder = tmp_path / "begins"
     tiny_models.build_llava(folder, template=tiny_models.CHATML)
     return folder

@@ -125,32 +125,13 @@ LOSSES = [
     ("llava", ["model.train_projector=true"]),
 ])  # fmt: skip
 def test_a_step_never_waits(
-    kind: str, settings: list[str], tiny_text: Path, tiny_llava: Path, text_pairs: Callable[..., Path],
-    vision_pairs: Callable[..., Path], tmp_path: Path, fresh_cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    from fasttrain.config import config_from_dict
-    from fasttrain.data.packs import Order, plan_step
+    kind: str, settings: list[str], first_step: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fasttrain.train.engine import TorchEngine
-    from fasttrain.train.job import build_job
-    from fasttrain.train.loop import fill_references
     from fasttrain.train.step import StepRunner
 
-    pairs = text_pairs(tmp_path / "pairs.jsonl", 9) if kind == "text" else vision_pairs(tmp_path, 9)
-    raw = {
-        "model": {"name": str(tiny_text if kind == "text" else tiny_llava)},
-        "data": {"train": str(pairs), "workers": 0},
-        "train": {"output": str(tmp_path / "run"), "pairs_per_step": 9},
-        "track": [],
-    }
-    job = build_job(config_from_dict(raw, settings))
-    fill_references(job)  # its first pass with images compares placeholders and features, once
-    job.policy.train()
-    order = Order(job.train, 9, False, 0)
-    number, epoch, groups = next(order.steps(1, 1))
-    step = plan_step(job.train, number, epoch, groups, job.tokens_per_pack, job.policy.shared)
-    maker = job.maker(job.train, with_reference=True)
-    batches = [maker[pack].to(job.device) for pack in step.packs]
+    job, step, batches = first_step(kind, settings)
+    batches = [batch.to(job.device) for batch in batches]
     engine = TorchEngine(job.policy, job.config.train, job.checkpointing)
     runner = StepRunner(engine, job.loss, job.train)
     with waiting_calls(monkeypatch) as found:
