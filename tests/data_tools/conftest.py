@@ -60,3 +60,16 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return int(exit_info.value.code or 0), captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def questions(tmp_path: Path, write_rows: Callable[..., Path], tiny_models: Any) -> Path:
+    """A questions file with two images; the questions are of different lengths."""
+    names = [tiny_models.draw_image(tmp_path / f"{n}.png", n).name for n in (1, 2)]
+    rows = [
+        {"id": "qa", "images": [names[0]], "question": "what is the value of the red bar?"},
+        {"id": "qb", "images": [names[1]], "question": "how many?"},
+        {"id": "qc", "images": [names[0]], "question": "and the left bar between the bars in this chart?"},
+    ]
+    rows[2]["history"] = [{"role": "user", "text": "what is it?"}, {"role": "assistant", "text": "the chart"}]
+    return write_rows(tmp_path / "questions.jsonl", rows)
