@@ -1,15 +1,10 @@
-"""A study: its grid, its commands, what is done once, how scores and intervals come about, what the page shows."""
+"""A study: its grid, its commands, mistakes in its file, what the page shows."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shlex
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,48 +16,13 @@ from click.testing import CliRunner
 from fasttrain.cli import cli
 from fasttrain.errors import UserError
 from fasttrain.study.command import check_recipes
-from fasttrain.study.execute import execute
 from fasttrain.study.page import write_page
 from fasttrain.study.plots import plots
 from fasttrain.study.results import collect, write_results
-from fasttrain.study.scores import Scored, read_scored, score_exactly, wilson
+from fasttrain.study.scores import Scored, wilson
 from fasttrain.study.spec import load_study
 from fasttrain.study.table import findings, table_lines
-from fasttrain.study.tasks import Task, executable, printed, tasks_of
-
-FILE: dict[str, Any] = {
-    "output": "out",
-    "recipe": "recipe.yaml",
-    "models": {"small": "hub/small", "big": "hub/big"},
-    "answers": {
-        "big": {"annotations": "a.jsonl", "questions": "q.jsonl"},
-        "small": {"annotations": "b.jsonl"},
-    },
-    "settings": {"all": {"train.epochs": 2}, "sft": {"train.learning_rate": 4e-4}},
-    "runs": [
-        {"method": ["dpo", "sft", "steerlm"]},
-        {"method": "dpo", "pairs": [10, 20]},
-        {"flip": [0, 0.25]},
-        {"beta": 0.3, "model": ["small", "big"], "answers": ["big", "small"]},
-    ],
-    "evaluate": {"held": {"questions": "q.jsonl"}, "pope": {"benchmark": "pope", "data": "."}},
-}
-
-
-@pytest.fixture
-def study_file(tmp_path: Path) -> Any:
-    for name in ("a.jsonl", "b.jsonl"):
-        (tmp_path / name).write_text('{"question": "Why?", "completions": [], "cost_usd": 0.5}\n' * 2)
-    questions = [{"id": f"q{n}", "question": f"Why {n}?", "answer": f"because {n}"} for n in range(40)]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    (tmp_path / "recipe.yaml").write_text("train: {max_steps: 3}\n")
-
-    def write(**changes: Any) -> Path:
-        path = tmp_path / "study.yaml"
-        path.write_text(yaml.safe_dump(FILE | changes, sort_keys=False))
-        return path
-
-    return write
+from fasttrain.study.tasks import executable, printed, tasks_of
 
 
 def test_grids_are_every_combination_once(study_file: Any) -> None:
@@ -218,61 +178,6 @@ def test_a_study_file_that_cannot_be_read_is_called_by_what_it_is(tmp_path: Path
         load_study(tmp_path / "bytes.yaml")
 
 
-def _task(folder: Path, name: str, code: str, after: Path | None = None) -> Task:
-    output = folder / name
-    text = f"import pathlib, sys\npath = pathlib.Path({str(output)!r})\n{code}"
-    return Task(
-        kind="train", subject=name, command=("fasttrain", "-c", text), output=output, note=folder / f"{name}.json",
-        after=after,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def python_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tasks that are Python snippets instead of commands of this project."""
-    monkeypatch.setattr(
-        "fasttrain.study.execute.executable", lambda command, python: [sys.executable, *command[1:]]
-    )
-
-
-def test_what_is_done_is_not_done_again_and_what_failed_is(tmp_path: Path, python_tasks: None) -> None:
-    count = "path.write_text(path.read_text() + 'x' if path.exists() else 'x')"
-    first = _task(tmp_path, "first", count)
-    second = _task(
-        tmp_path, "second", f"{count}\nraise SystemExit('no luck' if len(path.read_text()) < 2 else 0)"
-    )
-    third = _task(tmp_path, "third", count, after=first.note)
-    with pytest.raises(UserError, match=r"train second: exit code 1: no luck \(all of it in .*second\.log\)"):
-        execute([first, second, third], tmp_path / "logs", lambda text: None)
-    for _ in range(2):
-        execute([first, second, third], tmp_path / "logs", lambda text: None)
-    assert [(tmp_path / name).read_text() for name in ("first", "second", "third")] == ["x", "xx", "x"]
-    assert second.seconds > first.seconds / 10 > 0
-    changed = _task(tmp_path, "first", count + "\n")  # another command for the same result
-    execute([changed, third], tmp_path / "logs", lambda text: None)
-    assert [(tmp_path / name).read_text() for name in ("first", "third")] == ["xx", "xx"]
-
-
-def test_what_was_made_from_other_files_is_made_again(tmp_path: Path, python_tasks: None) -> None:
-    pairs = tmp_path / "pairs"
-    count = "path.write_text(path.read_text() + 'x' if path.exists() else 'x')"
-    task = dataclasses.replace(_task(tmp_path, "one", count), inputs=(pairs, tmp_path / "recipe"))
-    (tmp_path / "recipe").write_text("r")
-
-    def runs(text: str) -> int:
-        pairs.write_text(text)
-        execute([task], tmp_path / "logs", lambda text: None)
-        return len(task.output.read_text())
-
-    assert [runs("a"), runs("a"), runs("b"), runs("b")] == [1, 1, 2, 2]
-    pairs.unlink()
-    assert not task.is_done()
-    note = json.loads(task.note.read_text())
-    del note["inputs"]  # as earlier versions wrote it
-    task.note.write_text(json.dumps(note))
-    assert task.is_done()
-
-
 def test_every_step_knows_the_files_it_reads(study_file: Any, tmp_path: Path) -> None:
     """All that its command names and that is no folder; a changed recipe leaves data and answers as they are."""
     tasks = tasks_of(load_study(study_file()))
@@ -285,160 +190,6 @@ def test_every_step_knows_the_files_it_reads(study_file: Any, tmp_path: Path) ->
         }
         assert named - {task.output} == set(task.inputs)
     assert {task.kind for task in tasks if tmp_path / "recipe.yaml" in task.inputs} == {"train"}
-
-
-def test_a_command_that_stopped_early_is_no_success(tmp_path: Path, python_tasks: None) -> None:
-    """Training ends with code 0 after SIGTERM, without its adapter."""
-    with pytest.raises(SystemExit) as stopped:
-        execute([_task(tmp_path, "one", "pass")], tmp_path / "logs", lambda text: None)
-    assert stopped.value.code == 143
-
-
-def test_a_benchmark_whose_judge_left_some_out_is_done_and_told(tmp_path: Path, python_tasks: None) -> None:
-    """`fasttrain eval` ends with exit code 3 then, its results written; answers that are missing are no results."""
-    told: list[str] = []
-
-    def task(name: str, code: str, kind: str = "evaluate") -> Task:
-        return dataclasses.replace(_task(tmp_path, name, code), kind=kind)
-
-    ends = "path.write_text('x')\nraise SystemExit(3)"
-    done = task("results.jsonl", ends)
-    for _ in range(2):
-        execute([done], tmp_path / "logs", told.append)
-    assert [line.partition(" s;")[2] for line in told if "done in" in line] == [
-        f" some answers or judgements are missing, see its log; delete {done.note} to try again"
-    ]
-    assert told[-1] == "1 of 1 steps are done"
-    done.note.unlink()
-    for other in (task("results.jsonl", ends, "train"), task("answers.jsonl", ends)):
-        with pytest.raises(UserError, match="exit code 3"):
-            execute([other], tmp_path / "logs", told.append)
-    with pytest.raises(UserError, match="exit code 3"):
-        (tmp_path / "results.jsonl").unlink()
-        execute([task("results.jsonl", "raise SystemExit(3)")], tmp_path / "logs", told.append)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent is gone")
-def test_a_study_that_is_killed_leaves_no_training_behind(tmp_path: Path) -> None:
-    """SIGKILL to the study: the command that it runs is told to stop, and is gone before long."""
-    code = f"""
-import sys
-from pathlib import Path
-import fasttrain.study.execute as execute
-from fasttrain.study.tasks import Task
-execute.executable = lambda command, python: [sys.executable, "-c", command[1]]
-folder = Path({str(tmp_path)!r})
-wait = f"import os, time; open({{str(folder / 'pid')!r}}, 'w').write(str(os.getpid())); time.sleep(600)"
-task = Task(kind="train", subject="a", command=("fasttrain", wait), output=folder / "out", note=folder / "a.json")
-execute.execute([task], folder / "logs", print)
-"""
-    study = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
-
-    def until(done: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 60
-        while not done():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-    pid = tmp_path / "pid"
-    until(lambda: pid.exists() and pid.read_text() != "")
-    assert Path(f"/proc/{pid.read_text()}").exists()
-    study.kill()
-    study.wait()
-
-    def is_gone() -> bool:
-        stat = Path(f"/proc/{pid.read_text()}/stat")
-        return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
-
-    until(is_gone)
-
-
-def test_intervals_are_wilsons_and_a_bootstraps() -> None:
-    # Newcombe 1998, table I: 81 of 263 by the score method
-    right = Scored([str(n) for n in range(263)], np.arange(263) < 81, np.ones(263))
-    assert right.interval() == pytest.approx((0.2553, 0.3662), abs=5e-5) == wilson(81, 263)
-    values = np.random.default_rng(1).normal(3, 2, 900)
-    graded = Scored([str(n) for n in range(900)], values, np.ones(900))
-    half = 1.96 * values.std() / 30
-    assert graded.interval() == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
-
-
-def test_differences_are_paired_by_question() -> None:
-    """Two models that differ by 1 on every question differ surely, however much questions differ."""
-    hard = np.arange(50.0) * 10
-    names = [str(n) for n in range(50)]
-    one, two = Scored(names, hard, hard), Scored(names[::-1], hard[::-1] + 1, hard)
-    assert two.above(one) == pytest.approx((1, 1, 1))
-    assert np.isnan(two.above(Scored(["other"], np.ones(1), np.ones(1)))[0])
-
-
-def test_exact_scores_need_every_answer_and_every_truth(study_file: Any, tmp_path: Path) -> None:
-    study_file()
-    answers = tmp_path / "answers.jsonl"
-    rows = [{"question_id": f"q{n}", "text": f" because {n if n % 4 else 'x'}\n"} for n in range(40)]
-    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    scored = score_exactly(tmp_path / "q.jsonl", answers)
-    assert (scored.mean, len(scored.questions)) == (0.75, 40)
-    answers.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
-    with pytest.raises(UserError, match="wanted an answer to every question, got none to q39"):
-        score_exactly(tmp_path / "q.jsonl", answers)
-    (tmp_path / "open.jsonl").write_text('{"id": "a", "question": "Why?"}\n')
-    with pytest.raises(UserError, match="line 1: answer: wanted the right answer as text"):
-        score_exactly(tmp_path / "open.jsonl", answers)
-
-
-def test_answers_of_questions_without_ids_are_found_by_their_place(study_file: Any, tmp_path: Path) -> None:
-    """A file with blank lines, and one row with an id of its own: as `fasttrain answer` names them."""
-    from fasttrain.answering.questions import read_questions
-
-    study_file()
-    rows = [{"question": f"Why {n}?", "answer": f"because {n}"} for n in range(4)]
-    rows[2] |= {"id": None}
-    rows[3] |= {"question_id": 77}
-    path = tmp_path / "bare.jsonl"
-    path.write_text("\n\n".join(json.dumps(row) for row in rows))
-    load_study(study_file(evaluate={"held": {"questions": "bare.jsonl"}}))
-    answers = tmp_path / "answers.jsonl"
-    named = [
-        {"question_id": q.id, "text": q.row["answer"] if q.id != 3 else "no"} for q in read_questions(path)
-    ]
-    answers.write_text("".join(json.dumps(row) + "\n" for row in named))
-    scored = score_exactly(path, answers)
-    assert scored.questions == ["1", "2", "3", "77"] and scored.scores.tolist() == [1, 1, 0, 1]
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        (
-            {"id": "b"},
-            r"study\.yaml: evaluate\.held\.questions: .*bad\.jsonl line 2: answer: wanted the right answer",
-        ),
-        ({"id": "a", "answer": "x"}, "bad.jsonl line 2: question_id: wanted an id of its own, got 'a' again"),
-        ({"id": "b", "answer": "x", "turns": ["one", "two"]}, "bad.jsonl line 2: turns: wanted one question"),
-    ],
-)
-def test_questions_that_cannot_be_scored_are_named_before_anything_runs(
-    row: dict[str, Any], message: str, study_file: Any, tmp_path: Path
-) -> None:
-    rows = [{"id": "a", "question": "Why?", "answer": "so"}, {"question": "Why?"} | row]
-    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match=message):
-        load_study(study_file(evaluate={"held": {"questions": "bad.jsonl"}}))
-
-
-def test_results_of_benchmarks_are_means_per_question_without_excluded_rows(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
-    rows = [("a", 1.0, 10), ("a", 0.0, 30), ("b", 8.0, 5), ("c", None, 7)]
-    path.write_text(
-        "".join(json.dumps({"question_id": q, "score": s, "answer_chars": c}) + "\n" for q, s, c in rows)
-    )
-    scored = read_scored(path)
-    assert (scored.questions, scored.scores.tolist(), scored.chars.tolist()) == (
-        ["a", "b"],
-        [0.5, 8.0],
-        [20.0, 5.0],
-    )
 
 
 @pytest.fixture
