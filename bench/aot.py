@@ -23,7 +23,7 @@ from pathlib import Path
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
-from aot_cases import HIDDEN, PAIRS, ROWS, VOCABULARY, Case, cases
+from aot_cases import HIDDEN, PAIRS, ROWS, TOKENS, VOCABULARY, Case, cases
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -147,12 +147,12 @@ def report(results: list[Compiled]) -> str:
     return f"""# Kernels compiled ahead of time
 
 Made by `python bench/aot.py --out bench/results/kernels_aot.md`, Triton {triton.__version__}, its own ptxas, no GPU. bf16 inputs, LLaVA-1.5-13B:
-{ROWS} rows, hidden size {HIDDEN}, vocabulary {VOCABULARY}, {PAIRS} pairs. Occupancy is computed from registers, shared memory and warps.
+{ROWS} rows, hidden size {HIDDEN}, vocabulary {VOCABULARY}, {PAIRS} pairs; norm, SwiGLU and rotary positions of {TOKENS} tokens in one layer. Occupancy is computed from registers, shared memory and warps.
 Matrix products are cuBLAS calls, so none of these kernels is due a matrix instruction.
 
 {compile_table(results)}
 
-## What they move in one step
+## What they move in one step, those of a layer in one call
 
 Bytes if nothing stayed in a cache (a 32 MiB tile of logits does stay in the L2 of these chips), against the data sheets'
 bandwidth and dense bf16 rate: computed, not measured.

@@ -10,12 +10,14 @@ from fasttrain_kernels import (
     KINDS,
     head_passes_triton,
     label_logprob_triton,
+    layer_passes_triton,
     preference_loss_triton,
     shared_prefix_merge_triton,
 )
 
-# LLaVA-1.5-13B, bf16: 16 answers of 130 tokens in a pack; a tile of the head is 1024 rows of 8192 columns.
+# LLaVA-1.5-13B, bf16: 16 answers of 130 tokens in a pack of 4096; a tile of the head is 1024 rows of 8192 columns.
 ROWS, HIDDEN, VOCABULARY, PAIRS = 2080, 5120, 32064, 128
+TOKENS, INNER, HEADS, HEAD_SIZE = 4096, 13824, 40, 128
 BLOCK = 8192
 
 _POINTERS = {"z_ptr": "fp32", "m_ptr": "fp32", "s_ptr": "fp32", "a_ptr": "fp32", "q_ptr": "fp32", "top_ptr": "i64",
@@ -35,11 +37,12 @@ _DIVISIBLE = {
     "first",
     "d",
 }
-_STRIDES = {"size", "out_row", "out_head", "part_row", "part_head"}
+_STRIDES = {"size", "out_row", "out_head", "part_row", "part_head", "half", "x_batch", "x_head", "x_token", "out_batch",
+            "out_token", "cos_batch", "cos_token", "sin_batch", "sin_token"}  # fmt: skip
 _INTEGERS = (
     _DIVISIBLE
     | _STRIDES
-    | {"pairs", "start", "heads", "lse_row", "lse_head", "part_lse_row", "part_lse_head"}
+    | {"pairs", "start", "rows", "tokens", "heads", "lse_row", "lse_head", "part_lse_row", "part_lse_head"}
 )
 
 
@@ -85,6 +88,7 @@ def _flags(names: str, on: str = "") -> dict[str, bool]:
 def cases() -> list[Case]:
     """Every kernel of the package, in the variants that training and the reference pass use."""
     head, label, preference = head_passes_triton, label_logprob_triton, preference_loss_triton
+    layer = layer_passes_triton
     logits, hidden = ROWS * VOCABULARY, ROWS * HIDDEN
     warps = head._warps(BLOCK)
     fold: Callable[[str], dict[str, Any]] = lambda on: {  # noqa: E731
@@ -98,6 +102,14 @@ def cases() -> list[Case]:
     loss = lambda kinds, lengths: {  # noqa: E731
         "KINDS": kinds, "WEIGHTS": (1.0,) * len(kinds), "F": 0, "HAS_REFERENCE": True, "HAS_LENGTHS": lengths,
         "HAS_WEIGHT": lengths, "BLOCK": preference._BLOCK}  # fmt: skip
+    gated: Callable[[bool], dict[str, Any]] = lambda gelu: {"GELU": gelu, "BLOCK": layer._BLOCK}  # noqa: E731
+    norm = {"ONE_PLUS": False, **layer.tile(HIDDEN)}
+    norm_warps = norm.pop("num_warps")
+    width, inner, turned = TOKENS * HIDDEN * 2, TOKENS * INNER * 2, TOKENS * HEADS * HEAD_SIZE * 2
+    half = {
+        f"{name}_ptr": "bf16"
+        for name in ("x", "weight", "grad", "gate", "up", "gate_grad", "up_grad", "cos", "sin")
+    }
     double = {name: "fp64" for name in preference.preference_kernel.arg_names if name.endswith("_ptr")}
     return [
         Case("fold, reference pass", head.fold_kernel, fold(""), warps, logits * 4, ROWS * 12),
@@ -126,4 +138,12 @@ def cases() -> list[Case]:
         Case("attention merge", shared_prefix_merge_triton.merge_kernel,
              {"INDEXED": True, "BLOCK_H": 16, "BLOCK_K": 128}, 4, ROWS * HIDDEN * 4 + ROWS * 40 * 8,
              ROWS * HIDDEN * 2 + ROWS * 40 * 4, pointers={"out_ptr": "bf16", "part_ptr": "bf16", "index_ptr": "i64"}),
+        Case("norm", layer.norm_kernel, norm, norm_warps, width, width, pointers=half),
+        Case("norm backward", layer.norm_backward_kernel, norm, norm_warps, 2 * width, width, pointers=half),
+        Case("swiglu", layer.gated_kernel, gated(False), 4, 2 * inner, inner, pointers=half),
+        Case("swiglu backward", layer.gated_backward_kernel, gated(False), 4, 3 * inner, 2 * inner, pointers=half),
+        Case("geglu", layer.gated_kernel, gated(True), 4, 2 * inner, inner, pointers=half),
+        Case("geglu backward", layer.gated_backward_kernel, gated(True), 4, 3 * inner, 2 * inner, pointers=half),
+        Case("rotary, queries or keys", layer.rotary_kernel, {"BACKWARD": False, "BLOCK_H": 16, "BLOCK_K": HEAD_SIZE // 2}, 4,
+             turned + TOKENS * HEAD_SIZE * 4, turned, pointers=half),
     ]  # fmt: skip

@@ -69,7 +69,7 @@ def note_launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
         # functions of the package have the names of their modules
         monkeypatch.setattr(importlib.import_module(f"fasttrain_kernels.{module}"), name, value)
 
-    for module in ("linear_logprob", "label_logprob", "preference_loss"):
+    for module in ("linear_logprob", "label_logprob", "preference_loss", "layer_passes"):
         put(module, "resolve_backend", lambda name, *_: name or "triton")
     put("preference_loss", "backend_for", lambda tensor: "triton")
     put("shared_prefix_merge", "interpreting", lambda: True)

@@ -1,4 +1,4 @@
-"""Rotary positions in two passes over queries and keys, forward and backward, with one tensor made.
+"""Rotary positions in few passes over queries and keys, forward and backward (`layer_passes` of the kernels).
 
 As transformers writes them they are five passes forward and more back, over halves that are cut out, negated and put
 together again. Attention modules keep transformers' own forward; only the function that it calls by name is another, and only
@@ -12,38 +12,14 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.models.llama import modeling_llama
 
 from fasttrain.model.fused_layers import same_source
+from fasttrain_kernels import rotary
 
 ROTARY, HALF = "apply_rotary_pos_emb", "rotate_half"
 Rotary = Callable[..., tuple[Tensor, Tensor]]
-
-
-class _Rotate(torch.autograd.Function):
-    """x cos + rotate_half(x) sin; cos and sin (..., K) broadcast to x (..., K) and get no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        half = x.shape[-1] // 2
-        out = x * cos
-        out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-        out[..., half:].addcmul_(x[..., :half], sin[..., half:])
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        half = grad.shape[-1] // 2
-        dx = grad * cos
-        dx[..., :half].addcmul_(grad[..., half:], sin[..., half:])
-        dx[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1)
-        return dx, None, None
 
 
 def _fused(theirs: Rotary) -> Rotary:
@@ -53,7 +29,7 @@ def _fused(theirs: Rotary) -> Rotary:
         if not all(_covered(x, cos, sin) for x in (q, k)):
             return theirs(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-        return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
+        return rotary(q, cos, sin), rotary(k, cos, sin)
 
     return apply_rotary_pos_emb
 

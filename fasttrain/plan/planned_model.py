@@ -131,6 +131,7 @@ def build_planned_model(
     fuse_rotary(language_model(model))
     if adapted is not None and stage != 3:
         fuse_lora(model)
+    if not config.train.compile:
         fuse_layers(language_model(model))
     use_planned_attention(model)
     model.train()

@@ -254,12 +254,12 @@ def _load(config: DPOConfig, read: _Read) -> _Loaded:
     fuse_rotary(language_model(model))
     if adapted is not None and not zero3:
         fuse_lora(model)
-        if not config.train.compile:
-            fuse_layers(language_model(model))
     if config.train.compile:
         say(
             f"compiling: {compile_layers(language_model(model))} norms and activations run code made by torch.compile"
         )
+    else:
+        fuse_layers(language_model(model))
     adapter = config.lora.init_from if config.lora else None
     name = str(dtype).removeprefix("torch.")
     identity = model_identity(read.folder, read.model_config, config.model, name, adapter, read.memo)

@@ -3,6 +3,7 @@
 from .backends import backend_for
 from .fused_linear_preference import FusedLinearPreferenceLoss
 from .label_logprob import label_logprob, label_logprob_ref
+from .layer_passes import geglu, geglu_ref, rms_norm, rms_norm_ref, rotary, rotary_ref, swiglu, swiglu_ref
 from .linear_logprob import (
     LinearLogprob,
     linear_logprob,
@@ -37,6 +38,8 @@ __all__ = [
     "attention_backend_for",
     "backend_for",
     "choose_attention",
+    "geglu",
+    "geglu_ref",
     "label_logprob",
     "label_logprob_ref",
     "linear_logprob",
@@ -46,9 +49,15 @@ __all__ = [
     "preference_logps",
     "preference_loss",
     "preference_loss_ref",
+    "rms_norm",
+    "rms_norm_ref",
+    "rotary",
+    "rotary_ref",
     "sequence_sums",
     "shared_prefix_attention",
     "shared_prefix_attention_ref",
+    "swiglu",
+    "swiglu_ref",
     "why_not_attention",
     "with_unit_gradient",
     "wpo_weights",

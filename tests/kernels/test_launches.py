@@ -17,7 +17,10 @@ from fasttrain_kernels import (
     label_logprob,
     linear_logprob,
     preference_loss,
+    rms_norm,
+    rotary,
     shared_prefix_attention,
+    swiglu,
 )
 from fasttrain_kernels.preference_kinds import COUPLE_PAIRS, REFERENCE_FREE
 
@@ -99,6 +102,29 @@ def test_parts_of_attention_are_merged_on_their_device(launched: list[Any]) -> N
     shared_prefix_attention(q, k, v, layout).sum().backward()
     assert q.grad is not None
     check(launched, "merge_kernel")
+
+
+def test_passes_of_a_layer_are_launched_with_tensors_of_one_device(launched: list[Any]) -> None:
+    half = torch.bfloat16
+    x, up = (there(1, 9, 64, dtype=half, grad=True) for _ in range(2))
+    turned = x.view(1, 9, 4, 16).transpose(1, 2)
+    sizes = there(1, 9, 16, dtype=half)
+    for out in (
+        rms_norm(x, there(64, dtype=half), 1e-6),
+        swiglu(x, up),
+        rotary(turned, sizes[:, None], sizes[:, None]),
+    ):
+        assert out.dtype == half and out.device == META
+        out.sum().backward()
+    # queries go on as they lie in memory, (B, T, H, K)
+    assert rotary(turned, sizes[:, None], sizes[:, None]).stride() == turned.stride()
+    check(
+        launched,
+        "norm_kernel",
+        "gated_kernel",
+        "rotary_kernel",
+        backward=("norm_backward_kernel", "gated_backward_kernel"),
+    )
 
 
 def test_lengths_may_be_on_the_host(launched: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

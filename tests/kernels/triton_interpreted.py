@@ -7,6 +7,10 @@ The interpreter truncates fp32 to bf16 where a GPU rounds, so bf16 results are a
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +19,8 @@ from fasttrain_kernels import (
     COUPLE_PAIRS,
     F_DIVERGENCES,
     KINDS,
+    geglu,
+    geglu_ref,
     head_gradients,
     head_scores,
     head_tiles,
@@ -23,6 +29,12 @@ from fasttrain_kernels import (
     linear_logprob,
     linear_logprob_ref,
     preference_loss,
+    rms_norm,
+    rms_norm_ref,
+    rotary,
+    rotary_ref,
+    swiglu,
+    swiglu_ref,
 )
 from fasttrain_kernels.preference_kinds import TAKE_F_DIVERGENCE
 from fasttrain_kernels.shared_prefix_merge import merge_, merge_ref_
@@ -334,6 +346,83 @@ def test_merging_attention_parts(rows: Slice | Gather, heads: int, size: int, dt
     assert torch.equal(out, untouched[0]) and torch.equal(lse, untouched[1])
 
 
+def agrees(
+    function: Callable[..., Tensor], definition: Callable[..., Tensor], leaves: list[Tensor], *frozen: Any
+) -> None:
+    """Values and gradients with the definition's in fp64, for a gradient that comes in with strides of its own."""
+    (dtype,) = {x.dtype for x in leaves}
+    grad = torch.randn(leaves[0].shape[::-1], generator=torch.Generator().manual_seed(5)).to(dtype)
+    true = [x.detach().double().requires_grad_() for x in leaves]
+    expected = definition(*true, *(x.double() if isinstance(x, Tensor) else x for x in frozen))
+    ours = [x.detach().requires_grad_() for x in leaves]
+    out = function(*ours, *frozen, backend="triton")
+    back = grad.permute(*reversed(range(grad.dim())))
+    found = [out, *torch.autograd.grad(out, ours, back)]
+    wanted = [expected, *torch.autograd.grad(expected, true, back.double())]
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.dtype == dtype and mine.shape == theirs.shape
+        bar = 2**-6 if dtype == torch.bfloat16 else 2e-6  # two values cut to 16 bits
+        assert (mine.double() - theirs).abs().max() <= bar * theirs.abs().max()
+
+
+NARROW = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("one_plus", [False, True])
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("shape", [(37, 57), (3, 5, 128), (2, 2049), (1, 1)])
+def test_norm(shape: tuple[int, ...], dtype: torch.dtype, one_plus: bool) -> None:
+    g = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(*size, generator=g) * 4 for size in (shape, shape[-1:]))
+    x[0, 0] = 0
+    ours, definition = (functools.partial(one, one_plus=one_plus) for one in (rms_norm, rms_norm_ref))
+    agrees(ours, definition, [x.to(dtype)], weight.to(dtype), 1e-2)
+    # rows and columns that do not follow one another
+    agrees(ours, definition, [x.repeat_interleave(2, -1).to(dtype)[..., ::2]], weight.to(dtype), 1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's word for a sigmoid of 0
+@pytest.mark.parametrize(("product", "definition"), [(swiglu, swiglu_ref), (geglu, geglu_ref)])
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("shape", [(5, 37), (1, 3, 2051)])
+def test_gated_activation(shape: tuple[int, ...], dtype: torch.dtype, product: Any, definition: Any) -> None:
+    g = torch.Generator().manual_seed(2)
+    gate, up = ((torch.randn(*shape, generator=g) * 4).to(dtype) for _ in range(2))
+    gate[0, ..., :2] = torch.tensor([90.0, -90.0])
+    agrees(product, definition, [gate, up])
+    halves = torch.cat((gate, up), -1)
+    agrees(product, definition, list(halves.chunk(2, -1)))
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("same", [True, False], ids=["one for all", "one each"])
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize(("heads", "size"), [(9, 64), (1, 20), (40, 128)])
+def test_rotary(heads: int, size: int, axis: int, same: bool, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(heads)
+    draw = lambda *shape: torch.randn(*shape, generator=g).to(dtype)  # noqa: E731
+    x, cos, sin = draw(2, 7, heads, size), *(draw(1 if same else 2, 7, size) for _ in range(2))
+    if axis == 1:  # as transformers hands them over: (B, H, T, K), of another order in memory
+        x = x.transpose(1, 2)
+    agrees(rotary, rotary_ref, [x], cos.unsqueeze(axis), sin.unsqueeze(axis))
+
+
+def test_layer_passes_without_rows_and_where_triton_cannot() -> None:
+    empty = torch.zeros(0, 6)
+    assert rms_norm(empty, torch.ones(6), 1e-6, backend="triton").shape == (0, 6)
+    assert swiglu(empty, empty, backend="triton").shape == (0, 6)
+    none = torch.zeros(1, 2, 0, 6)
+    assert rotary(none, none[:, :1], none[:, :1], backend="triton").shape == none.shape
+    for call, wanted in (
+        (lambda: rms_norm(torch.ones(1, 40000), torch.ones(40000), 1e-6, backend="triton"), "rows of at most 32768"),
+        (lambda: swiglu(torch.ones(2).double(), torch.ones(2).double(), backend="triton"), "fp32, bf16 or fp16"),
+        (lambda: rotary(torch.ones(2, 6), torch.ones(6), torch.ones(6), backend="triton"), "four axes"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"'triton' wants {wanted}"):
+            call()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 def test_nothing_reads_memory_it_did_not_write() -> None:
     # Deterministic mode fills every fresh buffer with NaN.
     torch.use_deterministic_algorithms(True)
@@ -341,5 +430,8 @@ def test_nothing_reads_memory_it_did_not_write() -> None:
         test_linear_logprob_and_its_gradients(5, 57, 507, torch.float32, False, OPTIONS[2])
         test_linear_logprob_and_its_gradients(5, 57, 507, torch.float32, True, OPTIONS[1])
         test_label_logprob_and_its_gradient(7, 507, torch.float32, False)
+        test_norm((37, 57), torch.float32, False)
+        test_gated_activation((5, 37), torch.float32, swiglu, swiglu_ref)
+        test_rotary(9, 64, 1, True, torch.float32)
     finally:
         torch.use_deterministic_algorithms(False)

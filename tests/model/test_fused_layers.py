@@ -1,4 +1,4 @@
-"""Norm and SwiGLU in few passes are transformers' own functions, values and gradients."""
+"""Norms and gated MLPs in few passes are transformers' own functions, values and gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, Qwen3Config
+from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config
+from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP, Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
@@ -32,13 +33,15 @@ def layers(family: str, activation: str = "silu") -> tuple[Layer, Layer]:
     kinds: dict[str, Any] = {
         "llama": (LlamaRMSNorm, LlamaMLP, LlamaConfig),
         "qwen3": (Qwen3RMSNorm, Qwen3MLP, Qwen3Config),
+        "gemma3": (Gemma3RMSNorm, Gemma3MLP, Gemma3TextConfig),
     }
     norm, mlp, config = kinds[family]
-    theirs = Layer(norm(22, eps=1e-3), mlp(config(**SIZES, hidden_act=activation)))
+    named = {} if family == "gemma3" else {"hidden_act": activation}  # Gemma's is GELU's tanh form
+    theirs = Layer(norm(22, eps=1e-3), mlp(config(**SIZES, **named)))
     nn.init.normal_(theirs.norm.weight)
     theirs.requires_grad_(False)
     ours = copy.deepcopy(theirs)
-    fuse_layers(ours)
+    assert fuse_layers(ours) == (1 if activation == "gelu" else 2)
     return theirs, ours
 
 
@@ -50,7 +53,7 @@ def result(layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out.detach(), x.grad
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e4])
 def test_values_and_gradients_are_transformers(family: str, scale: float) -> None:
     theirs, ours = layers(family)
@@ -63,8 +66,9 @@ def test_values_and_gradients_are_transformers(family: str, scale: float) -> Non
     )
 
 
-def test_less_is_kept_for_the_backward_pass() -> None:
-    theirs, ours = layers("llama")
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_less_is_kept_for_the_backward_pass(family: str) -> None:
+    theirs, ours = layers(family)
     kept = []
     for layer in (theirs, ours):
         seen: dict[int, int] = {}
@@ -80,8 +84,9 @@ def test_less_is_kept_for_the_backward_pass() -> None:
     assert kept[1] < 0.8 * kept[0]
 
 
-def test_in_bf16_statistics_are_fp32_and_less_is_rounded() -> None:
-    theirs, ours = layers("llama")
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_in_bf16_statistics_are_fp32_and_less_is_rounded(family: str) -> None:
+    theirs, ours = layers(family)
     true, x = copy.deepcopy(theirs), torch.randn(1, 31, 22).bfloat16()
     for layer in (theirs, ours):
         layer.to(torch.bfloat16)
@@ -96,13 +101,14 @@ def test_in_bf16_statistics_are_fp32_and_less_is_rounded() -> None:
     assert error <= 1.05 * their_error
 
 
-def test_linears_behind_norm_and_swiglu_make_their_inputs_again() -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_linears_behind_norm_and_activation_make_their_inputs_again(family: str) -> None:
     import peft
 
     from fasttrain.model.fused_layers import fuse_layers
     from fasttrain.model.fused_lora import fuse_lora
 
-    theirs, _ = layers("llama")
+    theirs, _ = layers(family)
     targets = ["gate_proj", "up_proj", "down_proj"]
     adapted = peft.get_peft_model(
         theirs, peft.LoraConfig(r=3, target_modules=targets, init_lora_weights=False)

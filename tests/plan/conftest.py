@@ -82,6 +82,7 @@ def make_real_pass(
     fuse_rotary(language_model(model))
     if adapted is not None and fused:
         fuse_lora(model)
+    if fused:
         fuse_layers(language_model(model))
     policy.set_shared(True)
     policy.train()

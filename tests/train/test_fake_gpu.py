@@ -72,7 +72,16 @@ def test_a_step_runs_on_a_gpu_without_asking_it_for_a_value(
     assert result.sums.device == norm.device == META
     kernels = {launch.kernel for launch in launched}
     assert all(launch.devices == {"meta"} for launch in launched)
-    assert {"fold_kernel", "finish_kernel"} <= kernels
+    assert {
+        "fold_kernel",
+        "finish_kernel",
+        "gated_kernel",
+        "gated_backward_kernel",
+        "rotary_kernel",
+    } <= kernels
+    assert ({"norm_kernel", "norm_backward_kernel"} <= kernels) is (
+        job.config.lora is not None
+    )  # of frozen weights
     assert ("preference_kernel" in kernels) is not job.loss.couples_pairs
     assert "merge_kernel" in kernels or "train.tokens_per_pack=60" in settings  # there, answers are apart
     assert ("gradient_kernel" in kernels) is (job.config.lora is None)
