@@ -26,6 +26,9 @@ SHARED = "fasttrain_shared_prefix"
 _UNKNOWN_TO_US = ("sinks", "position_bias", "alibi")
 
 
+# Text parts of families whose image tokens see each other, which only transformers' own masks do (Gemma 3 and PaliGemma:
+# `families.py`; Gemma 4 says so in its configuration).
+_SEE_IMAGES_BOTH_WAYS = ("molmo2_text",)
 # Rates that modules apply in training mode only, besides those called dropout: Mixtral's and DBRX's router noise, drop paths.
 _NOISE = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps", "layerdrop", "drop_prob", "drop_path")
 # Routers that draw a token's experts at random in training mode.
@@ -115,6 +118,11 @@ def why_unshared(model: Any, longest: int) -> str | None:
         return "it sees images through cross-attention layers"
     if not getattr(model, "_supports_attention_backend", False):
         return f"{type(model).__name__} does not take attention functions"
+    if (
+        getattr(config, "use_bidirectional_attention", None) == "vision"
+        or config.model_type in _SEE_IMAGES_BOTH_WAYS
+    ):
+        return "an image's tokens see each other in it"
     if scales_by_longest(config, longest):
         return "its longrope position scaling depends on the longest sequence of a pass"
     if getattr(config, "alibi", False):
@@ -128,11 +136,12 @@ def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def silence_dropout(model: nn.Module) -> None:
-    """Set the base model's own dropout and router noise to zero: policy and reference must be the same function at step 0."""
+    """Set the base model's own dropout and router noise to zero, and let batch norms keep their statistics: policy and
+    reference must be the same function at step 0, whatever shares a pack."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if type(module).__name__ in _DRAW_EXPERTS:
+        if type(module).__name__ in _DRAW_EXPERTS or isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
             module.train = MethodType(_stay, module)  # type: ignore[method-assign]
         for name, value in vars(module).items():

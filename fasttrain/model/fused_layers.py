@@ -109,11 +109,20 @@ def same_source(mine: Callable[..., Any], other: Callable[..., Any]) -> bool:
     """Whether two functions are the same code, annotations, comments, docstrings and names of hub kernels aside."""
     try:
         return _code(mine) == _code(other)
-    except (OSError, TypeError, SyntaxError, ValueError):  # made at run time, built in, or no `def`
+    except (
+        OSError,
+        TypeError,
+        SyntaxError,
+        ValueError,
+        StopIteration,
+    ):  # made at run time, built in, or no `def`
         return False
 
 
 def _code(function: Callable[..., Any]) -> str:
+    if isinstance(function, nn.Module):  # what the `kernels` package makes of a decorated function
+        cells = type(function).forward.__closure__ or ()
+        function = next(cell.cell_contents for cell in cells if inspect.isfunction(cell.cell_contents))
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     if not isinstance(definition, ast.FunctionDef):
         raise TypeError(f"{function} is not written as a def")

@@ -66,19 +66,23 @@ def install_head(model: Any) -> LogprobHead:
         raise UserError(f"model.name: wanted a model with a plain linear head, got {type(old).__name__}")
     head = LogprobHead(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
     head.weight, head.bias = old.weight, old.bias
-    head.softcap, head.logit_scale = _transform(model.config)
+    head.softcap, head.logit_scale = _transforms(model.config)[0]
     model.set_output_embeddings(head)
     return head
 
 
-def _transform(config: Any) -> tuple[float | None, float]:
-    """Softcap and scale of the logits, by the names that families have for them."""
+def _transforms(config: Any) -> list[tuple[float | None, float]]:
+    """Softcap and scale of the logits, by the names that families have for them: all that may be meant, the likeliest first.
+
+    Granite divides by `logits_scaling`, HyperCLOVA X multiplies.
+    """
     caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     softcap = next((getattr(config, name) for name in caps if getattr(config, name, None)), None)
-    scale = getattr(config, "logit_scale", None) or 1.0
-    if getattr(config, "logits_scaling", None):
-        scale = 1.0 / config.logits_scaling
-    return softcap, scale
+    scales = []
+    if scaling := getattr(config, "logits_scaling", None):
+        scales += [1.0 / scaling, scaling]
+    scales += [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier")]
+    return [(softcap, scale) for scale in (*scales, 1.0) if scale]
 
 
 @torch.no_grad()
@@ -116,7 +120,9 @@ def _choose_transform(
     if hidden_ND.shape[-1] != full_shape(head.weight)[1]:
         return torch.tensor(math.inf)
     found = []
-    for transform in dict.fromkeys([_transform(model.config), _transform(model.config.get_text_config())]):
+    for transform in dict.fromkeys(
+        [*_transforms(model.config), *_transforms(model.config.get_text_config())]
+    ):
         head.softcap, head.logit_scale = transform
         found.append(((head(hidden_ND, target_N).logprob - theirs_N).abs().max(), transform))
     off, (head.softcap, head.logit_scale) = min(found, key=lambda entry: float(entry[0]))

@@ -28,6 +28,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
     "Gemma": ({"head_dim": 16}, None),
     "Phi3": ({}, None),
     "Granite": ({"logits_scaling": 3.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.3}, None),
+    "HyperCLOVAX": ({"logits_scaling": 3.0, "head_dim": 16}, None),
     "Cohere": ({"logit_scale": 0.25}, None),
     "Mixtral": ({"num_local_experts": 4}, None),
     "Qwen3Moe": (
@@ -117,6 +118,18 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
     ),
     "Nemotron": ({"head_dim": 16}, "NemotronAttention is not told which tokens belong together"),
     "Falcon": ({}, "does not take attention functions"),
+    "FalconH1": (
+        {
+            "lm_head_multiplier": 0.5,
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 16,
+            "head_dim": 16,
+        },
+        "it has layers of type hybrid",
+    ),
     "Mamba": ({"state_size": 4}, "it has layers of type linear_attention"),
     "Qwen3Next": (
         {

@@ -53,6 +53,18 @@ def test_values_and_gradients_are_transformers(family: str) -> None:
     compare(theirs, ours)
 
 
+def test_a_hub_kernels_stand_in_for_the_function_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers puts it there where a `kernels` package that it accepts is installed."""
+    layer = pytest.importorskip("kernels.layer.layer")
+    modeling = importlib.import_module("transformers.models.llama.modeling_llama")
+    stand_in = layer._create_func_module(getattr(modeling, ROTARY))()
+    monkeypatch.setattr(modeling, ROTARY, stand_in)
+    for family in ("llama", "qwen3"):
+        theirs, ours, fused = models(family)
+        assert fused == 2
+        compare(theirs, ours)
+
+
 @pytest.mark.parametrize("axis", [1, 2])
 def test_function_alone_in_either_layout(axis: int) -> None:
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb

@@ -47,6 +47,38 @@ class LeakyForCausalLM(LlamaForCausalLM):
 """
 
 
+def test_models_whose_image_tokens_see_each_other_by_masks_of_their_own_do_not_share() -> None:
+    from types import SimpleNamespace
+
+    from transformers import Gemma4TextConfig, Molmo2Config
+
+    from fasttrain.model.attention import why_unshared
+
+    for config, sees in (
+        (Gemma4TextConfig(use_bidirectional_attention="vision"), True),
+        (Gemma4TextConfig(), False),
+        (Molmo2Config(), True),
+    ):
+        config.allow_global_per_layer_attribute_access = True
+        reason = why_unshared(SimpleNamespace(config=config, _supports_attention_backend=True), 100)
+        assert (reason == "an image's tokens see each other in it") is sees, reason
+
+
+def test_batch_norms_keep_their_statistics_in_training() -> None:
+    """What an image's features are must not depend on the images that share its pack."""
+    import torch
+
+    from fasttrain.model.attention import silence_dropout
+
+    tower = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Dropout(0.5))
+    silence_dropout(tower)
+    images = torch.randn(2, 3, 5, 5)
+    alone = tower.eval()(images[:1])
+    together = tower.train()(images)
+    torch.testing.assert_close(together[:1], alone)
+    assert tower[1].num_batches_tracked == 0
+
+
 @pytest.fixture
 def leaky(tiny_models: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
