@@ -55,7 +55,7 @@ def study_command(file: Path | None, print_commands: bool, report: bool, demo: P
         click.echo("set -e")
         for line in printed(tasks):
             click.echo(line)
-        click.echo(shlex.join(["fasttrain", "study", str(file), "--report"]))
+        click.echo(shlex.join(["fasttrain", "study", str(study.file), "--report"]))
         return
     if not report:
         if study.launcher[0] != "fasttrain" and shutil.which(study.launcher[0]) is None:

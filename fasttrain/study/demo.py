@@ -84,7 +84,7 @@ def write_demo_study(
     with one_thread(), mistakes_of_data_tools():
         held_out = write_questions(folder / "held_out", questions, seed, "held_out")
         data = make_preference_data(folder / "data", MODEL, held_out, prompts=prompts, seed=seed, echo=echo)
-    recipe = RECIPE.format(mark=MARK, seed=seed, cache=json.dumps(str(folder / "reference")))
+    recipe = RECIPE.format(mark=MARK, seed=seed, cache=json.dumps(str(folder.resolve() / "reference")))
     write_atomic(folder / "recipe.yaml", recipe)
     with_request_words(MODEL, folder / "model")
     write_atomic(

@@ -27,7 +27,7 @@ def write_page(results: Results, folder: Path) -> Path:
     drawn = plots(results)
     for name, (_, png) in drawn.items():
         write_atomic(folder / f"{name}.png", png)
-    file = results.study.file.resolve()
+    file = results.study.file
     title = f"Study: {file.parent.name if file.stem == 'study' else file.stem}"
     path = folder / "index.html"
     write_atomic(path, page(title, list(_body(results, drawn))))

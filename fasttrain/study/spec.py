@@ -45,7 +45,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Study:
-    """A whole study. Paths are absolute or relative to the working directory, as the commands will see them.
+    """A whole study. Paths are absolute, so that its commands and their notes are the same wherever it is started.
 
     launcher: what starts a training in place of `fasttrain`, as `torchrun --nproc_per_node=4 -m fasttrain`.
     """
@@ -88,7 +88,7 @@ def _study(path: Path, raw: dict[str, Any]) -> Study:
         "watts",
     )
     _check_keys(raw, known, "")
-    folder = path.parent
+    folder = path.parent.resolve()
     models = _mapping(raw, "models", str)
     answers = {
         name: _entry(AnswerSource, value, f"answers.{name}", folder, ("annotations",))
@@ -104,7 +104,7 @@ def _study(path: Path, raw: dict[str, Any]) -> Study:
     pair = _mapping(raw, "pair", object, optional=True)
     _check_keys(pair, ("score", "margin", "rejected", "seed", "answers", "held_out", "take"), "pair.")
     return Study(
-        file=path,
+        file=folder / path.name,
         output=folder / _text(raw, "output"),
         recipe=_existing(folder, _text(raw, "recipe"), "recipe"),
         models={name: _model_name(value, folder) for name, value in models.items()},

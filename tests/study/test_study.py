@@ -48,6 +48,21 @@ def test_runs_that_share_data_share_its_file(study_file: Any, tmp_path: Path) ->
         made.add(task.output)
 
 
+def test_a_study_is_the_same_from_every_working_directory(
+    study_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commands, by which steps count as done and runs go on, and the last line of the script."""
+    study_file(models={"near": "near", "hub": "hub/big"}, runs=[{"model": ["near", "hub"]}], settings={})
+    (tmp_path / "near").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path)
+    said = []
+    for folder, name in ((tmp_path, "study.yaml"), (tmp_path.parent, f"{tmp_path.name}/link/study.yaml")):
+        monkeypatch.chdir(folder)
+        script = CliRunner().invoke(cli, ["study", name, "--print-commands"]).output
+        said.append([script, *((task.inputs, task.note) for task in tasks_of(load_study(Path(name))))])
+    assert said[0] == said[1] and said[0][0].endswith(f"study {tmp_path}/study.yaml --report\n")
+
+
 def test_every_printed_command_is_one_that_the_command_line_takes(study_file: Any) -> None:
     """Parsed by click itself, without running: a renamed option would fail here."""
     import click
@@ -282,12 +297,16 @@ def test_all_right_and_none_right_are_exact_ends_and_are_drawn(finished: Any) ->
 
 @pytest.mark.slow
 def test_a_small_study_on_charts_runs_from_one_command_and_goes_on_where_it_was(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In this process: charts, graded answers, three runs' commands, table, page; the second time nothing is run."""
     from fasttrain.study.demo import write_demo_study
 
-    file = write_demo_study(tmp_path / "a study", prompts=40, questions=12, echo=lambda text: None)
+    monkeypatch.chdir(tmp_path)
+    file = write_demo_study(Path("a study"), prompts=40, questions=12, echo=lambda text: None)
+    monkeypatch.chdir(tmp_path.parent)
+    file = tmp_path / file
+    assert f'cache: "{tmp_path / "a study" / "reference"}"' in (file.parent / "recipe.yaml").read_text()
     raw = yaml.safe_load(file.read_text())
     raw["runs"] = [{"method": ["dpo", "steerlm"]}]
     file.write_text(yaml.safe_dump(raw, sort_keys=False))
