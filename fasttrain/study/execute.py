@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -12,9 +11,9 @@ from pathlib import Path
 
 from fasttrain.answering.command import EXIT_TYPED_FAILURES
 from fasttrain.errors import UserError
-from fasttrain.files import write_json
 from fasttrain.signals import on_sigterm
-from fasttrain.study.tasks import Task, environment, executable
+from fasttrain.study.notes import Task, begin, keep_time, succeed
+from fasttrain.study.tasks import environment, executable
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -48,10 +47,24 @@ def _leave() -> None:
 
 def _run(task: Task, log: Path) -> float:
     """Seconds that the command took; its output is in `log`."""
-    start = time.monotonic()
     for path in (task.output, task.note):
         path.parent.mkdir(parents=True, exist_ok=True)
-    spent, inputs = _spent(task), task.read()
+    attempt, start = begin(task), time.monotonic()
+    try:
+        code = _call(task, log)
+    finally:
+        attempt = keep_time(task, attempt, time.monotonic() - start)
+    left_out = code == EXIT_TYPED_FAILURES and task.may_be_incomplete
+    if (code == 0 or left_out) and task.output.exists():
+        succeed(task, attempt, incomplete=left_out)
+        return time.monotonic() - start
+    if code == 0:  # training that was told to stop ends well, without its result
+        raise SystemExit(143)
+    raise UserError(f"{task.kind} {task.subject}: exit code {code}: {_last_line(log)} (all of it in {log})")
+
+
+def _call(task: Task, log: Path) -> int:
+    """The command's exit code; a study that is told to stop tells the command."""
     with log.open("ab") as file:
         file.write(f"\n$ {task.shown}\n".encode())
         file.flush()
@@ -63,21 +76,11 @@ def _run(task: Task, log: Path) -> float:
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         ) as child:
             try:
-                code = child.wait()
+                return child.wait()
             except BaseException:
                 child.terminate()  # training saves a checkpoint at SIGTERM
                 child.wait()
                 raise
-    seconds = time.monotonic() - start
-    left_out = code == EXIT_TYPED_FAILURES and task.may_be_incomplete
-    if (code == 0 or left_out) and task.output.exists():
-        note = {"command": task.shown, "inputs": inputs, "seconds": spent + seconds}
-        write_json(task.note, note | ({"incomplete": True} if left_out else {}))
-        return seconds
-    write_json(task.note, {"command": "", "seconds": spent + seconds})
-    if code == 0:  # training that was told to stop ends well, without its result
-        raise SystemExit(143)
-    raise UserError(f"{task.kind} {task.subject}: exit code {code}: {_last_line(log)} (all of it in {log})")
 
 
 def _end_with_parent() -> None:
@@ -85,14 +88,6 @@ def _end_with_parent() -> None:
     import ctypes
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _spent(task: Task) -> float:
-    """Seconds of earlier attempts at the same result: a study that was stopped has not cost less."""
-    if not task.note.exists():
-        return 0.0
-    said = json.loads(task.note.read_text(encoding="utf-8"))
-    return float(said.get("seconds", 0.0)) if said.get("command") == "" else 0.0
 
 
 def _last_line(log: Path) -> str:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fasttrain.study.notes import Task
 from fasttrain.study.run import Run
 from fasttrain.study.scores import Scored, read_scored, score_exactly
 from fasttrain.study.spec import Study
-from fasttrain.study.tasks import Task, base_name, evaluation_folder, run_folder, tasks_of
+from fasttrain.study.tasks import base_name, evaluation_folder, run_folder, tasks_of
 from fasttrain.train.metrics import read_metrics
 
 
@@ -84,7 +85,7 @@ def _row(
     study: Study, name: str, model: str, run: Run | None, scored: dict[str, Scored], tasks: list[Task]
 ) -> Row:
     times = {
-        kind: sum(task.seconds for task in tasks if task.kind == kind and task.subject == name)
+        kind: sum(task.seconds or 0.0 for task in tasks if task.kind == kind and task.subject == name)
         for kind in ("train", "evaluate")
     }
     last: dict[str, Any] = {}

@@ -1,92 +1,23 @@
 """A study as commands: data, training, answers and benchmarks, in an order in which each finds what it needs.
 
-Every task is one command line of this project. A task is done when its output is there and its note says that this very
-command made it from the very files that it reads now.
+Every task is one command line of this project.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fasttrain.config import load_config
 from fasttrain.evaluate.results import RESULTS
-from fasttrain.files import hash_file
+from fasttrain.study.notes import Task
 from fasttrain.study.run import Run
 from fasttrain.study.spec import AnswerSource, Evaluation, Study
 
 BASE = "base"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """kind: data, train or evaluate. subject: what it is of, for the table. output: what is there when it is done.
-
-    inputs: files whose content decides the output.
-    """
-
-    kind: str
-    subject: str
-    command: tuple[str, ...]
-    output: Path
-    note: Path
-    after: Path | None = None  # note of the task whose result this one uses
-    inputs: tuple[Path, ...] = ()
-
-    @property
-    def shown(self) -> str:
-        return shlex.join(self.command)
-
-    def is_done(self) -> bool:
-        if not (self.output.exists() and self.note.exists()):
-            return False
-        if (
-            self.after
-            and self.after.exists()
-            and self.after.stat().st_mtime_ns > self.note.stat().st_mtime_ns
-        ):
-            return False  # what it used was made anew
-        said = json.loads(self.note.read_text(encoding="utf-8"))
-        # notes of earlier versions do not tell what was read
-        return said.get("command") == self.shown and said.get("inputs", self.read()) == self.read()
-
-    def read(self) -> dict[str, str]:
-        """A hash of each input's content, as the note keeps it."""
-        return {str(path): _hash(path) for path in self.inputs}
-
-    @property
-    def may_be_incomplete(self) -> bool:
-        """Whether its results are of use when some are missing, as a benchmark's are whose judge left some out."""
-        return self.kind == "evaluate" and self.output.name == RESULTS
-
-    @property
-    def is_incomplete(self) -> bool:
-        return self.note.exists() and "incomplete" in json.loads(self.note.read_text(encoding="utf-8"))
-
-    @property
-    def seconds(self) -> float:
-        """How long it took, over all the attempts it needed; 0 if it is not known."""
-        if not self.note.exists():
-            return 0.0
-        return float(json.loads(self.note.read_text(encoding="utf-8")).get("seconds", 0.0))
-
-
-def _hash(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    found = path.stat()
-    return _hash_version(path, found.st_size, found.st_mtime_ns)
-
-
-@cache
-def _hash_version(path: Path, size: int, modified_ns: int) -> str:
-    return hash_file(path)
 
 
 def tasks_of(study: Study) -> list[Task]:

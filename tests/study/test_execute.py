@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +15,9 @@ import pytest
 
 from fasttrain.errors import UserError
 from fasttrain.study.execute import execute
-from fasttrain.study.tasks import Task
+from fasttrain.study.notes import Task
+
+COUNT = "path.write_text(path.read_text() + 'x' if path.exists() else 'x')"
 
 
 def _task(folder: Path, name: str, code: str, after: Path | None = None) -> Task:
@@ -35,27 +38,25 @@ def python_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_done_is_not_done_again_and_what_failed_is(tmp_path: Path, python_tasks: None) -> None:
-    count = "path.write_text(path.read_text() + 'x' if path.exists() else 'x')"
-    first = _task(tmp_path, "first", count)
+    first = _task(tmp_path, "first", COUNT)
     second = _task(
-        tmp_path, "second", f"{count}\nraise SystemExit('no luck' if len(path.read_text()) < 2 else 0)"
+        tmp_path, "second", f"{COUNT}\nraise SystemExit('no luck' if len(path.read_text()) < 2 else 0)"
     )
-    third = _task(tmp_path, "third", count, after=first.note)
+    third = _task(tmp_path, "third", COUNT, after=first.note)
     with pytest.raises(UserError, match=r"train second: exit code 1: no luck \(all of it in .*second\.log\)"):
         execute([first, second, third], tmp_path / "logs", lambda text: None)
     for _ in range(2):
         execute([first, second, third], tmp_path / "logs", lambda text: None)
     assert [(tmp_path / name).read_text() for name in ("first", "second", "third")] == ["x", "xx", "x"]
     assert second.seconds > first.seconds / 10 > 0
-    changed = _task(tmp_path, "first", count + "\n")  # another command for the same result
+    changed = _task(tmp_path, "first", COUNT + "\n")  # another command for the same result
     execute([changed, third], tmp_path / "logs", lambda text: None)
     assert [(tmp_path / name).read_text() for name in ("first", "third")] == ["xx", "xx"]
 
 
 def test_what_was_made_from_other_files_is_made_again(tmp_path: Path, python_tasks: None) -> None:
     pairs = tmp_path / "pairs"
-    count = "path.write_text(path.read_text() + 'x' if path.exists() else 'x')"
-    task = dataclasses.replace(_task(tmp_path, "one", count), inputs=(pairs, tmp_path / "recipe"))
+    task = dataclasses.replace(_task(tmp_path, "one", COUNT), inputs=(pairs, tmp_path / "recipe"))
     (tmp_path / "recipe").write_text("r")
 
     def runs(text: str) -> int:
@@ -70,6 +71,68 @@ def test_what_was_made_from_other_files_is_made_again(tmp_path: Path, python_tas
     del note["inputs"]  # as earlier versions wrote it
     task.note.write_text(json.dumps(note))
     assert task.is_done()
+
+
+def test_a_refused_change_leaves_what_is_known_of_the_result(tmp_path: Path, python_tasks: None) -> None:
+    """Another setting is refused and taken back: nothing is done anew, and time and cost stay."""
+    one = _task(tmp_path, "one", COUNT)
+    after = _task(tmp_path, "after", COUNT, after=one.note)
+    execute([one, after], tmp_path / "logs", lambda text: None)
+    note = one.note.read_text()
+    for _ in range(2):
+        refused = _task(tmp_path, "one", "raise SystemExit('refused')")
+        with pytest.raises(UserError, match="refused"):
+            execute([refused, after], tmp_path / "logs", lambda text: None)
+        assert not refused.is_done()
+    execute([one, after], tmp_path / "logs", lambda text: None)
+    assert (one.output.read_text(), after.output.read_text(), one.note.read_text()) == ("x", "x", note)
+
+
+def test_a_failed_change_that_left_another_result_is_not_taken_for_the_earlier_one(
+    tmp_path: Path, python_tasks: None
+) -> None:
+    one = _task(tmp_path, "one", COUNT)
+    execute([one], tmp_path / "logs", lambda text: None)
+    os.utime(one.output, ns=(1, 1))  # whatever the file system's clock tells apart
+    for code in (f"{COUNT}\nraise SystemExit('late')", "raise SystemExit('refused')"):
+        with pytest.raises(UserError):
+            execute([_task(tmp_path, "one", code)], tmp_path / "logs", lambda text: None)
+    assert not one.is_done()
+    execute([one], tmp_path / "logs", lambda text: None)
+    assert one.is_done() and one.output.read_text() == "xxx"
+
+
+def test_time_belongs_to_the_command_and_files_that_took_it(tmp_path: Path, python_tasks: None) -> None:
+    """Attempts at one result add up, a study that is told to stop included; those at another one do not."""
+    told = f"import os, signal\nif not pathlib.Path({str(tmp_path / 'go')!r}).exists():\n"
+    task = _task(tmp_path, "one", f"{told}    os.kill(os.getppid(), signal.SIGTERM); signal.pause()\n{COUNT}")
+    other = _task(tmp_path, "one", "raise SystemExit('no luck')")
+
+    def seconds_so_far() -> float:
+        return float(json.loads(task.tried.read_text())["seconds"])
+
+    with pytest.raises(SystemExit) as stopped:
+        execute([task], tmp_path / "logs", lambda text: None)
+    assert stopped.value.code == 143 and seconds_so_far() > 0
+    task.tried.write_text(json.dumps(json.loads(task.tried.read_text()) | {"seconds": 1000.0}))
+    (tmp_path / "go").touch()
+    execute([task], tmp_path / "logs", lambda text: None)
+    assert task.seconds is not None and 1000 < task.seconds < 1100
+    with pytest.raises(UserError):
+        execute([other], tmp_path / "logs", lambda text: None)
+    other.tried.write_text(json.dumps(json.loads(other.tried.read_text()) | {"seconds": 1000.0}))
+    task.output.unlink()
+    execute([task], tmp_path / "logs", lambda text: None)
+    assert 0 < task.seconds < 100
+
+
+def test_the_time_of_a_result_from_outside_the_study_is_not_known(tmp_path: Path, python_tasks: None) -> None:
+    """As a scheduler leaves it: to go on with what is there takes next to nothing, and says nothing of its cost."""
+    task = _task(tmp_path, "one", COUNT)
+    task.output.write_text("x")
+    assert task.seconds is None
+    execute([task], tmp_path / "logs", lambda text: None)
+    assert task.is_done() and task.seconds is None
 
 
 def test_a_command_that_stopped_early_is_no_success(tmp_path: Path, python_tasks: None) -> None:
@@ -110,7 +173,7 @@ def test_a_study_that_is_killed_leaves_no_training_behind(tmp_path: Path) -> Non
 import sys
 from pathlib import Path
 import fasttrain.study.execute as execute
-from fasttrain.study.tasks import Task
+from fasttrain.study.notes import Task
 execute.executable = lambda command, python: [sys.executable, "-c", command[1]]
 folder = Path({str(tmp_path)!r})
 wait = f"import os, time; open({{str(folder / 'pid')!r}}, 'w').write(str(os.getpid())); time.sleep(600)"

@@ -1,0 +1,141 @@
+"""A step of a study, and the notes that tell whether it is done: what made its result, from which files, in what time."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fasttrain.evaluate.results import RESULTS
+from fasttrain.files import hash_file, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """kind: data, train or evaluate. subject: what it is of, for the table. output: what is there when it is done.
+
+    inputs: files whose content decides the output.
+    """
+
+    kind: str
+    subject: str
+    command: tuple[str, ...]
+    output: Path
+    note: Path
+    after: Path | None = None  # note of the task whose result this one uses
+    inputs: tuple[Path, ...] = ()
+
+    @property
+    def shown(self) -> str:
+        return shlex.join(self.command)
+
+    @property
+    def tried(self) -> Path:
+        """The note of attempts since `note` that have not ended well."""
+        return self.note.with_suffix(".tried.json")
+
+    def is_done(self) -> bool:
+        if not (self.output.exists() and self.note.exists()):
+            return False
+        if (
+            self.after
+            and self.after.exists()
+            and self.after.stat().st_mtime_ns > self.note.stat().st_mtime_ns
+        ):
+            return False  # what it used was made anew
+        if self.tried.exists() and _read(self.tried)["found"] != _modified_ns(self.output):
+            return False  # a later attempt left another output
+        said = _read(self.note)
+        # notes of earlier versions do not tell what was read
+        return said.get("command") == self.shown and said.get("inputs", self.read()) == self.read()
+
+    def read(self) -> dict[str, str]:
+        """A hash of each input's content, as the note keeps it."""
+        return {str(path): _hash(path) for path in self.inputs}
+
+    @property
+    def may_be_incomplete(self) -> bool:
+        """Whether its results are of use when some are missing, as a benchmark's are whose judge left some out."""
+        return self.kind == "evaluate" and self.output.name == RESULTS
+
+    @property
+    def is_incomplete(self) -> bool:
+        return self.note.exists() and "incomplete" in _read(self.note)
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it took, over all the attempts it needed; None if it is not known."""
+        said = _read(self.note).get("seconds") if self.note.exists() else None
+        return None if said is None else float(said)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """A command that runs, or ended without success. seconds: over all attempts at the same result; None if not known.
+
+    found: when the output was modified last before the first attempt since the task's note; None if there was none. As
+    long as the output is that one, the note tells the truth of it.
+    """
+
+    command: str
+    inputs: dict[str, str]
+    seconds: float | None
+    found: int | None
+
+
+def begin(task: Task) -> Attempt:
+    """The attempt that starts now, written down before its command can change the output.
+
+    It takes over the time of earlier attempts by the same command from the same files: a study that was stopped has
+    not cost less.
+    """
+    command, inputs = task.shown, task.read()
+    before = Attempt(**_read(task.tried)) if task.tried.exists() else None
+    found = before.found if before else _modified_ns(task.output)
+    seconds: float | None = 0.0
+    if before and (before.command, before.inputs) == (command, inputs):
+        seconds = before.seconds
+    elif found is not None and not task.note.exists():
+        seconds = None  # made outside the study, as by a scheduler: to go on with it takes no time
+    attempt = Attempt(command=command, inputs=inputs, seconds=seconds, found=found)
+    write_json(task.tried, asdict(attempt))
+    return attempt
+
+
+def keep_time(task: Task, attempt: Attempt, seconds: float) -> Attempt:
+    """The attempt with what its command took, written down; the note of an earlier success stays as it is."""
+    if attempt.seconds is not None:
+        attempt = replace(attempt, seconds=attempt.seconds + seconds)
+    write_json(task.tried, asdict(attempt))
+    return attempt
+
+
+def succeed(task: Task, attempt: Attempt, *, incomplete: bool) -> None:
+    """Note which command made the output, from which files, in what time."""
+    note = {"command": attempt.command, "inputs": attempt.inputs, "seconds": attempt.seconds}
+    write_json(task.note, note | ({"incomplete": True} if incomplete else {}))
+    task.tried.unlink()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return said
+
+
+def _modified_ns(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _hash(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    found = path.stat()
+    return _hash_version(path, found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _hash_version(path: Path, size: int, modified_ns: int) -> str:
+    return hash_file(path)
