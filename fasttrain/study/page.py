@@ -17,6 +17,7 @@ from fasttrain.study.table import (
     findings,
     number,
     score_text,
+    seconds_text,
     trained_on,
 )
 from fasttrain.study.tasks import tasks_of
@@ -95,9 +96,9 @@ def _table(results: Results) -> Iterator[str]:
                 _difference(results, row, name),
                 f"{row.scored[name].mean_chars:,.0f}",
             ]
-        cells.append(f"{row.train_s:,.0f} s" if run else "")
-        if results.study.usd_per_hour is not None:
-            cells.append(f"{results.study.usd_per_hour * (row.train_s + row.answer_s) / 3600:,.2f} USD")
+        cells.append(seconds_text(row.train_s) if run else "")
+        if (price := results.study.usd_per_hour) is not None:
+            cells.append("not known" if row.seconds is None else f"{price * row.seconds / 3600:,.2f} USD")
         yield "<tr>" + "".join(
             f"<td{_WORD if column == 0 else ''}>{cell}</td>" for column, cell in enumerate(cells)
         )

@@ -17,7 +17,7 @@ from fasttrain.train.metrics import read_metrics
 
 @dataclass(frozen=True)
 class Row:
-    """One model: an untrained one (`run` is None) or a run's."""
+    """One model: an untrained one (`run` is None) or a run's. train_s, answer_s: None where a step's time is not known."""
 
     name: str
     model: str
@@ -25,9 +25,13 @@ class Row:
     used: int | None  # pairs or answers it was trained on
     steps: int | None
     last: dict[str, Any]
-    train_s: float
-    answer_s: float
+    train_s: float | None
+    answer_s: float | None
     scored: dict[str, Scored]
+
+    @property
+    def seconds(self) -> float | None:
+        return _total([self.train_s, self.answer_s])
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,11 @@ class Results:
         return next((other for other in self.rows if other.run is None and other.model == row.model), None)
 
     def seconds(self) -> float:
-        return sum(row.train_s + row.answer_s for row in self.rows)
+        """Of all the rows whose time is known."""
+        return sum(row.seconds or 0.0 for row in self.rows)
+
+    def untimed(self) -> list[str]:
+        return [row.name for row in self.rows if row.seconds is None]
 
 
 def collect(study: Study) -> Results:
@@ -85,7 +93,7 @@ def _row(
     study: Study, name: str, model: str, run: Run | None, scored: dict[str, Scored], tasks: list[Task]
 ) -> Row:
     times = {
-        kind: sum(task.seconds or 0.0 for task in tasks if task.kind == kind and task.subject == name)
+        kind: _total([task.seconds for task in tasks if task.kind == kind and task.subject == name])
         for kind in ("train", "evaluate")
     }
     last: dict[str, Any] = {}
@@ -97,6 +105,11 @@ def _row(
         facts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
         used = facts.get("pairs", facts.get("examples"))
     return Row(name, model, run, used, last.get("step"), last, times["train"], times["evaluate"], scored)
+
+
+def _total(seconds: list[float | None]) -> float | None:
+    known = [value for value in seconds if value is not None]
+    return sum(known) if len(known) == len(seconds) else None
 
 
 def _annotation_cost(path: Path) -> float:

@@ -40,8 +40,8 @@ def _cells(results: Results) -> Iterator[list[str]]:
             *(score_text(row.scored[name]) for name in names),
             *(f"{row.scored[name].mean_chars:,.0f}" for name in names),
             ", ".join(above_text(results, row, name) for name in names),
-            f"{row.train_s:,.0f} s" if row.run else "",
-            f"{row.answer_s:,.0f} s",
+            seconds_text(row.train_s) if row.run else "",
+            seconds_text(row.answer_s),
         ]
 
 
@@ -50,6 +50,10 @@ def trained_on(row: Row) -> str:
         return "nothing"
     unit = "pairs" if row.run.method == "dpo" else "answers"
     return f"{row.used:,} {unit}" if row.used is not None else unit
+
+
+def seconds_text(seconds: float | None) -> str:
+    return "not known" if seconds is None else f"{seconds:,.0f} s"
 
 
 def score_text(scored: Scored) -> str:
@@ -90,14 +94,19 @@ def findings(results: Results) -> Iterator[str]:
 
 def cost_lines(results: Results) -> Iterator[str]:
     """Time, money and energy: measured where measured, else with the formula of the estimate."""
-    study, seconds = results.study, results.seconds()
-    yield f"Training and answering took {seconds / 3600:.2f} machine hours ({seconds:,.0f} s, measured)."
+    study, seconds, untimed = results.study, results.seconds(), results.untimed()
+    timed = len(untimed) < len(results.rows)
+    if timed:
+        yield f"Training and answering took {seconds / 3600:.2f} machine hours ({seconds:,.0f} s, measured)."
+    if untimed:
+        names = f" {', '.join(untimed)}" if timed else ""
+        yield f"Not known, and not counted: the time of models{names} whose commands the study did not run itself."
     for name, usd in results.annotation_usd.items():
         yield f"Judging the answers {name} cost {usd:.2f} USD, by its annotations."
-    if study.usd_per_hour is not None:
+    if study.usd_per_hour is not None and timed:
         usd = study.usd_per_hour * seconds / 3600
         yield f"Machine: about {usd:.2f} USD (estimate: {study.usd_per_hour:g} USD an hour x the hours above)."
-    if study.watts is not None:
+    if study.watts is not None and timed:
         yield (
             f"Energy: about {energy_kwh(study.watts, seconds):.3f} kWh (estimate: {study.watts:g} W x the hours above, "
             "nothing was metered)."

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fasttrain.answering.command import EXIT_TYPED_FAILURES
 from fasttrain.config import load_config
 from fasttrain.evaluate.results import RESULTS
 from fasttrain.study.notes import Task
@@ -184,10 +185,12 @@ def _evaluations(
 
 
 def printed(tasks: list[Task]) -> Iterator[str]:
-    """Lines of a shell script; what is done is left out."""
+    """Lines of a shell script under `set -e`; what is done is left out."""
     for task in tasks:
         if not task.is_done():
-            yield task.shown
+            yield (
+                f"{task.shown} || [ $? -eq {EXIT_TYPED_FAILURES} ]" if task.may_be_incomplete else task.shown
+            )
 
 
 def executable(command: tuple[str, ...], python: str) -> list[str]:

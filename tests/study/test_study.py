@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from fasttrain.study.plots import plots
 from fasttrain.study.results import collect, write_results
 from fasttrain.study.scores import Scored, wilson
 from fasttrain.study.spec import load_study
-from fasttrain.study.table import findings, table_lines
+from fasttrain.study.table import cost_lines, findings, table_lines
 from fasttrain.study.tasks import executable, printed, tasks_of
 
 
@@ -74,7 +75,7 @@ def test_every_printed_command_is_one_that_the_command_line_takes(study_file: An
     assert len(lines) == len(tasks_of(study)) == 6 + 10 + 2 * 12
     known = set(cli.commands)
     for line in lines:
-        program, name, *rest = shlex.split(line)
+        program, name, *rest = shlex.split(line.removesuffix(" || [ $? -eq 3 ]"))
         group: Any = cli if program == "fasttrain" else data_cli
         if program == "fasttrain" and name not in known:
             assert name == "eval"  # of another part of the project
@@ -84,6 +85,25 @@ def test_every_printed_command_is_one_that_the_command_line_takes(study_file: An
         rest = [word if not word.startswith("hub/") else "x" for word in rest]
         existing = [str(study.file) if Path(word).suffix in (".jsonl", ".yaml") else word for word in rest]
         command.make_context(name, existing, parent=context)
+
+
+@pytest.mark.parametrize(("refused", "code"), [("none", 0), ("eval", 1), ("answer", 3)])
+def test_the_script_goes_on_when_a_benchmark_lacks_judgements_and_ends_at_what_fails(
+    study_file: Any, tmp_path: Path, refused: str, code: int
+) -> None:
+    """As the study itself: only a benchmark may end with exit code 3. The programs here write down how they were called."""
+    file = study_file(runs=[{"method": "dpo"}], settings={})
+    script = CliRunner().invoke(cli, ["study", str(file), "--print-commands"]).output
+    ends = f"case $1 in {refused}) exit {code or 3};; eval) exit 3;; esac"
+    for program in ("fasttrain", "fasttrain-data"):
+        (tmp_path / program).write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/called\n{ends}\n')
+        (tmp_path / program).chmod(0o755)
+    done = subprocess.run(["sh", "-c", script], env={"PATH": f"{tmp_path}:/bin:/usr/bin"}, check=False)
+    called = (tmp_path / "called").read_text().split()
+    assert (done.returncode == 0, called[-1]) == (
+        refused == "none",
+        "study" if refused == "none" else refused,
+    )
 
 
 def test_a_run_gets_the_studys_the_methods_and_its_own_settings(study_file: Any, tmp_path: Path) -> None:
@@ -281,6 +301,26 @@ def test_the_page_stands_alone_and_shows_curves_and_the_transfer_matrix(finished
     rows = {row["name"]: row for row in json.loads((finished.output / "results.json").read_text())["rows"]}
     assert rows["dpo-flip50"]["scores"]["held"]["above_base"] == pytest.approx(-0.15)
     assert rows["dpo-flip50"]["flip"] == 0.5
+
+
+def test_what_a_scheduler_ran_has_no_time_that_is_known(finished: Any) -> None:
+    for task in tasks_of(finished):
+        if task.subject in ("dpo", "base"):
+            task.note.unlink()
+    results = collect(finished)
+    row = next(line for line in table_lines(results) if line.startswith("dpo "))
+    assert re.search(r"not known +not known$", row)
+    page = write_page(results, finished.output).read_text()
+    # a base answer, four trainings and their answers of 90 s each
+    assert "(810 s, measured)" in page and "the time of models base, dpo whose" in page
+    assert "<td>not known<td>not known" in page.replace("</td>", "")  # training, machine cost
+    write_results(results, finished.output / "results.json")
+    rows = json.loads((finished.output / "results.json").read_text())["rows"]
+    assert [row["answer_s"] for row in rows[:3]] == [None, 90.0, None]
+    for note in (finished.output / "done").iterdir():
+        note.unlink()
+    said = "\n".join(cost_lines(collect(finished)))
+    assert "Not known" in said and not re.search("measured|Machine:|Energy:", said)
 
 
 def test_all_right_and_none_right_are_exact_ends_and_are_drawn(finished: Any) -> None:
