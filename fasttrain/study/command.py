@@ -74,6 +74,7 @@ def check_recipes(study) -> None:  # type: ignore[no-untyped-def]
 
 
 def _tell(study) -> None:  # type: ignore[no-untyped-def]
+    from fasttrain.answering.command import EXIT_TYPED_FAILURES
     from fasttrain.study.execute import incomplete
     from fasttrain.study.page import write_page
     from fasttrain.study.results import collect, write_results
@@ -81,6 +82,11 @@ def _tell(study) -> None:  # type: ignore[no-untyped-def]
     from fasttrain.study.tasks import tasks_of
 
     results = collect(study)
+    if not results.rows and results.outdated:
+        raise UserError(
+            f"{study.output}: wanted scores of the study as {study.file} is now, got outdated ones "
+            f"({', '.join(results.outdated)}); start the study without --report"
+        )
     if not results.rows:
         raise UserError(f"{study.output}: wanted at least one run with scores, got none")
     for line in table_lines(results):
@@ -93,6 +99,7 @@ def _tell(study) -> None:  # type: ignore[no-untyped-def]
     for task in tasks_of(study):
         if task.is_incomplete:
             click.echo(f"{task.kind} {task.subject}{incomplete(task)}", err=True)
-    if results.missing:
-        click.echo(f"{len(results.missing)} runs are not finished", err=True)
-        sys.exit(3)
+    if results.missing or results.outdated:
+        told = ((results.missing, "not finished"), (results.outdated, "outdated"))
+        click.echo("; ".join(f"{len(names)} runs are {what}" for names, what in told if names), err=True)
+        sys.exit(EXIT_TYPED_FAILURES)

@@ -13,6 +13,7 @@ from fasttrain.study.results import Results
 from fasttrain.study.table import (
     METHOD_NAMES,
     above_text,
+    caveats,
     cost_lines,
     findings,
     number,
@@ -53,6 +54,8 @@ def _body(results: Results, drawn: dict[str, tuple[str, bytes]]) -> Iterator[str
     yield paragraph(" ".join(_MEANINGS[method] for method in methods))
     if results.missing:
         yield paragraph(f"Not finished, not shown: {', '.join(results.missing)}.", "warning")
+    for caveat in caveats(results):
+        yield paragraph(caveat, "warning")
     said = list(findings(results))
     if said:
         yield heading("What came out")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fasttrain.evaluate.results import RESULTS
 from fasttrain.study.notes import Task
 from fasttrain.study.run import Run
 from fasttrain.study.scores import Scored, read_scored, score_exactly
@@ -17,7 +18,10 @@ from fasttrain.train.metrics import read_metrics
 
 @dataclass(frozen=True)
 class Row:
-    """One model: an untrained one (`run` is None) or a run's. train_s, answer_s: None where a step's time is not known."""
+    """One model: an untrained one (`run` is None) or a run's.
+
+    train_s, answer_s: None where a step's time is not known. verified: notes say that the study's commands made all of it.
+    """
 
     name: str
     model: str
@@ -28,6 +32,7 @@ class Row:
     train_s: float | None
     answer_s: float | None
     scored: dict[str, Scored]
+    verified: bool
 
     @property
     def seconds(self) -> float | None:
@@ -36,11 +41,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """Rows in the study's order; `missing` are runs that have no scores yet, by name."""
+    """Rows in the study's order.
+
+    missing: names of runs that have no scores yet. outdated: of those that were made by other commands, or from other
+    files, than the study file names now; the rows are those of neither.
+    """
 
     study: Study
     rows: list[Row]
     missing: list[str]
+    outdated: list[str]
     annotation_usd: dict[str, float]
     environment: dict[str, Any]
 
@@ -55,43 +65,58 @@ class Results:
     def untimed(self) -> list[str]:
         return [row.name for row in self.rows if row.seconds is None]
 
+    def unverified(self) -> list[str]:
+        return [row.name for row in self.rows if not row.verified]
+
 
 def collect(study: Study) -> Results:
-    """Read what there is; a run whose answers are not all there is named in `missing`."""
+    """Read what there is and belongs to the study as its file is now."""
     tasks = tasks_of(study)
-    rows, missing = [], []
+    done = {task.note for task in tasks if task.is_done()}
+    rows: list[Row] = []
+    missing, outdated = [], []
     subjects: list[tuple[str, str, Run | None]] = [
         (base_name(study, model), model, None) for model in dict.fromkeys(run.model for run in study.runs)
     ]
     subjects += [(run.name, run.model, run) for run in study.runs]
     for name, model, run in subjects:
-        scored = _scores(study, name)
-        if scored is None:
+        last = [task for task in tasks if task.kind == "evaluate" and task.subject == name]
+        notes = {task.note for task in _all_before(last, tasks)}
+        noted = {note for note in notes if note.exists()}
+        if not all(task.output.exists() for task in last):
             missing.append(name)
+        elif not noted <= done:
+            outdated.append(name)
         else:
-            rows.append(_row(study, name, model, run, scored, tasks))
+            scored = _scores(study, name)
+            rows.append(_row(study, name, model, run, scored, tasks, verified=noted == notes))
     costs = {name: _annotation_cost(source.annotations) for name, source in study.answers.items()}
-    return Results(study, rows, missing, costs, _environment(study, rows))
+    return Results(study, rows, missing, outdated, costs, _environment(study, rows))
 
 
-def _scores(study: Study, subject: str) -> dict[str, Scored] | None:
+def _all_before(last: list[Task], tasks: list[Task]) -> list[Task]:
+    """These tasks and all whose results they use."""
+    used = [
+        task for task in tasks if any(task.output in user.inputs or task.note == user.after for user in last)
+    ]
+    return [*last, *(_all_before(used, tasks) if used else [])]
+
+
+def _scores(study: Study, subject: str) -> dict[str, Scored]:
     found = {}
     for name, evaluation in study.evaluations.items():
         folder = evaluation_folder(study, subject, name)
         if evaluation.questions is not None:
-            if not (folder / "answers.jsonl").exists():
-                return None
             found[name] = score_exactly(evaluation.questions, folder / "answers.jsonl")
         else:
-            if not (folder / "results.jsonl").exists():
-                return None
-            found[name] = read_scored(folder / "results.jsonl")
+            found[name] = read_scored(folder / RESULTS)
     return found
 
 
 def _row(
-    study: Study, name: str, model: str, run: Run | None, scored: dict[str, Scored], tasks: list[Task]
-) -> Row:
+    study: Study, name: str, model: str, run: Run | None, scored: dict[str, Scored], tasks: list[Task],
+    *, verified: bool,
+) -> Row:  # fmt: skip
     times = {
         kind: _total([task.seconds for task in tasks if task.kind == kind and task.subject == name])
         for kind in ("train", "evaluate")
@@ -104,7 +129,9 @@ def _row(
         last = lines[-1] if lines else {}
         facts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
         used = facts.get("pairs", facts.get("examples"))
-    return Row(name, model, run, used, last.get("step"), last, times["train"], times["evaluate"], scored)
+    return Row(
+        name, model, run, used, last.get("step"), last, times["train"], times["evaluate"], scored, verified
+    )
 
 
 def _total(seconds: list[float | None]) -> float | None:
@@ -148,7 +175,7 @@ def write_results(results: Results, path: Path) -> None:
         if row.run is not None:
             axes = ("method", "answers", "pairs", "flip", "beta")
             entry |= {axis: getattr(row.run, axis) for axis in axes}
-        entry |= {"train_s": row.train_s, "answer_s": row.answer_s, "scores": {}}
+        entry |= {"train_s": row.train_s, "answer_s": row.answer_s, "verified": row.verified, "scores": {}}
         base = results.base(row)
         for name, scored in row.scored.items():
             low, high = scored.interval()
@@ -160,4 +187,5 @@ def write_results(results: Results, path: Path) -> None:
                 )
             entry["scores"][name] = found
         rows.append(entry)
-    write_json(path, {"rows": rows, "missing": results.missing, "annotation_usd": results.annotation_usd})
+    whole = {"rows": rows, "missing": results.missing, "outdated": results.outdated}
+    write_json(path, whole | {"annotation_usd": results.annotation_usd})

@@ -25,6 +25,21 @@ def table_lines(results: Results) -> Iterator[str]:
         if not number:
             yield "  ".join("-" * width for width in widths)
     yield from (f"{name}: no scores yet" for name in results.missing)
+    yield from caveats(results)
+
+
+def caveats(results: Results) -> Iterator[str]:
+    """What is not shown, or shown without knowing what made it, because of the notes of its steps."""
+    if results.outdated:
+        yield (
+            f"Outdated, not shown: {', '.join(results.outdated)}. Their scores were made by other commands, or from other "
+            "files, than the study file names now; start the study to make them anew."
+        )
+    if unverified := results.unverified():
+        yield (
+            f"Not verified: {', '.join(unverified)}. The study did not run all of their commands itself: whether their "
+            "scores are of what its file says now is not known."
+        )
 
 
 def _cells(results: Results) -> Iterator[list[str]]:

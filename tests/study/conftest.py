@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from fasttrain.study.spec import load_study
+from fasttrain.study.tasks import tasks_of
+
 FILE: dict[str, Any] = {
     "output": "out",
     "recipe": "recipe.yaml",
@@ -42,3 +45,41 @@ def study_file(tmp_path: Path) -> Any:
         return path
 
     return write
+
+
+@pytest.fixture
+def finished(study_file: Any, tmp_path: Path) -> Any:
+    """A study whose commands have run, by their files: `right` questions right of 40, by run."""
+    runs = [{"method": ["dpo", "sft"]}, {"pairs": [10]}, {"flip": 0.5}, {"model": "big"}]
+    study = load_study(
+        study_file(runs=runs, evaluate={"held": {"questions": "q.jsonl"}}, usd_per_hour=3.6, watts=100)
+    )
+    right = {
+        "base": 10,
+        "dpo": 30,
+        "sft": 12,
+        "dpo-10pairs": 20,
+        "dpo-flip50": 4,
+        "base-big": 20,
+        "dpo-big": 36,
+    }
+    for task in tasks_of(study):
+        task.note.parent.mkdir(parents=True, exist_ok=True)
+        task.note.write_text(json.dumps({"command": task.shown, "seconds": 90.0}))
+        if task.kind == "data":
+            task.output.parent.mkdir(parents=True, exist_ok=True)
+            task.output.write_text("")
+        elif task.kind == "train":
+            task.output.mkdir(parents=True)
+            used = 10 if "10pairs" in task.subject else 77
+            facts = json.dumps({"pairs": used, "versions": {"torch": "2"}})
+            (task.output.parent / "environment.json").write_text(facts)
+            (task.output.parent / "metrics.jsonl").write_text('{"step": 9, "loss": 0.5}\n')
+        elif task.kind == "evaluate":
+            task.output.parent.mkdir(parents=True)
+            rows = [
+                (f"q{n}", f"because {n}" if n < right[task.subject] else "<script>no</script>")
+                for n in range(40)
+            ]
+            task.output.write_text("".join(json.dumps({"question_id": q, "text": t}) + "\n" for q, t in rows))
+    return study

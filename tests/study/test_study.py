@@ -9,7 +9,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -17,12 +16,7 @@ from click.testing import CliRunner
 from fasttrain.cli import cli
 from fasttrain.errors import UserError
 from fasttrain.study.command import check_recipes
-from fasttrain.study.page import write_page
-from fasttrain.study.plots import plots
-from fasttrain.study.results import collect, write_results
-from fasttrain.study.scores import Scored, wilson
 from fasttrain.study.spec import load_study
-from fasttrain.study.table import cost_lines, findings, table_lines
 from fasttrain.study.tasks import executable, printed, tasks_of
 
 
@@ -225,114 +219,6 @@ def test_every_step_knows_the_files_it_reads(study_file: Any, tmp_path: Path) ->
         }
         assert named - {task.output} == set(task.inputs)
     assert {task.kind for task in tasks if tmp_path / "recipe.yaml" in task.inputs} == {"train"}
-
-
-@pytest.fixture
-def finished(study_file: Any, tmp_path: Path) -> Any:
-    """A study whose commands have run, by their files: `right` questions right of 40, by run."""
-    runs = [{"method": ["dpo", "sft"]}, {"pairs": [10]}, {"flip": 0.5}, {"model": "big"}]
-    study = load_study(
-        study_file(runs=runs, evaluate={"held": {"questions": "q.jsonl"}}, usd_per_hour=3.6, watts=100)
-    )
-    right = {
-        "base": 10,
-        "dpo": 30,
-        "sft": 12,
-        "dpo-10pairs": 20,
-        "dpo-flip50": 4,
-        "base-big": 20,
-        "dpo-big": 36,
-    }
-    for task in tasks_of(study):
-        task.note.parent.mkdir(parents=True, exist_ok=True)
-        task.note.write_text(json.dumps({"command": task.shown, "seconds": 90.0}))
-        if task.kind == "train":
-            task.output.mkdir(parents=True)
-            used = 10 if "10pairs" in task.subject else 77
-            facts = json.dumps({"pairs": used, "versions": {"torch": "2"}})
-            (task.output.parent / "environment.json").write_text(facts)
-            (task.output.parent / "metrics.jsonl").write_text('{"step": 9, "loss": 0.5}\n')
-        elif task.kind == "evaluate":
-            task.output.parent.mkdir(parents=True)
-            rows = [
-                (f"q{n}", f"because {n}" if n < right[task.subject] else "<script>no</script>")
-                for n in range(40)
-            ]
-            task.output.write_text("".join(json.dumps({"question_id": q, "text": t}) + "\n" for q, t in rows))
-    return study
-
-
-def test_the_table_tells_scores_differences_and_what_is_missing(finished: Any) -> None:
-    lines = list(table_lines(collect(finished)))
-    assert re.search(
-        r"^dpo +77 pairs +0\.750 \[0\.598, 0\.858\] +\d+ +\+ \+0\.500 \[\+0\.3.., \+0\.6..\]", lines[4]
-    )
-    assert [line.split()[0] for line in lines[2:]] == [
-        "base", "base-big", "dpo", "sft", "dpo-10pairs", "dpo-flip50", "dpo-big",
-    ]  # fmt: skip
-    said = "\n".join(findings(collect(finished)))
-    assert "DPO (dpo) is above base on held: 0.250 to 0.750" in said
-    assert "standard SFT (sft) is not clearly different from base" in said or "is above base" in said
-    assert "DPO (dpo-big) is above base-big on held: 0.500 to 0.900" in said
-    (finished.output / "scores" / "sft" / "held" / "answers.jsonl").unlink()
-    assert list(table_lines(collect(finished)))[-1] == "sft: no scores yet"
-
-
-def test_the_page_stands_alone_and_shows_curves_and_the_transfer_matrix(finished: Any) -> None:
-    results = collect(finished)
-    page = write_page(results, finished.output).read_text()
-    assert "<script" not in page and not re.search(r'(src|href)="(?!data:)', page)
-    for caption in (
-        "by pairs trained on",
-        "by share of swapped labels",
-        "DPO across models",
-        "estimate: 100 W",
-    ):
-        assert caption in page, caption
-    assert "by beta" not in page  # nothing varied it
-    assert sorted(path.name for path in finished.output.glob("*.png")) == [
-        "noise-held.png", "scores-held.png", "size-held.png",
-    ]  # fmt: skip
-    # two base answers, five trainings and answers of 90 s each: 1,080 s
-    assert (
-        "0.30 machine hours (1,080 s, measured)" in page and "about 1.08 USD" in page and "0.030 kWh" in page
-    )
-    write_results(results, finished.output / "results.json")
-    rows = {row["name"]: row for row in json.loads((finished.output / "results.json").read_text())["rows"]}
-    assert rows["dpo-flip50"]["scores"]["held"]["above_base"] == pytest.approx(-0.15)
-    assert rows["dpo-flip50"]["flip"] == 0.5
-
-
-def test_what_a_scheduler_ran_has_no_time_that_is_known(finished: Any) -> None:
-    for task in tasks_of(finished):
-        if task.subject in ("dpo", "base"):
-            task.note.unlink()
-    results = collect(finished)
-    row = next(line for line in table_lines(results) if line.startswith("dpo "))
-    assert re.search(r"not known +not known$", row)
-    page = write_page(results, finished.output).read_text()
-    # a base answer, four trainings and their answers of 90 s each
-    assert "(810 s, measured)" in page and "the time of models base, dpo whose" in page
-    assert "<td>not known<td>not known" in page.replace("</td>", "")  # training, machine cost
-    write_results(results, finished.output / "results.json")
-    rows = json.loads((finished.output / "results.json").read_text())["rows"]
-    assert [row["answer_s"] for row in rows[:3]] == [None, 90.0, None]
-    for note in (finished.output / "done").iterdir():
-        note.unlink()
-    said = "\n".join(cost_lines(collect(finished)))
-    assert "Not known" in said and not re.search("measured|Machine:|Energy:", said)
-
-
-def test_all_right_and_none_right_are_exact_ends_and_are_drawn(finished: Any) -> None:
-    for total in range(1, 400):
-        assert wilson(total, total)[1] == 1 and wilson(0, total)[0] == 0
-    results = collect(finished)
-    for row, right in zip(results.rows, [0, 1, 1, 0, 1, 0, 1], strict=True):
-        row.scored["held"] = Scored([str(n) for n in range(200)], np.full(200, float(right)), np.ones(200))
-    assert set(plots(results)) == {"scores-held", "size-held", "noise-held"}
-    tenths = Scored([str(n) for n in range(3)], np.full(3, 0.1), np.ones(3))  # their mean is not 0.1 exactly
-    results.rows[2].scored["held"] = tenths
-    plots(results)
 
 
 @pytest.mark.slow
