@@ -16,10 +16,10 @@ from fasttrain.study.table import (
     caveats,
     cost_lines,
     findings,
-    number,
     score_text,
     seconds_text,
     trained_on,
+    value_text,
 )
 from fasttrain.study.tasks import tasks_of
 
@@ -48,7 +48,7 @@ def _body(results: Results, drawn: dict[str, tuple[str, bytes]]) -> Iterator[str
     names = ", ".join(results.study.evaluations)
     yield paragraph(
         f"{len(results.rows)} models, untrained ones included, were asked the same questions ({names}). Each run trained one of "
-        "them on the same graded answers, by another method or on less or noisier data; the table says how right each became."
+        "them on the same graded answers, by another method or on less or noisier data; the table says how each came out."
     )
     methods = dict.fromkeys(row.run.method for row in results.rows if row.run)
     yield paragraph(" ".join(_MEANINGS[method] for method in methods))
@@ -79,7 +79,7 @@ def _table(results: Results) -> Iterator[str]:
     names = list(results.study.evaluations)
     heads = ["run", "method", "trained on", "labels swapped", "steps"]
     for name in names:
-        heads += [f"{name}: score", "vs untrained", "characters"]
+        heads += [results.measure(name), "vs untrained", "characters"]
     heads += ["training", *(["machine cost"] if results.study.usd_per_hour is not None else [])]
     yield '<div class="scroll"><table><tr>' + "".join(
         f"<th{_WORD if column == 0 else ''}>{html.escape(head)}</th>" for column, head in enumerate(heads)
@@ -107,9 +107,9 @@ def _table(results: Results) -> Iterator[str]:
         )
     yield "</table></div>"
     yield (
-        '<p class="note">Scores are means over questions; brackets hold 95 % intervals (Wilson\'s for right-or-wrong scores, '
-        "else a bootstrap over questions). characters: mean length of an answer. “vs untrained” is the mean difference on the same questions with a paired "
-        "bootstrap: green above, red below, grey where the interval holds zero. Read scores beside lengths: judges and readers "
+        '<p class="note">A score is the share of questions answered rightly or, of a benchmark, its own figure; brackets hold 95 % '
+        "intervals (Wilson's for shares, else a bootstrap over questions). characters: mean length of an answer. “vs untrained” is "
+        "the difference on the same questions with a paired bootstrap: green above, red below, grey where the interval holds zero. Read scores beside lengths: judges and readers "
         "favour longer answers.</p>"
     )
 
@@ -130,7 +130,7 @@ def _transfer(results: Results) -> Iterator[str]:
     if len(sources) * len(models) < 2:
         return
     for name in results.study.evaluations:
-        yield heading(f"DPO across models, on {name}")
+        yield heading(f"DPO across models, on {results.measure(name)}")
         yield paragraph(
             "Rows: the model that was trained. Columns: whose graded answers it learned from.", "note"
         )
@@ -139,7 +139,7 @@ def _transfer(results: Results) -> Iterator[str]:
         )
         for model in models:
             base = next((row for row in results.rows if row.run is None and row.model == model), None)
-            cells = [number(base.scored[name].mean) if base else ""]
+            cells = [value_text(base.scored[name]) if base else ""]
             for source in sources:
                 found = [row for row in runs if row.model == model and row.run and row.run.answers == source]
                 cells.append(score_text(found[0].scored[name]) if found else "not run")

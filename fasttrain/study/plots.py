@@ -8,7 +8,7 @@ from typing import Any
 
 from fasttrain.study.results import Results, Row
 from fasttrain.study.run import Run
-from fasttrain.study.scores import Scored
+from fasttrain.study.scores import Score
 from fasttrain.study.table import METHOD_NAMES
 
 _COLOURS = {"dpo": "#4477aa", "sft": "#ee6677", "rejection": "#228833", "steerlm": "#aa3377", None: "#777777"}
@@ -25,7 +25,10 @@ def plots(results: Results) -> dict[str, tuple[str, bytes]]:
     """file name -> (caption, PNG); only what the study's runs can show."""
     drawn: dict[str, tuple[str, bytes]] = {}
     for name in results.study.evaluations:
-        drawn[f"scores-{name}"] = (f"Score on {name}, with 95 % intervals", _png(_bars, results.rows, name))
+        drawn[f"scores-{name}"] = (
+            f"Score on {name}, with 95 % intervals",
+            _png(_bars, results.rows, name, results.measure(name)),
+        )
         curves: list[tuple[str, str, Callable[[Row], float | None], Callable[[Run], bool]]] = [
             ("size", "pairs trained on", lambda row: row.used, lambda run: not run.flip and run.beta is None),
             ("noise", "share of swapped labels", lambda row: row.run.flip if row.run else None,
@@ -37,7 +40,10 @@ def plots(results: Results) -> dict[str, tuple[str, bytes]]:
             if lines:
                 caption = f"Score on {name} by {label}"
                 base = next((row for row in results.rows if row.run is None), None)
-                drawn[f"{key}-{name}"] = (caption, _png(_curve, lines, name, label, base))
+                drawn[f"{key}-{name}"] = (
+                    caption,
+                    _png(_curve, lines, name, results.measure(name), label, base),
+                )
     return drawn
 
 
@@ -72,14 +78,14 @@ def _png(draw: Callable[..., None], *arguments: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _bars(figure: Any, rows: list[Row], name: str) -> None:
+def _bars(figure: Any, rows: list[Row], name: str, measure: str) -> None:
     axis = figure.subplots()
     for place, row in enumerate(reversed(rows)):
         scored = row.scored[name]
         below, over = _reach(scored)
         colour = _COLOURS[row.run.method if row.run else None]
         axis.errorbar(
-            scored.mean,
+            scored.value,
             place,
             xerr=[[below], [over]],
             fmt="o",
@@ -87,27 +93,32 @@ def _bars(figure: Any, rows: list[Row], name: str) -> None:
             capsize=3,
         )
     axis.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
-    axis.set_xlabel(f"{name}: mean score")
+    axis.set_xlabel(measure)
     axis.grid(axis="x", alpha=0.3)
 
 
-def _reach(scored: Scored) -> tuple[float, float]:
-    """How far the interval reaches below and above the mean; never below zero, which rounding can make of nothing."""
+def _reach(scored: Score) -> tuple[float, float]:
+    """How far the interval reaches below and above the score; never below zero, which rounding can make of nothing."""
     low, high = scored.interval()
-    return max(0.0, scored.mean - low), max(0.0, high - scored.mean)
+    return max(0.0, scored.value - low), max(0.0, high - scored.value)
 
 
 def _curve(
-    figure: Any, lines: dict[str, list[tuple[float, Row]]], name: str, label: str, base: Row | None
+    figure: Any,
+    lines: dict[str, list[tuple[float, Row]]],
+    name: str,
+    measure: str,
+    label: str,
+    base: Row | None,
 ) -> None:
     axis = figure.subplots()
     for series, points in lines.items():
         places = [place for place, _ in points]
-        means = [row.scored[name].mean for _, row in points]
+        values = [row.scored[name].value for _, row in points]
         below, over = zip(*(_reach(row.scored[name]) for _, row in points), strict=True)
-        axis.errorbar(places, means, yerr=[below, over], marker="o", capsize=3, label=series)
+        axis.errorbar(places, values, yerr=[below, over], marker="o", capsize=3, label=series)
     if base is not None:
-        axis.axhline(base.scored[name].mean, color="#777777", linestyle="--", label=base.name)
-    axis.set(xlabel=label, ylabel=f"{name}: mean score")
+        axis.axhline(base.scored[name].value, color="#777777", linestyle="--", label=base.name)
+    axis.set(xlabel=label, ylabel=measure)
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from fasttrain.evaluate.results import RESULTS
 from fasttrain.study.notes import Task
 from fasttrain.study.run import Run
-from fasttrain.study.scores import Scored, read_scored, score_exactly
+from fasttrain.study.scores import Score, read_benchmark, score_exactly
 from fasttrain.study.spec import Study
 from fasttrain.study.tasks import base_name, evaluation_folder, run_folder, tasks_of
 from fasttrain.train.metrics import read_metrics
@@ -31,7 +32,7 @@ class Row:
     last: dict[str, Any]
     train_s: float | None
     answer_s: float | None
-    scored: dict[str, Scored]
+    scored: dict[str, Score]
     verified: bool
 
     @property
@@ -58,6 +59,10 @@ class Results:
         """The untrained model that a row started from."""
         return next((other for other in self.rows if other.run is None and other.model == row.model), None)
 
+    def measure(self, name: str) -> str:
+        """An evaluation and what its scores are; its name alone where there are none."""
+        return f"{name}: {self.rows[0].scored[name].measure}" if self.rows else name
+
     def seconds(self) -> float:
         """Of all the rows whose time is known."""
         return sum(row.seconds or 0.0 for row in self.rows)
@@ -83,7 +88,7 @@ def collect(study: Study) -> Results:
         last = [task for task in tasks if task.kind == "evaluate" and task.subject == name]
         notes = {task.note for task in _all_before(last, tasks)}
         noted = {note for note in notes if note.exists()}
-        if not all(task.output.exists() for task in last):
+        if not all(map(_has_scores, last)):
             missing.append(name)
         elif not noted <= done:
             outdated.append(name)
@@ -94,6 +99,13 @@ def collect(study: Study) -> Results:
     return Results(study, rows, missing, outdated, costs, _environment(study, rows))
 
 
+def _has_scores(task: Task) -> bool:
+    # scores.json is what makes a benchmark's folder whole
+    return task.output.exists() and (
+        task.output.name != RESULTS or (task.output.parent / "scores.json").exists()
+    )
+
+
 def _all_before(last: list[Task], tasks: list[Task]) -> list[Task]:
     """These tasks and all whose results they use."""
     used = [
@@ -102,19 +114,19 @@ def _all_before(last: list[Task], tasks: list[Task]) -> list[Task]:
     return [*last, *(_all_before(used, tasks) if used else [])]
 
 
-def _scores(study: Study, subject: str) -> dict[str, Scored]:
-    found = {}
+def _scores(study: Study, subject: str) -> dict[str, Score]:
+    found: dict[str, Score] = {}
     for name, evaluation in study.evaluations.items():
         folder = evaluation_folder(study, subject, name)
         if evaluation.questions is not None:
             found[name] = score_exactly(evaluation.questions, folder / "answers.jsonl")
         else:
-            found[name] = read_scored(folder / RESULTS)
+            found[name] = read_benchmark(folder, subject)
     return found
 
 
 def _row(
-    study: Study, name: str, model: str, run: Run | None, scored: dict[str, Scored], tasks: list[Task],
+    study: Study, name: str, model: str, run: Run | None, scored: dict[str, Score], tasks: list[Task],
     *, verified: bool,
 ) -> Row:  # fmt: skip
     times = {
@@ -179,13 +191,13 @@ def write_results(results: Results, path: Path) -> None:
         base = results.base(row)
         for name, scored in row.scored.items():
             low, high = scored.interval()
-            found = {"mean": scored.mean, "low": low, "high": high, "n": len(scored.questions)}
-            found["answer_chars"] = scored.mean_chars
+            found = {"score": scored.value, "low": low, "high": high, "answer_chars": scored.mean_chars}
             if base is not None and row.run is not None:
                 found["above_base"], found["above_base_low"], found["above_base_high"] = scored.above(
                     base.scored[name]
                 )
-            entry["scores"][name] = found
+            known = {key: value if math.isfinite(value) else None for key, value in found.items()}
+            entry["scores"][name] = {"measure": scored.measure, "n": scored.count} | known
         rows.append(entry)
     whole = {"rows": rows, "missing": results.missing, "outdated": results.outdated}
     write_json(path, whole | {"annotation_usd": results.annotation_usd})

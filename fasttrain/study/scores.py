@@ -1,41 +1,69 @@
-"""Scores of answers, one number per question, with intervals; exact match here, benchmarks from their results.jsonl."""
+"""Scores of answers with intervals: exact match here, benchmarks by their own figure as `fasttrain compare` has it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from fasttrain.errors import UserError, mistakes_of_data_tools
+from fasttrain.evaluate.comparing.analysis import ScoreRow, compare_pair, score_row
+from fasttrain.evaluate.comparing.folders import Evaluation, read_evaluation
 
 _DRAWS = 4000
 
 
+class Score(Protocol):
+    """A model's score in one evaluation. measure: what `value` is. decimals: how many of it are shown. count: questions."""
+
+    @property
+    def measure(self) -> str: ...
+    @property
+    def decimals(self) -> int: ...
+    @property
+    def value(self) -> float: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def mean_chars(self) -> float: ...
+
+    def interval(self) -> tuple[float, float]:
+        """95 %; nan where there is none."""
+
+    def above(self, other: Any) -> tuple[float, float, float]:
+        """Difference to another model's score in the same evaluation, on the questions of both, with its 95 % interval."""
+
+
 @dataclass(frozen=True)
 class Scored:
-    """Scores by question, in the order of the questions, and the lengths of the answers in characters."""
+    """Right or wrong by question, in the order of the questions, and the lengths of the answers in characters."""
 
     questions: list[str]
     scores: np.ndarray
     chars: np.ndarray
+    measure: str = "share right"
+    decimals: int = 3
 
     @property
-    def mean(self) -> float:
+    def value(self) -> float:
         return float(self.scores.mean())
+
+    @property
+    def count(self) -> int:
+        return len(self.questions)
 
     @property
     def mean_chars(self) -> float:
         return float(self.chars.mean())
 
     def interval(self) -> tuple[float, float]:
-        """95 %: Wilson's for right-or-wrong scores, else a bootstrap over questions with a fixed seed."""
-        if np.isin(self.scores, (0, 1)).all():
-            return wilson(int(self.scores.sum()), len(self.scores))
-        return _bootstrap(self.scores)
+        """95 %, Wilson's."""
+        return wilson(int(self.scores.sum()), len(self.scores))
 
     def above(self, other: Scored) -> tuple[float, float, float]:
         """Mean difference on the questions that both answered, with its 95 % interval (paired bootstrap)."""
@@ -45,6 +73,46 @@ class Scored:
             return math.nan, math.nan, math.nan
         difference = np.array([mine[name] - theirs[name] for name in both])
         return float(difference.mean()), *_bootstrap(difference)
+
+
+@dataclass(frozen=True, eq=False)
+class BenchmarkScored:
+    """An evaluation by `fasttrain eval`, and its row in a comparison; told apart by identity."""
+
+    evaluation: Evaluation
+    row: ScoreRow
+
+    @property
+    def measure(self) -> str:
+        return self.evaluation.benchmark.title
+
+    @property
+    def decimals(self) -> int:
+        return self.evaluation.benchmark.decimals
+
+    @property
+    def value(self) -> float:
+        return self.row.score
+
+    @property
+    def count(self) -> int:
+        return self.row.questions
+
+    @property
+    def mean_chars(self) -> float:
+        return self.row.mean_answer_chars
+
+    def interval(self) -> tuple[float, float]:
+        return self.row.interval
+
+    def above(self, other: BenchmarkScored) -> tuple[float, float, float]:
+        return _difference(self, other)
+
+
+@cache  # page, table and results.json ask for the same ones
+def _difference(ours: BenchmarkScored, theirs: BenchmarkScored) -> tuple[float, float, float]:
+    test = compare_pair(ours.evaluation, theirs.evaluation)
+    return (test.difference, *test.interval) if test else (math.nan, math.nan, math.nan)
 
 
 def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
@@ -95,23 +163,10 @@ def score_exactly(questions: Path, answers: Path) -> Scored:
     return Scored(names, np.array(right), np.array([len(given[name]) for name in names], dtype=float))
 
 
-def read_scored(results: Path) -> Scored:
-    """A benchmark's results.jsonl: the mean over a question's rows that have a score."""
-    scores: dict[str, list[float]] = {}
-    chars: dict[str, list[float]] = {}
-    for place, row in _rows(results):
-        name, score, length = row.get("question_id"), row.get("score"), row.get("answer_chars")
-        if name is None or not isinstance(length, int | float):
-            raise UserError(f"{results} {place}: wanted question_id and answer_chars, got {sorted(row)}")
-        if score is not None:
-            scores.setdefault(str(name), []).append(float(score))
-            chars.setdefault(str(name), []).append(float(length))
-    if not scores:
-        raise UserError(f"{results}: wanted at least one scored answer, got none")
-    names = list(scores)
-    return Scored(
-        names, np.array([np.mean(scores[n]) for n in names]), np.array([np.mean(chars[n]) for n in names])
-    )
+def read_benchmark(folder: Path, model: str) -> BenchmarkScored:
+    """What `fasttrain eval` wrote into a folder; UserError names what is missing or broken there."""
+    evaluation = read_evaluation(folder, model)
+    return BenchmarkScored(evaluation, score_row(evaluation))
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

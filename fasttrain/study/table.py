@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from fasttrain.study.results import Results, Row, energy_kwh
-from fasttrain.study.scores import Scored
+from fasttrain.study.scores import Score
 
 METHOD_NAMES = {
     "dpo": "DPO",
@@ -45,7 +46,7 @@ def caveats(results: Results) -> Iterator[str]:
 def _cells(results: Results) -> Iterator[list[str]]:
     names = list(results.study.evaluations)
     yield [
-        "run", "trained on", *(f"{name} (95 %)" for name in names), *(f"{name} chars" for name in names), "vs base",
+        "run", "trained on", *(f"{results.measure(name)} (95 %)" for name in names), *(f"{name} chars" for name in names), "vs base",
         "train", "answer",
     ]  # fmt: skip
     for row in results.rows:
@@ -71,13 +72,20 @@ def seconds_text(seconds: float | None) -> str:
     return "not known" if seconds is None else f"{seconds:,.0f} s"
 
 
-def score_text(scored: Scored) -> str:
-    low, high = scored.interval()
-    return f"{number(scored.mean)} [{number(low)}, {number(high)}]"
+def score_text(scored: Score) -> str:
+    return f"{value_text(scored)} {_interval(scored, *scored.interval())}"
 
 
-def number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+def value_text(scored: Score) -> str:
+    return _number(scored, scored.value)
+
+
+def _interval(scored: Score, low: float, high: float, sign: str = "") -> str:
+    return f"[{_number(scored, low, sign)}, {_number(scored, high, sign)}]"
+
+
+def _number(scored: Score, value: float, sign: str = "") -> str:
+    return "-" if math.isnan(value) else f"{value:{sign}.{scored.decimals}f}"
 
 
 def above_text(results: Results, row: Row, name: str) -> str:
@@ -85,9 +93,10 @@ def above_text(results: Results, row: Row, name: str) -> str:
     base = results.base(row)
     if row.run is None or base is None:
         return ""
-    mean, low, high = row.scored[name].above(base.scored[name])
+    scored = row.scored[name]
+    difference, low, high = scored.above(base.scored[name])
     sign = "+" if low > 0 else "-" if high < 0 else "~"
-    return f"{sign} {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"{sign} {_number(scored, difference, '+')} {_interval(scored, low, high, '+')}"
 
 
 def findings(results: Results) -> Iterator[str]:
@@ -97,13 +106,14 @@ def findings(results: Results) -> Iterator[str]:
         if row.run is None or base is None or not row.run.is_plain:
             continue
         for name in results.study.evaluations:
-            mean, low, high = row.scored[name].above(base.scored[name])
+            scored, before = row.scored[name], base.scored[name]
+            difference, low, high = scored.above(before)
             relation = "above" if low > 0 else "below" if high < 0 else "not clearly different from"
             yield (
-                f"{METHOD_NAMES[row.run.method]} ({row.name}) is {relation} {base.name} on {name}: "
-                f"{number(base.scored[name].mean)} to {number(row.scored[name].mean)}, difference {mean:+.3f} "
-                f"[{low:+.3f}, {high:+.3f}]; answers {row.scored[name].mean_chars:.0f} characters long, "
-                f"{base.scored[name].mean_chars:.0f} before."
+                f"{METHOD_NAMES[row.run.method]} ({row.name}) is {relation} {base.name} on {name} ({scored.measure}): "
+                f"{value_text(before)} to {value_text(scored)}, difference {_number(scored, difference, '+')} "
+                f"{_interval(scored, low, high, '+')}; answers {scored.mean_chars:.0f} characters long, "
+                f"{before.mean_chars:.0f} before."
             )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from fasttrain.study.spec import load_study
+from fasttrain.study.spec import Study, load_study
 from fasttrain.study.tasks import tasks_of
 
 FILE: dict[str, Any] = {
@@ -48,7 +49,30 @@ def study_file(tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def finished(study_file: Any, tmp_path: Path) -> Any:
+def make_up() -> Callable[[Study], None]:
+    """The files and notes of all of a study's steps, 90 s each, but for answers and scores."""
+
+    def make(study: Study) -> None:
+        for task in tasks_of(study):
+            task.note.parent.mkdir(parents=True, exist_ok=True)
+            task.note.write_text(json.dumps({"command": task.shown, "seconds": 90.0}))
+            if task.kind == "data":
+                task.output.parent.mkdir(parents=True, exist_ok=True)
+                task.output.write_text("")
+            elif task.kind == "train":
+                task.output.mkdir(parents=True)
+                used = 10 if "10pairs" in task.subject else 77
+                facts = json.dumps({"pairs": used, "versions": {"torch": "2"}})
+                (task.output.parent / "environment.json").write_text(facts)
+                (task.output.parent / "metrics.jsonl").write_text('{"step": 9, "loss": 0.5}\n')
+            elif task.kind == "evaluate":
+                task.output.parent.mkdir(parents=True)
+
+    return make
+
+
+@pytest.fixture
+def finished(study_file: Any, make_up: Callable[[Study], None]) -> Any:
     """A study whose commands have run, by their files: `right` questions right of 40, by run."""
     runs = [{"method": ["dpo", "sft"]}, {"pairs": [10]}, {"flip": 0.5}, {"model": "big"}]
     study = load_study(
@@ -63,23 +87,10 @@ def finished(study_file: Any, tmp_path: Path) -> Any:
         "base-big": 20,
         "dpo-big": 36,
     }
-    for task in tasks_of(study):
-        task.note.parent.mkdir(parents=True, exist_ok=True)
-        task.note.write_text(json.dumps({"command": task.shown, "seconds": 90.0}))
-        if task.kind == "data":
-            task.output.parent.mkdir(parents=True, exist_ok=True)
-            task.output.write_text("")
-        elif task.kind == "train":
-            task.output.mkdir(parents=True)
-            used = 10 if "10pairs" in task.subject else 77
-            facts = json.dumps({"pairs": used, "versions": {"torch": "2"}})
-            (task.output.parent / "environment.json").write_text(facts)
-            (task.output.parent / "metrics.jsonl").write_text('{"step": 9, "loss": 0.5}\n')
-        elif task.kind == "evaluate":
-            task.output.parent.mkdir(parents=True)
-            rows = [
-                (f"q{n}", f"because {n}" if n < right[task.subject] else "<script>no</script>")
-                for n in range(40)
-            ]
-            task.output.write_text("".join(json.dumps({"question_id": q, "text": t}) + "\n" for q, t in rows))
+    make_up(study)
+    for task in (task for task in tasks_of(study) if task.kind == "evaluate"):
+        rows = [
+            (f"q{n}", f"because {n}" if n < right[task.subject] else "<script>no</script>") for n in range(40)
+        ]
+        task.output.write_text("".join(json.dumps({"question_id": q, "text": t}) + "\n" for q, t in rows))
     return study

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fasttrain.study.page import write_page
 from fasttrain.study.plots import plots
 from fasttrain.study.results import collect, write_results
 from fasttrain.study.scores import Scored, wilson
+from fasttrain.study.spec import load_study
 from fasttrain.study.table import cost_lines, findings, table_lines
 from fasttrain.study.tasks import tasks_of
 
@@ -31,11 +33,75 @@ def test_the_table_tells_scores_differences_and_what_is_missing(finished: Any) -
         "base", "base-big", "dpo", "sft", "dpo-10pairs", "dpo-flip50", "dpo-big",
     ]  # fmt: skip
     said = "\n".join(findings(collect(finished)))
-    assert "DPO (dpo) is above base on held: 0.250 to 0.750" in said
+    assert "DPO (dpo) is above base on held (share right): 0.250 to 0.750" in said
     assert "standard SFT (sft) is not clearly different from base" in said or "is above base" in said
-    assert "DPO (dpo-big) is above base-big on held: 0.500 to 0.900" in said
+    assert "DPO (dpo-big) is above base-big on held (share right): 0.500 to 0.900" in said
     (finished.output / "scores" / "sft" / "held" / "answers.jsonl").unlink()
     assert list(table_lines(collect(finished)))[-1] == "sft: no scores yet"
+
+
+def _row(name: str, score: float | None, **more: Any) -> dict[str, Any]:
+    return {"question_id": name, "score": score, "answer_chars": 10, "category": None} | more
+
+
+def _pope(split: str, said: str) -> list[dict[str, Any]]:
+    """Ten questions of which three are yes; what was said to them."""
+    rows = []
+    for number, (label, word) in enumerate(zip("yyynnnnnnn", said, strict=True)):
+        words = {"label": label, "prediction": word}
+        full = {key: "yes" if value == "y" else "no" for key, value in words.items()}
+        rows.append(_row(f"{split}{number}", float(label == word), split=split, **full))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "trained", "shown", "measure"),
+    [
+        # F1 of 2 hits, 1 miss and of 1 hit, 2 misses: 4/5 and 2/4; shares right are 0.9 and 0.8, pooled 0.85
+        ("pope", _pope("adversarial", "ynnnnnnnnn") + _pope("random", "ynnnnnnnnn"),
+         _pope("adversarial", "yynnnnnnnn") + _pope("random", "ynnnnnnnnn"), ("0.500", "0.650", "+0.150"), "POPE, mean F1"),
+        # 100 times the sum of marks over the reference's: not the mean mark, nor the mean of the ratios
+        ("llava-bench", [_row("a", 4.0, reference_score=8.0), _row("b", 2.0, reference_score=2.0)],
+         [_row("a", 8.0, reference_score=8.0), _row("b", 1.0, reference_score=2.0)], ("60.0", "90.0", "+30.0"), "LLaVA-Bench"),
+        ("mm-vet", [_row("a", 0.5), _row("b", 0.0)], [_row("a", 0.5), _row("b", 0.4)], ("25.0", "45.0", "+20.0"), "MM-Vet"),
+        # of all turns, one of which was not judged: not of the questions' means
+        ("mt-bench", [_row("a", 2.0), _row("a", 2.0), _row("b", 2.0), _row("b", 2.0)],
+         [_row("a", 9.0), _row("a", 5.0), _row("b", 1.0), _row("b", None)], ("2.00", "5.00", "+3.00"), "MT-Bench"),
+    ],
+)  # fmt: skip
+def test_benchmarks_are_shown_by_their_own_figure_and_unit(
+    name: str,
+    base: Any,
+    trained: Any,
+    shown: tuple[str, str, str],
+    measure: str,
+    study_file: Any,
+    make_up: Any,
+) -> None:
+    entry = {"benchmark": name, "data": ".", "options": ["--judge", "m"]}
+    study = load_study(study_file(runs=[{"method": "dpo"}], evaluate={"bench": entry}))
+    make_up(study)
+    for subject, rows in (("base", base), ("dpo", trained)):
+        folder = study.output / "scores" / subject / "bench"
+        (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert subject in collect(study).missing  # scores.json is written last
+        (folder / "scores.json").write_text(json.dumps({"benchmark": name, "model": "m"}))
+    results = collect(study)
+    before, after, difference = (re.escape(text) for text in shown)
+    head, _, *lines = table_lines(results)
+    assert f"bench: {measure}" in head
+    assert re.match(rf"base .* {before} \[", lines[0]) and re.match(
+        rf"dpo .* {after} \[.* {difference} \[", lines[1]
+    )
+    (said,) = findings(results)
+    assert re.search(rf"on bench \({measure}.*\): {before} to {after}, difference {difference} \[", said)
+    page = write_page(results, study.output).read_text()
+    assert f"<th>bench: {measure}" in page and re.search(rf"<td>{after} \[", page)
+    write_results(results, study.output / "results.json")
+    found = json.loads((study.output / "results.json").read_text())["rows"][1]["scores"]["bench"]
+    assert found["measure"].startswith(measure) and found["score"] == pytest.approx(float(shown[1]))
+    assert found["above_base"] == pytest.approx(float(shown[2]))
+    assert found["low"] <= found["score"] <= found["high"]
 
 
 def test_the_page_stands_alone_and_shows_curves_and_the_transfer_matrix(finished: Any) -> None:
@@ -134,6 +200,6 @@ def test_all_right_and_none_right_are_exact_ends_and_are_drawn(finished: Any) ->
     for row, right in zip(results.rows, [0, 1, 1, 0, 1, 0, 1], strict=True):
         row.scored["held"] = Scored([str(n) for n in range(200)], np.full(200, float(right)), np.ones(200))
     assert set(plots(results)) == {"scores-held", "size-held", "noise-held"}
-    tenths = Scored([str(n) for n in range(3)], np.full(3, 0.1), np.ones(3))  # their mean is not 0.1 exactly
-    results.rows[2].scored["held"] = tenths
+    rounded = SimpleNamespace(value=0.1, interval=lambda: (np.nextafter(0.1, 1), 0.2))  # ends are quantiles
+    results.rows[2].scored["held"] = rounded
     plots(results)

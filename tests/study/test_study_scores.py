@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 
 from fasttrain.errors import UserError
-from fasttrain.study.scores import Scored, read_scored, score_exactly, wilson
+from fasttrain.study.scores import Scored, score_exactly, wilson
 from fasttrain.study.spec import load_study
 
 
-def test_intervals_are_wilsons_and_a_bootstraps() -> None:
+def test_intervals_are_wilsons_and_of_differences_a_bootstraps() -> None:
     # Newcombe 1998, table I: 81 of 263 by the score method
     right = Scored([str(n) for n in range(263)], np.arange(263) < 81, np.ones(263))
     assert right.interval() == pytest.approx((0.2553, 0.3662), abs=5e-5) == wilson(81, 263)
     values = np.random.default_rng(1).normal(3, 2, 900)
     graded = Scored([str(n) for n in range(900)], values, np.ones(900))
     half = 1.96 * values.std() / 30
-    assert graded.interval() == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
+    none = Scored(graded.questions, np.zeros(900), np.ones(900))
+    assert graded.above(none)[1:] == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
 
 
 def test_differences_are_paired_by_question() -> None:
@@ -39,7 +40,7 @@ def test_exact_scores_need_every_answer_and_every_truth(study_file: Any, tmp_pat
     rows = [{"question_id": f"q{n}", "text": f" because {n if n % 4 else 'x'}\n"} for n in range(40)]
     answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
     scored = score_exactly(tmp_path / "q.jsonl", answers)
-    assert (scored.mean, len(scored.questions)) == (0.75, 40)
+    assert (scored.value, scored.count) == (0.75, 40)
     answers.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     with pytest.raises(UserError, match="wanted an answer to every question, got none to q39"):
         score_exactly(tmp_path / "q.jsonl", answers)
@@ -86,17 +87,3 @@ def test_questions_that_cannot_be_scored_are_named_before_anything_runs(
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=message):
         load_study(study_file(evaluate={"held": {"questions": "bad.jsonl"}}))
-
-
-def test_results_of_benchmarks_are_means_per_question_without_excluded_rows(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
-    rows = [("a", 1.0, 10), ("a", 0.0, 30), ("b", 8.0, 5), ("c", None, 7)]
-    path.write_text(
-        "".join(json.dumps({"question_id": q, "score": s, "answer_chars": c}) + "\n" for q, s, c in rows)
-    )
-    scored = read_scored(path)
-    assert (scored.questions, scored.scores.tolist(), scored.chars.tolist()) == (
-        ["a", "b"],
-        [0.5, 8.0],
-        [20.0, 5.0],
-    )

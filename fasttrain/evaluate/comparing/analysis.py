@@ -21,6 +21,8 @@ from fasttrain.evaluate.comparing.resampling import (
 )
 from fasttrain.evaluate.results import Result
 
+RESAMPLES = 10_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRow:
@@ -70,7 +72,11 @@ class Comparison:
 
 
 def compare(
-    evaluations: Sequence[Evaluation], *, baseline: str | None = None, resamples: int = 10_000, seed: int = 0
+    evaluations: Sequence[Evaluation],
+    *,
+    baseline: str | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> Comparison:
     """Scores, 95 % bootstrap intervals, and every other model against `baseline` (the first one by default)."""
     models = list(dict.fromkeys(evaluation.model for evaluation in evaluations))
@@ -81,7 +87,7 @@ def compare(
     baseline = baseline or models[0]
     order = {name: index for index, name in enumerate(BENCHMARKS)}
     sorted_by_benchmark = sorted(evaluations, key=lambda e: (order[e.name], models.index(e.model)))
-    scores = [_score_row(evaluation, resamples, seed) for evaluation in sorted_by_benchmark]
+    scores = [score_row(evaluation, resamples=resamples, seed=seed) for evaluation in sorted_by_benchmark]
     tests, warnings = _tests(sorted_by_benchmark, baseline, resamples, seed)
     return Comparison(
         models=tuple(models),
@@ -94,7 +100,8 @@ def compare(
     )
 
 
-def _score_row(evaluation: Evaluation, resamples: int, seed: int) -> ScoreRow:
+def score_row(evaluation: Evaluation, *, resamples: int = RESAMPLES, seed: int = 0) -> ScoreRow:
+    """The benchmark's own figure, with its 95 % bootstrap interval."""
     strata = strata_of(evaluation)
     score = _flat_score(evaluation, len(evaluation.strata))
     total = np.asarray(sum(parts.sum(axis=0) for parts in strata))
@@ -143,15 +150,14 @@ def _tests(
         theirs = by_place.get((ours.name, baseline))
         if theirs is None or theirs is ours:
             continue
-        keys = sorted(ours.parts.keys() & theirs.parts.keys())
         left_out = len(ours.parts.keys() ^ theirs.parts.keys())
         if left_out:
             warnings.append(
                 f"{ours.benchmark.title}: {left_out} questions were scored for only one of {ours.model} and {baseline}; "
                 "their test leaves them out"
             )
-        if keys:
-            pairs.append((ours, theirs, _test(ours, theirs, keys, resamples, seed)))
+        if (test := compare_pair(ours, theirs, resamples=resamples, seed=seed)) is not None:
+            pairs.append((ours, theirs, test))
     corrected = holm([test.p_value for _, _, test in pairs])
     rows = [
         TestRow(
@@ -167,7 +173,13 @@ def _tests(
     return rows, warnings
 
 
-def _test(ours: Evaluation, theirs: Evaluation, keys: list[Key], resamples: int, seed: int) -> PairedTest:
+def compare_pair(
+    ours: Evaluation, theirs: Evaluation, *, resamples: int = RESAMPLES, seed: int = 0
+) -> PairedTest | None:
+    """Two models on one benchmark, by the questions that were scored for both; None where there are none."""
+    keys = sorted(ours.parts.keys() & theirs.parts.keys())
+    if not keys:
+        return None
     units = ours.units if theirs.units else {}
     strata = strata_of(ours, keys, units)
     right = (_right(ours, keys, units), _right(theirs, keys, units)) if ours.benchmark.binary else None
