@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -17,7 +18,7 @@ from fasttrain.files import hash_file, write_json
 class Task:
     """kind: data, train or evaluate. subject: what it is of, for the table. output: what is there when it is done.
 
-    inputs: files whose content decides the output.
+    inputs: files whose content decides the output. folder: the study file's, where its paths start.
     """
 
     kind: str
@@ -27,6 +28,7 @@ class Task:
     note: Path
     after: Path | None = None  # note of the task whose result this one uses
     inputs: tuple[Path, ...] = ()
+    folder: Path | None = None
 
     @property
     def shown(self) -> str:
@@ -48,9 +50,11 @@ class Task:
             return False  # what it used was made anew
         if self.tried.exists() and _read(self.tried)["found"] != _modified_ns(self.output):
             return False  # a later attempt left another output
-        said = _read(self.note)
-        # notes of earlier versions do not tell what was read
-        return said.get("command") == self.shown and said.get("inputs", self.read()) == self.read()
+        said, now = _read(self.note), self.read()
+        if said["command"] != self.shown and said["command"] not in _as_typed(self.shown, self.folder):
+            return False
+        # notes of earlier versions do not tell what was read; paths are the command's, by whatever name
+        return list(said.get("inputs", now).values()) == list(now.values())
 
     def read(self) -> dict[str, str]:
         """A hash of each input's content, as the note keeps it."""
@@ -123,6 +127,17 @@ def succeed(task: Task, attempt: Attempt, *, incomplete: bool) -> None:
 def _read(path: Path) -> dict[str, Any]:
     said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return said
+
+
+def _as_typed(command: str, folder: Path | None) -> list[str]:
+    """The command as earlier versions noted it: the folder as it was typed, relative to itself or to one above it."""
+    if folder is None:
+        return []
+    parts = folder.parts[1:]
+    typed = ["/".join(parts[first:]) for first in range(len(parts))]
+    spelled = [command.replace(str(folder), path) for path in typed]
+    inside = re.sub(rf"{re.escape(str(folder))}(/?)", lambda found: "" if found[1] else ".", command)
+    return [*spelled, inside]
 
 
 def _modified_ns(path: Path) -> int | None:

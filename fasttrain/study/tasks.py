@@ -73,8 +73,9 @@ def _task(
     words = tuple(str(word) for word in command)
     note = _note(study, output)
     return Task(
-        kind=kind, subject=subject, command=words, output=output, note=note, after=after, inputs=tuple(inputs)
-    )
+        kind=kind, subject=subject, command=words, output=output, note=note, after=after, inputs=tuple(inputs),
+        folder=study.file.parent,
+    )  # fmt: skip
 
 
 def _note(study: Study, output: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -71,6 +72,34 @@ def test_what_was_made_from_other_files_is_made_again(tmp_path: Path, python_tas
     del note["inputs"]  # as earlier versions wrote it
     task.note.write_text(json.dumps(note))
     assert task.is_done()
+
+
+@pytest.mark.parametrize(
+    ("folder", "root"), [("", "."), ("exp/", "exp"), ("my/exp/", "my/exp"), ("other/", "other")]
+)
+def test_notes_of_earlier_versions_with_paths_as_they_were_typed_are_believed(
+    folder: str, root: str, tmp_path: Path
+) -> None:
+    """Started in the study's folder or above it; a folder that is not this one is another study's."""
+    home = tmp_path / "my" / "exp"
+    home.mkdir(parents=True)
+    for name in ("recipe.yaml", "pairs.jsonl"):
+        (home / name).write_text(name)
+
+    def command(folder: str, root: str) -> tuple[str, ...]:
+        settings = (f'data.train="{folder}pairs.jsonl"', f'data.image_root="{root}"')
+        return ("fasttrain", "dpo", "-c", f"{folder}recipe.yaml", *(w for s in settings for w in ("-s", s)))
+
+    task = Task(
+        kind="train", subject="one", command=command(f"{home}/", str(home)), output=home, note=home / "one.json",
+        inputs=(home / "recipe.yaml", home / "pairs.jsonl"), folder=home,
+    )  # fmt: skip
+    hashes = dict(zip((f"{folder}recipe.yaml", f"{folder}pairs.jsonl"), task.read().values(), strict=True))
+    note = {"command": shlex.join(command(folder, root)), "inputs": hashes, "seconds": 1.0}
+    task.note.write_text(json.dumps(note))
+    assert task.is_done() == (root != "other")
+    (home / "pairs.jsonl").write_text("others")
+    assert not task.is_done()
 
 
 def test_a_refused_change_leaves_what_is_known_of_the_result(tmp_path: Path, python_tasks: None) -> None:
