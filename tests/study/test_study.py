@@ -246,7 +246,14 @@ def test_a_small_study_on_charts_runs_from_one_command_and_goes_on_where_it_was(
     printed_again = CliRunner().invoke(cli, ["study", str(file), "--print-commands"]).output.splitlines()
     assert printed_again == ["set -e", f"fasttrain study '{file}' --report"]
     annotations = tmp_path / "a study/data/annotations.jsonl"
-    annotations.write_text("".join(annotations.read_text().splitlines(keepends=True)[:-9]))
+    before = annotations.read_text()
+    annotations.write_text("".join(before.splitlines(keepends=True)[:-9]))
     changed = CliRunner().invoke(cli, ["study", str(file)])
     assert isinstance(changed.exception, UserError)
     assert re.search(r"train dpo: exit code 2: .*changed since .*data\.train", str(changed.exception))
+    reported = CliRunner().invoke(cli, ["study", str(file), "--report"])
+    assert reported.exit_code == 3 and "Outdated, not shown: dpo, steerlm." in reported.output
+    annotations.write_text(before)
+    back = CliRunner().invoke(cli, ["study", str(file)], catch_exceptions=False)
+    assert back.exit_code == 0 and set(re.findall(r"^\[\d/8\] (\w+)", back.output, re.MULTILINE)) == {"data"}
+    assert re.search(r"^steerlm +\d+ answers", back.output, re.MULTILINE)
