@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from fasttrain.errors import UserError
 from fasttrain.files import atomic_folder, remove_leftovers, write_json
-from fasttrain.ranks import ranks
+from fasttrain.ranks import is_node_writer, ranks
 from fasttrain.train.engine import TrainedState
-from fasttrain.train.tensor_file import TensorFile, TensorStream, write_tensors
+from fasttrain.train.tensor_file import TensorFile, TensorStream, content_hash, write_tensors
 
 
 def checkpoint_name(step: int) -> str:
@@ -52,11 +52,14 @@ def save_checkpoint(
     else:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_folder(path) as temporary:
-            write_tensors(weights, temporary / "weights.safetensors")
-            write_tensors(tensors, temporary / "optimizer.safetensors")
-            write_tensors(TensorStream.of(random), temporary / "random.safetensors")
-            state = {"step": step, "ranks": ranks().size, "inputs": inputs or {}, "optimizer": plain}
-            write_json(temporary / "state.json", state)
+            streams = {
+                "weights.safetensors": weights,
+                "optimizer.safetensors": tensors,
+                "random.safetensors": TensorStream.of(random),
+            }
+            files = {name: write_tensors(stream, temporary / name) for name, stream in streams.items()}
+            state = {"step": step, "ranks": ranks().size, "inputs": inputs or {}, "files": files}
+            write_json(temporary / "state.json", state | {"optimizer": plain})
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     ranks().barrier()
@@ -69,9 +72,19 @@ def _random() -> dict[str, torch.Tensor]:
 
 
 def restore_checkpoint(path: Path, optimizer: TrainedState) -> int:
-    """Load weights, optimizer and random states; the step they belong to. UserError names a damaged file."""
+    """Load weights, optimizer and random states; the step they belong to. UserError names a damaged file.
+
+    Every rank calls.
+    """
+    damage: UserError | None = None
     try:
         state = _read_state(path)
+        if is_node_writer():  # once for all ranks of a machine
+            _check_files(path, state)
+    except (OSError, ValueError) as error:
+        damage = _damaged(path, error)
+    ranks().share_mistake(damage)
+    try:
         random = load_file(path / "random.safetensors")
         with (
             TensorFile(path / "weights.safetensors") as weights,
@@ -85,20 +98,34 @@ def restore_checkpoint(path: Path, optimizer: TrainedState) -> int:
             optimizer.load_weights(weights)
             optimizer.load_state(tensors, state["optimizer"])
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(
-            f"{path}: the checkpoint is damaged ({error}); delete that folder to use the one before"
-        ) from None
+        raise _damaged(path, error) from None
     _restore_random(random, state["step"])
     return int(state["step"])
 
 
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: the checkpoint is damaged ({error}); delete that folder to use the one before")
+
+
 def _read_state(path: Path) -> dict[str, Any]:
-    """What state.json holds; ValueError if it is no JSON, or without what every checkpoint has."""
+    """What state.json holds; ValueError if it is no JSON, without what every checkpoint has, or of another step."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     for name, kind in (("step", int), ("optimizer", dict)):
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
             raise ValueError(f"state.json holds no {name}")
+    if checkpoint_name(state["step"]) != path.name:
+        raise ValueError(f"state.json holds step {state['step']}")
     return state
+
+
+def _check_files(path: Path, state: dict[str, Any]) -> None:
+    """ValueError unless the files are what was written; older checkpoints do not tell."""
+    files = state.get("files", {})
+    if not isinstance(files, dict):
+        raise ValueError("state.json holds no hashes in files")
+    for name, digest in files.items():
+        if content_hash(path / name) != digest:
+            raise ValueError(f"{name} is not what was written")
 
 
 def _restore_random(random: dict[str, torch.Tensor], step: int) -> None:

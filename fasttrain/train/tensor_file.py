@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from hashlib import file_digest, sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -52,19 +53,31 @@ class TensorStream(NamedTuple):
         return {entry.name: value for entry, value in pairs if value is not None}
 
 
-def write_tensors(stream: TensorStream, path: Path | None) -> None:
-    """Write a stream to a safetensors file; with None only take part in making its values."""
+def write_tensors(stream: TensorStream, path: Path | None) -> str | None:
+    """Write a stream to a safetensors file and return its content's hash; with None only take part in making its values."""
     if path is None:
         for _ in stream.values:
             pass
-        return
+        return None
+    digest = sha256()
     with path.open("wb") as file:
-        file.write(_header(stream.entries))
+        header = _header(stream.entries)
+        digest.update(header)
+        file.write(header)
         for entry, value in zip(stream.entries, stream.values, strict=True):
             if value is None or value.dtype != entry.dtype or tuple(value.shape) != entry.shape:
                 raise ValueError(f"{entry.name}: wanted {entry.dtype} {entry.shape}, got {value}")
             whole = value.detach().to("cpu").contiguous().reshape(-1)
-            file.write(whole.view(torch.uint8).numpy().data)
+            content = whole.view(torch.uint8).numpy().data
+            digest.update(content)
+            file.write(content)
+    return digest.hexdigest()
+
+
+def content_hash(path: Path) -> str:
+    """What `write_tensors` returned if the file is as it was written."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def _header(entries: list[Entry]) -> bytes:

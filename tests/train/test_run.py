@@ -288,24 +288,6 @@ def test_old_checkpoints_go_and_the_newest_stay(tiny_text: Path, text: Path, run
     assert sorted(p.name for p in (result.folder / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
 
 
-def test_a_damaged_checkpoint_is_named(tiny_text: Path, text: Path, run: Runner) -> None:
-    result = run(tiny_text, text)
-    weights = result.folder / "checkpoints" / "step-000004" / "weights.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"step-000004: the checkpoint is damaged"):
-        run(tiny_text, text, "train.max_steps=6", resume=True)
-
-
-def test_a_state_without_what_every_checkpoint_has_is_a_damaged_checkpoint(
-    tiny_text: Path, text: Path, run: Runner
-) -> None:
-    state = run(tiny_text, text).folder / "checkpoints" / "step-000004" / "state.json"
-    for held in ("{}", "[]", '{"step": 4}', '{"step": "4", "optimizer": {}}', "\xff"):
-        state.write_bytes(held.encode("latin-1"))
-        with pytest.raises(UserError, match=r"step-000004: the checkpoint is damaged .*delete that folder"):
-            run(tiny_text, text, "train.max_steps=6", resume=True)
-
-
 def test_a_damaged_file_of_the_run_folder_is_named_on_resume(
     tiny_text: Path, text: Path, run: Runner
 ) -> None:
