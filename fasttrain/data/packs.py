@@ -118,6 +118,12 @@ class Order:
             steps += math.ceil((epochs - whole) * (len(self._cut(whole)[1]) - 1) - 1e-9)
         return steps
 
+    def groups_of_short_run(self, steps: int | None) -> list[int] | None:
+        """Groups of the first `steps` steps, sorted; None where these are no less than a tenth of all pairs."""
+        if steps is None or 10 * steps * self.pairs_per_step > self.data.account.pairs:
+            return None
+        return sorted({int(group) for _, _, groups in self.steps(1, steps) for group in groups})
+
     def steps(self, first: int, last: int) -> Iterator[tuple[int, float, np.ndarray]]:
         """(step number from 1, epochs done when it ends, its groups) for steps first..last."""
         number = 0

@@ -116,27 +116,22 @@ def _cost(lengths: np.ndarray, completions: list[int], shared: bool) -> int:
 @torch.no_grad()
 def fill(
     policy: Policy, data: PreparedData, maker: PackMaker, cache: ReferenceCache, missing: list[tuple[int, list[int]]], *,
-    tokens_per_pack: int, workers: int, skip_broken: bool, tick: Callable[[int], object] = lambda n: None,
+    tokens_per_pack: int, workers: int, tick: Callable[[int], object] = lambda n: None,
 ) -> FillReport:  # fmt: skip
-    """Compute and store `missing` with the policy as it is now; a broken image stops, or drops its group."""
+    """Compute and store `missing` with the policy as it is now; UserError at a broken image."""
     start = time.perf_counter()
     total = data.completions()
     computed = tokens = 0
-    dropped: set[int] = set()
     policy.eval()
     packs = rounds(greedy_packs(data, missing, tokens_per_pack, policy.shared), data)
     with contextlib.closing(load_packs(maker, packs, workers, policy.device.type == "cuda")) as batches:
         for batch in batches:
-            ranks().share_mistake(_why_not(data, batch, skip_broken))
+            ranks().share_mistake(_why_not(data, batch))
             found = ranks().gather(_Round(*_run(policy, data, batch)))
             mistakes = [part.mistake for part in found if part.mistake]
             if mistakes:
                 ranks().share_mistake(UserError(mistakes[0]))
             for part in found:
-                for number, problem in part.broken:
-                    if number not in dropped:
-                        data.drop(number, f"images: {problem}")
-                        dropped.add(number)
                 computed += len(part.rows)
                 tokens += part.tokens
                 tick(part.completions)
@@ -150,43 +145,31 @@ class _Round(NamedTuple):
     """What one rank has of a round."""
 
     rows: list[tuple[bytes, np.ndarray]]
-    broken: list[tuple[int, str]]
     tokens: int
     completions: int
     mistake: str | None
 
 
-def _why_not(data: PreparedData, batch: PackBatch, skip_broken: bool) -> UserError | None:
+def _why_not(data: PreparedData, batch: PackBatch) -> UserError | None:
     """Why a pack cannot be run, known before any rank runs its own: under ZeRO-3 a pass waits for those of the others."""
-    if batch.broken and not skip_broken:
-        number, problem = batch.broken[0]
-        return UserError(f"{data.where(number)}: images: wanted an image, got {problem}")
-    if not batch.sequence_ids and ranks().size > 1:
-        return UserError("a pack of broken images only; run `fasttrain reference` in one process first")
-    return None
+    if not batch.broken:
+        return None
+    number, problem = batch.broken[0]
+    return UserError(f"{data.where(number)}: images: wanted an image, got {problem}")
 
 
 def _run(policy: Policy, data: PreparedData, batch: PackBatch) -> tuple[Any, ...]:
     """The log-probs of a pack, with what went wrong as a value: the other ranks must hear of it."""
-    seen = dict(batch.broken)
-    if not batch.sequence_ids:
-        return [], list(seen.items()), 0, 0, None
     logp_N = policy(batch.to(policy.device)).logprob.cpu().numpy()
     if batch.pack.fill:
-        return [], [], 0, 0, None
+        return [], 0, 0, None
     try:
         _check_finite(data, batch, logp_N)
     except UserError as error:
-        return [], [], 0, 0, str(error)
+        return [], 0, 0, str(error)
     parts = np.split(logp_N, np.cumsum(batch.lengths_S.numpy())[:-1])
     completions = sum(len(piece.completions) for piece in batch.pack.pieces)
-    return (
-        list(zip(batch.keys, parts, strict=True)),
-        list(seen.items()),
-        len(batch.input_ids_T),
-        completions,
-        None,
-    )
+    return list(zip(batch.keys, parts, strict=True)), len(batch.input_ids_T), completions, None
 
 
 def _check_finite(data: PreparedData, batch: PackBatch, logp_N: np.ndarray) -> None:

@@ -9,19 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from fasttrain.config import DPOConfig
-from fasttrain.data.images import open_image
-from fasttrain.data.packs import Order, Pack, plan_step, run_tokens
-from fasttrain.data.prepared import PreparedData
-from fasttrain.errors import UserError
+from fasttrain.data.packs import Pack, plan_step, run_tokens
 from fasttrain.model.flops import pass_flops
 from fasttrain.plan.passes import CannotCount
-from fasttrain.progress import Progress
 from fasttrain.ranks import full_shape, ranks
 from fasttrain.reference.fill import missing_completions
 from fasttrain.train.engine import make_engine
 from fasttrain.train.first_step import check_sharing
 from fasttrain.train.job import Job, build_job
 from fasttrain.train.objective import Objective
+from fasttrain.train.open_images import open_images
 from fasttrain.train.run_folder import check_output, first_start
 
 _STEPS_LOOKED_AT = 20
@@ -38,24 +35,8 @@ def dry_run(config: DPOConfig, loss: Objective, *, resume: bool, overwrite: bool
             job.tokenize_all(data)
         check_sharing(job)
         for data in job.datasets:
-            _open_all_images(job, data)
+            open_images(job, data, range(len(data)))
         return "\n".join(_report(job))
-
-
-def _open_all_images(job: Job, data: PreparedData) -> None:
-    with Progress("opening images", data.account.images, "images") as progress:
-        for number in range(len(data)):
-            for ref in data.images(number):
-                progress.tick()
-                try:
-                    open_image(ref.read())
-                except (OSError, ValueError) as error:
-                    if job.config.data.on_bad_row != "skip":
-                        raise UserError(
-                            f"{data.where(number)}: images: wanted an image, got {ref.name()} ({error})"
-                        ) from None
-                    data.drop(number, f"images: {error}")
-                    break
 
 
 def _report(job: Job) -> Iterator[str]:
@@ -72,7 +53,7 @@ def _report(job: Job) -> Iterator[str]:
     answers = np.concatenate([job.train.lengths(n)[1:] for n in numbers])
     yield f"prompts     {_spread(prompts)} tokens"
     yield f"completions {_spread(answers)} tokens"
-    order = Order(job.train, config.train.pairs_per_step, config.train.shuffle, config.train.seed)
+    order = job.order
     total = config.train.max_steps or order.total_steps(config.train.epochs)
     steps = [
         plan_step(job.train, number, epoch, groups, job.tokens_per_pack, job.policy.shared, ranks().size)

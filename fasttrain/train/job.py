@@ -17,6 +17,7 @@ import torch
 from fasttrain.config import DPOConfig
 from fasttrain.data.batch import PackMaker
 from fasttrain.data.images import blank_image
+from fasttrain.data.packs import Order
 from fasttrain.data.prepare import Preparation, tokenize_all
 from fasttrain.data.prepared import PreparedData
 from fasttrain.data.tokens import ChatTokenizer
@@ -93,6 +94,12 @@ class Job:
     @property
     def datasets(self) -> list[PreparedData]:
         return [self.train, *([self.eval] if self.eval else [])]
+
+    @property
+    def order(self) -> Order:
+        """The training groups in the order of the steps."""
+        config = self.config.train
+        return Order(self.train, config.pairs_per_step, config.shuffle, config.seed)
 
     @functools.cached_property
     def cache(self) -> ReferenceCache:

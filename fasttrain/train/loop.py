@@ -44,6 +44,7 @@ from fasttrain.train.metrics import (
     step_metrics,
 )  # fmt: skip
 from fasttrain.train.objective import Objective
+from fasttrain.train.open_images import open_images, open_images_of_run
 from fasttrain.train.optimizer import learning_rate_factor
 from fasttrain.train.run_folder import (
     check_output,
@@ -115,19 +116,23 @@ def fill_references(job: Job, everything: bool = False) -> FillReport:
         if not ranks().any(not complete):  # asked of all ranks: each may look into a cache of its own
             reports.append(FillReport(data.completions(), 0, 0, 0.0))
             continue
-        groups = None if everything or data is not job.train else _groups_of_short_run(job)
+        steps = job.config.train.max_steps
+        groups = None if everything or data is not job.train else job.order.groups_of_short_run(steps)
         if groups is None:
             job.tokenize_all(data)
         usable = data.account.groups
         missing = missing_completions(data, job.keys, job.cache, job.memo, groups)
+        if job.config.data.on_bad_row == "skip":
+            # what is broken is never stored: in a pack it would be missing at every start
+            open_images(job, data, [number for number, _ in missing])
+            missing = [(number, gone) for number, gone in missing if data.pair_count(number)]
         with Progress(
             "reference log-probs", sum(len(gone) for _, gone in missing), "completions"
         ) as progress:
             reports.append(
                 fill(
                     job.policy, data, job.maker(data, with_reference=False), job.cache, missing,
-                    tokens_per_pack=job.tokens_per_pack, workers=job.workers,
-                    skip_broken=job.config.data.on_bad_row == "skip", tick=progress.tick,
+                    tokens_per_pack=job.tokens_per_pack, workers=job.workers, tick=progress.tick,
                 )
             )  # fmt: skip
         if data.account.groups != usable and groups is not None:
@@ -135,16 +140,6 @@ def fill_references(job: Job, everything: bool = False) -> FillReport:
         elif whole and groups is None and data.account.groups == usable:
             job.cache.mark_complete(whole)
     return FillReport(*(sum(values) for values in zip(*[vars(report).values() for report in reports])))
-
-
-def _groups_of_short_run(job: Job) -> list[int] | None:
-    """Groups of the steps that train.max_steps allows, where these are less than a tenth of all."""
-    config = job.config.train
-    order = Order(job.train, config.pairs_per_step, config.shuffle, config.seed)
-    steps = config.max_steps
-    if steps is None or 10 * steps * config.pairs_per_step > job.train.account.pairs:
-        return None
-    return sorted({int(group) for _, _, groups in order.steps(1, steps) for group in groups})
 
 
 class Trainer:
@@ -182,9 +177,11 @@ class Trainer:
                 f"reference: {report.completions:,} completions, {report.computed:,} computed now "
                 f"({report.tokens:,} tokens in {report.seconds:.1f} s), cache {job.cache.path}"
             )
+        elif self.config.data.on_bad_row == "skip":
+            open_images_of_run(job)
         if main:
             write_skipped(self.folder, [line for data in job.datasets for line in data.skipped_lines()])
-        order = Order(job.train, config.pairs_per_step, config.shuffle, config.seed)
+        order = job.order
         total = config.max_steps or order.total_steps(config.epochs)
         peak_flops, peak_source = peak_rate(job.device, job.policy.model.dtype)
         if ranks().size > 1:

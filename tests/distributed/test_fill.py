@@ -1,4 +1,4 @@
-"""A fill that is killed goes on with another number of ranks: nothing that is stored is computed again, and the bits are the same."""
+"""Filling by several ranks: a killed fill goes on with another number of them, to the same bits, and broken images are left out."""
 
 from __future__ import annotations
 
@@ -88,3 +88,57 @@ def test_a_killed_fill_goes_on_with_another_number_of_ranks(
     ended = run_ranks(command(*fill, before=watched(tmp_path / "once")), size=1)
     assert ended.codes == [0], ended.stderr
     assert stored(tmp_path / "whole") == after
+
+
+@pytest.fixture
+def skipping(tiny_llava: Path, vision_pairs: Callable[..., Path], tmp_path: Path, fresh_cache: Path) -> Path:
+    """A recipe that leaves out broken images: one of the five to train on."""
+    for name in ("train", "eval"):
+        vision_pairs(tmp_path / name, 5, per_prompt=(1,), images=(1,))
+    cut(tmp_path / "train" / "images" / "2.png")
+    recipe = tmp_path / "recipe.yaml"
+    data = {"train": str(tmp_path / "train" / "pairs.jsonl"), "eval": str(tmp_path / "eval" / "pairs.jsonl")}
+    raw = {
+        "model": {"name": str(tiny_llava)},
+        "lora": {"rank": 2},
+        "data": {**data, "on_bad_row": "skip", "workers": 0},
+        "train": {
+            "output": str(tmp_path / "run"),
+            "max_steps": 2,
+            "pairs_per_step": 4,
+            "tokens_per_pack": 300,
+        },
+        "track": [],
+    }
+    recipe.write_text(json.dumps(raw))
+    return recipe
+
+
+def cut(image: Path) -> None:
+    """Cut a file in its body: its header can still be read."""
+    image.write_bytes(image.read_bytes()[:-60])
+
+
+@pytest.mark.parametrize("method", ["dpo", "sft"])
+def test_a_broken_image_is_left_out_on_all_ranks_at_every_start(
+    method: str, skipping: Path, run_ranks: Any, command: Any, tmp_path: Path
+) -> None:
+    """At the second start it is all that has no reference: no pack could be made of it."""
+    for steps, how in ((1, []), (2, ["--resume"])):
+        ended = run_ranks(command(method, "-c", skipping, "-s", f"train.max_steps={steps}", *how))
+        assert ended.codes == [0, 0], ended.stderr
+        (line,) = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+        assert "line 3" in json.loads(line)["where"]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_evaluation_without_a_sound_image_is_one_line_before_training(
+    skipping: Path, run_ranks: Any, command: Any, tmp_path: Path
+) -> None:
+    for image in (tmp_path / "eval" / "images").iterdir():
+        cut(image)
+    ended = run_ranks(command("dpo", "-c", skipping))
+    assert ended.codes == [2, 2], ended.stderr
+    (message,) = ended.messages
+    assert "data.eval: wanted at least one usable pair" in message
+    assert not (tmp_path / "run" / "checkpoints").exists()
