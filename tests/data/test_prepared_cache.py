@@ -90,6 +90,23 @@ def test_the_date_is_part_of_the_key_where_the_template_writes_it(tiny_models: A
     memo.close()
 
 
+def test_special_tokens_are_part_of_the_key(tiny_models: Any, tmp_path: Path) -> None:
+    """Other tokens in the rendered text, from an equal tokenizer and template."""
+    from fasttrain.data.prepared_cache import entry_key
+    from fasttrain.data.tokens import ChatTokenizer
+    from fasttrain.files import HashMemo
+
+    file, memo = tiny_models.text_pairs(tmp_path / "pairs.jsonl", 3), HashMemo(tmp_path / "hashes.sqlite")
+    keys = []
+    for bos in ("<s>", "<unk>"):
+        tokenizer = tiny_models.build_tokenizer("{{ bos_token }}" + tiny_models.CHATML, eos="<|im_end|>")
+        tokenizer.bos_token = bos
+        chat = ChatTokenizer(tokenizer, [tokenizer.eos_token_id])
+        keys.append(entry_key([str(file)], [tmp_path], DataConfig(train=str(file)), chat, memo))
+    memo.close()
+    assert keys[0] != keys[1]
+
+
 def _another_row(folder: Path) -> None:
     rows = (folder / "pairs.jsonl").read_text().splitlines()
     (folder / "pairs.jsonl").write_text("\n".join(rows[1:]) + "\n")

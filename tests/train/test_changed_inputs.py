@@ -69,15 +69,21 @@ def _other_template(folder: Path) -> str:
     return "the tokenizer or chat template of model.name"
 
 
-@pytest.mark.parametrize("change", [_other_row, _other_eval, _other_weights, _other_template])
+def _other_bos(folder: Path) -> str:
+    """What the template writes for {{ bos_token }}: the tokenizer's own file does not say it."""
+    path = folder / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "<unk>"}))
+    return "the special tokens of model.name"
+
+
+@pytest.mark.parametrize("change", [_other_row, _other_eval, _other_weights, _other_template, _other_bos])
 def test_changed_inputs_are_refused_by_name(change: Callable[[Path], str], run: Any, tmp_path: Path) -> None:
     name = change(tmp_path)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError) as refused:
         run(2, resume=True)
-    assert str(refused.value).startswith("--resume: changed since ") and f": {name}; put back" in str(
-        refused.value
-    )
+    told = str(refused.value)
+    assert told.startswith("--resume: changed since ") and f" was written: {name}" in told
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     run(2, overwrite=True)
 
