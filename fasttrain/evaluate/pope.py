@@ -122,14 +122,16 @@ def score(data: Path, answers: Mapping[str, AnswerFile], limit: int | None) -> S
     lines, results, warnings = [], [], []
     missing_in_all = 0
     for split, given in answers.items():
-        rows = [row for _, row in read_split(files[split])][:limit]
-        texts = _by_question(rows, given, files[split])
-        known = [str(row["question_id"]) for row in rows]
-        missing = [name for name in known if name not in texts]
-        unknown = [name for name in texts if name not in set(known)]
+        every = [row for _, row in read_split(files[split])]
+        rows = every[:limit]
+        texts = _by_question(every, rows, given, files[split])
+        known = {str(row["question_id"]) for row in every}
+        missing = [name for row in rows if (name := str(row["question_id"])) not in texts]
+        unknown = [name for name in texts if name not in known]
         if len(missing) == len(rows):
+            which = "" if len(rows) == len(every) else "first "
             raise UserError(
-                f"{split}: wanted answers to {files[split]}, got none of its {len(rows)} question ids"
+                f"{split}: wanted answers to {files[split]}, got none of its {which}{len(rows)} question ids"
             )
         kept = [row for row in rows if str(row["question_id"]) in texts]
         said = [says_yes(texts[str(row["question_id"])]) for row in kept]
@@ -155,10 +157,14 @@ def score(data: Path, answers: Mapping[str, AnswerFile], limit: int | None) -> S
     return Scored(scores=scores, lines=lines, results=results, warnings=warnings, missing=missing_in_all)
 
 
-def _by_question(rows: list[dict[str, Any]], given: AnswerFile, path: Path) -> dict[str, str]:
-    """Texts by question id; a file without ids (POPE's own format) must answer every question, in order."""
+def _by_question(
+    every: list[dict[str, Any]], rows: list[dict[str, Any]], given: AnswerFile, path: Path
+) -> dict[str, str]:
+    """Texts by question id; a file without ids (POPE's own format) must answer every question, or all of `rows`, in order."""
     if given.has_ids:
         return given.texts
+    if len(given.texts) == len(every):
+        rows = every
     if len(given.texts) != len(rows):
         raise UserError(
             f"answers without question_id: wanted one for each of the {len(rows)} questions of {path}, got {len(given.texts)}"

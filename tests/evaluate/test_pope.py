@@ -176,6 +176,27 @@ def test_missing_repeated_and_foreign_answers_are_told_loudly(
     del rights
 
 
+@pytest.mark.parametrize("ids", [True, False])
+def test_a_limit_leaves_answers_to_later_questions_known(
+    ids: bool, tmp_path: Path, fasttrain: Callable[..., Any], tiny_models: ModuleType
+) -> None:
+    asked = [{"question_id": n, "image": "x.jpg", "text": f"q{n}?", "label": "yes"} for n in range(7)]
+    tiny_models.write_rows(tmp_path / "coco_pope_random.json", asked)
+    rows = [({"question_id": n} if ids else {"question": f"q{n}?"}) | {"answer": "Yes"} for n in range(7)]
+    answers = tiny_models.write_rows(tmp_path / "a.jsonl", rows)
+    words = ("eval", "pope", "--data", tmp_path, "-o", tmp_path / "e", "--limit", 3, "--answers")
+    code, _, err = fasttrain(*words, answers)
+    assert (code, err) == (0, "")
+    split = json.loads((tmp_path / "e" / "scores.json").read_text())["random"]
+    assert split["n"] == 3 and "unknown" not in split
+    tiny_models.write_rows(answers, [*rows[3:], {"question_id": 99, "answer": "No"}] if ids else rows[:3])
+    code, _, err = fasttrain(*words, answers)
+    if ids:
+        assert code == 2 and "got none of its first 3 question ids" in err
+    else:
+        assert code == 0
+
+
 @pytest.mark.parametrize(
     ("questions", "message"),
     [
