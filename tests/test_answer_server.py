@@ -134,6 +134,25 @@ def test_faults_are_retried_and_what_stays_unanswered_is_named_with_exit_code_3(
     assert [row["question_id"] for row in tiny_models.read_rows(tmp_path / "a.jsonl")] == [1, 2, 3]
 
 
+def test_questions_left_by_a_spent_quota_are_counted(
+    server: Server, answer: Any, questions: Path, tmp_path: Path, tiny_models: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    rows = [{"question_id": n, "text": f"question {n}?"} for n in range(40)]
+    tiny_models.write_rows(questions, rows)
+    spent = (429, {"error": {"message": "pay first", "code": "insufficient_quota"}})
+    server.plan = lambda body, attempt: (200, said(body)) if len(server.seen) <= 3 else spent
+    assert answer("--in-flight", 1) == 3
+    err = capsys.readouterr().err
+    assert len(server.seen) == 4 and len(tiny_models.read_rows(tmp_path / "a.jsonl")) == 3
+    assert "3 questions answered" in err and "36 questions were left" in err and "pay first" in err
+    assert "no answer: 37 quota: 3, 4, 5, 6, 7 ..." in err
+    assert len(err.splitlines()) == 4
+    server.plan = lambda body, attempt: (200, said(body))
+    assert answer("--in-flight", 1) == 0
+    assert len(server.seen) == 4 + 37
+
+
 def test_a_server_that_refuses_everything_is_a_mistake(
     server: Server, answer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,6 +28,10 @@ class Failed(Exception):
     """A question that got no answer; the text begins with the name of what went wrong."""
 
 
+class NotAsked(Failed):
+    """A question that was left when another's failure ended the run; the text is that failure's."""
+
+
 Done = Callable[[Question, "list[Reply] | Failed"], None]
 
 
@@ -41,7 +45,7 @@ class Answerer(Protocol):
         """Content hashes of each question's images."""
 
     def answer(self, questions: Sequence[Question], decoding: Decoding, done: Done) -> None:
-        """Answer all questions in any order, telling `done` of each with its replies, or with a failure."""
+        """Answer all questions in any order, telling `done` of each, once, with its replies, or with a failure."""
 
 
 def answer_questions(
@@ -63,20 +67,27 @@ def answer_questions(
         if held := sum(kept.get(key) is not None for key in keys):
             say(f"{held:,} of {len(questions):,} questions are answered in {journal}")
         speed = _Speed()
+        left: list[NotAsked] = []
         with Progress("answers", len(missing), "questions") as progress:
 
             def done(question: Question, replies: list[Reply] | Failed) -> None:
                 if isinstance(replies, Failed):
                     failures.setdefault(str(replies).partition(":")[0], []).append(str(question.id))
+                    if isinstance(replies, NotAsked):  # thousands of them share one line
+                        left.append(replies)
+                        return
                     say(f"{question.where}: {replies}")
                 else:
                     kept.append(key_of[id(question)], _entry(question, replies))
+                    speed.questions += 1
                     speed.tokens += sum(reply.tokens for reply in replies)
                 progress.tick(1, f"{speed.rate:,.0f} tokens/s")
 
             if missing:
                 answerer.answer(missing, decoding, done)
-                say(speed.account(len(missing)))
+                say(speed.account())
+        if left:
+            say(f"{len(left):,} questions were left, which the same command asks later: {left[0]}")
         answers = []
         for question, key in zip(questions, keys, strict=True):
             if (entry := kept.get(key)) is not None:
@@ -88,15 +99,15 @@ def answer_questions(
 
 class _Speed:
     def __init__(self) -> None:
-        self.tokens, self._start = 0, time.perf_counter()
+        self.questions, self.tokens, self._start = 0, 0, time.perf_counter()
 
     @property
     def rate(self) -> float:
         return self.tokens / max(1e-9, time.perf_counter() - self._start)
 
-    def account(self, questions: int) -> str:
+    def account(self) -> str:
         seconds = time.perf_counter() - self._start
-        return f"{questions:,} questions answered in {seconds:.1f} s: {self.tokens:,} tokens, {self.rate:,.1f} tokens/s"
+        return f"{self.questions:,} questions answered in {seconds:.1f} s: {self.tokens:,} tokens, {self.rate:,.1f} tokens/s"
 
 
 def _entry(question: Question, replies: list[Reply]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fasttrain.answering.decoding import Decoding, Reply
 from fasttrain.answering.questions import Question, image_hashes, next_turn
-from fasttrain.answering.run import Done, Failed
+from fasttrain.answering.run import Done, Failed, NotAsked
 from fasttrain.data.pairs import IMAGE, Message
 from fasttrain.errors import UserError
 from fasttrain.files import HashMemo, cache_root
@@ -39,13 +39,19 @@ class ServerModel:
         return hashes
 
     def answer(self, questions: Sequence[Question], decoding: Decoding, done: Done) -> None:
-        """Ask all questions; a wrong address, key or model is a UserError, a question without answer is `Failed`."""
+        """Ask all questions; a wrong address, key or model is a UserError, a question without answer is `Failed`.
+
+        A spent quota ends the run: what is left then is `NotAsked`.
+        """
         import httpx
 
         from fasttrain_data.calls.dispatch import Dispatcher
         from fasttrain_data.calls.failures import CallFailed
 
+        told: set[int] = set()
+
         def settled(question: Question, result: Any) -> None:
+            told.add(id(question))
             done(
                 question,
                 Failed(f"{result.status}: {result.message}") if isinstance(result, CallFailed) else result,
@@ -60,8 +66,13 @@ class ServerModel:
                 lambda question: self._turns(client, question, decoding), settled, self.limits
             )
             dispatcher.run(iter(questions))
-        if dispatcher.stopped is not None and dispatcher.stopped.fatal:
-            raise UserError(f"the server refuses: {dispatcher.stopped.message}")
+        if (stopped := dispatcher.stopped) is None:
+            return
+        if stopped.fatal:
+            raise UserError(f"the server refuses: {stopped.message}")
+        for question in questions:
+            if id(question) not in told:
+                done(question, NotAsked(f"{stopped.status}: {stopped.message}"))
 
     def _turns(self, client: Any, question: Question, decoding: Decoding) -> list[Reply]:
         from fasttrain_data.calls.chat_server import post_chat
