@@ -18,7 +18,8 @@ from fasttrain_data.errors import BadRow, UserError
 from fasttrain_data.jsonl import Row, dump_row, read_rows, write_text
 
 TEMPERATURE, OUTPUT_TOKENS = 0.2, 1024
-SYSTEM = "You compare the answers of two assistants. Be careful, exact and useful."
+# the official judge's, llava/eval/eval_gpt_review_bench.py
+SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 _ORIGIN = "part of huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
 _RULE_ORIGIN = "llava/eval/table/rule.json of github.com/haotian-liu/LLaVA"
 
@@ -111,6 +112,7 @@ class LlavaBench:
         ]
         categories = dict.fromkeys(result.category for result in results)
         return scores | {
+            "judge_system": SYSTEM,
             "reference_mean": outcome.mean([pair[0] for pair in pairs]),
             "model_mean": outcome.mean([pair[1] for pair in pairs]),
             "categories": {
