@@ -1,8 +1,7 @@
-"""Comparison of models: intervals and tests against independent truths, files against what they must hold."""
+"""Comparison of models: scores and tests against independent truths, files against what they must hold."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -17,7 +16,6 @@ import pytest
 from fasttrain import cli
 from fasttrain.errors import UserError
 from fasttrain.evaluate.comparing import compare, markdown, read_evaluations, write_comparison
-from fasttrain.evaluate.comparing.resampling import bootstrap_interval, holm, mcnemar_exact, paired_test
 
 Rows = list[dict[str, Any]]
 
@@ -46,92 +44,6 @@ def row(question: Any, score: float | None, chars: int = 10, **extra: Any) -> di
 def pope_row(split: str, question: int, label: str, prediction: str) -> dict[str, Any]:
     right = float(label == prediction)
     return row(question, right, split=split, label=label, prediction=prediction)
-
-
-def mean(sums: np.ndarray) -> np.ndarray:
-    return sums[..., 0] / sums[..., 1]
-
-
-def parts(values: list[float]) -> np.ndarray:
-    return np.array([[value, 1.0] for value in values])
-
-
-def test_the_bootstrap_equals_one_that_draws_questions_one_by_one() -> None:
-    rng = np.random.default_rng(3)
-    above, below = rng.integers(1, 9, 37).astype(float), rng.integers(5, 11, 37).astype(float)
-    interval = bootstrap_interval(
-        [np.stack([above, below], axis=1)], lambda sums: sums[..., 0] / sums[..., 1], resamples=40_000, seed=0
-    )
-    drawn = rng.integers(0, 37, (40_000, 37))
-    plain = np.quantile(above[drawn].sum(1) / below[drawn].sum(1), [0.025, 0.975])
-    assert interval == pytest.approx(plain, abs=0.003)
-
-
-def test_the_interval_of_a_mean_covers_it_about_95_times_in_100() -> None:
-    rng, inside = np.random.default_rng(5), 0
-    for _ in range(400):
-        low, high = bootstrap_interval([parts(list(rng.normal(size=60)))], mean, resamples=400, seed=1)
-        inside += low <= 0 <= high
-    assert 0.91 <= inside / 400 <= 0.98
-
-
-def test_questions_are_drawn_within_their_stratum() -> None:
-    """Two strata without spread inside: any resample has the same sums."""
-    strata = [parts([1.0] * 5), parts([3.0] * 15)]
-    assert bootstrap_interval(strata, mean, resamples=200, seed=0) == pytest.approx((2.5, 2.5))
-
-
-def test_the_swap_test_equals_the_count_over_all_swaps() -> None:
-    ours, theirs = [7.0, 5.0, 9.0, 4.0, 8.0, 6.0, 7.0], [6.0, 5.0, 6.0, 5.0, 5.0, 6.0, 3.0]
-    gains = np.array(ours) - np.array(theirs)
-    exact = np.mean(
-        [
-            abs(np.dot(signs, gains)) >= abs(gains.sum()) - 1e-9
-            for signs in itertools.product((1, -1), repeat=7)
-        ]
-    )
-    test = paired_test([parts(ours)], [parts(theirs)], mean, resamples=50_000, seed=0)
-    assert test.difference == pytest.approx(gains.mean())
-    assert test.p_value == pytest.approx(exact, abs=0.01)
-
-
-def test_equal_models_differ_by_zero_with_p_one() -> None:
-    same = [parts([1.0, 4.0, 2.0])]
-    test = paired_test(same, same, mean, resamples=500, seed=0)
-    assert (test.difference, test.interval, test.p_value) == (0.0, (0.0, 0.0), 1.0)
-
-
-def test_without_a_difference_the_swap_test_rejects_about_5_in_100() -> None:
-    rng, rejected = np.random.default_rng(11), 0
-    for _ in range(300):
-        ours, theirs = rng.normal(size=(2, 30))
-        rejected += (
-            paired_test([parts(list(ours))], [parts(list(theirs))], mean, resamples=300, seed=0).p_value
-            <= 0.05
-        )
-    assert 0.02 <= rejected / 300 <= 0.09
-
-
-@pytest.mark.parametrize(
-    ("only_ours", "only_theirs", "p_value"),
-    [(0, 0, 1.0), (5, 0, 0.0625), (1, 9, 22 / 1024), (6, 6, 1.0), (10, 3, 2 * (1 + 13 + 78 + 286) / 8192)],
-)
-def test_mcnemar_is_twice_the_smaller_binomial_tail(only_ours: int, only_theirs: int, p_value: float) -> None:
-    ours = np.array([True] * only_ours + [False] * only_theirs + [True, False] * 4)
-    theirs = np.array([False] * only_ours + [True] * only_theirs + [True, False] * 4)
-    assert mcnemar_exact(ours, theirs) == pytest.approx(p_value)
-
-
-def test_mcnemar_stays_a_number_for_thousands_of_questions() -> None:
-    ours = np.array([True] * 1600 + [False] * 1400)
-    expected = math.erfc((100 - 0.5) / math.sqrt(3000 / 4) / math.sqrt(2))  # normal with continuity
-    assert mcnemar_exact(ours, ~ours) == pytest.approx(expected, rel=0.02)
-
-
-def test_holm_multiplies_by_what_is_left_and_never_falls() -> None:
-    assert holm([0.01, 0.04, 0.03, math.nan])[:3] == pytest.approx([0.04, 0.09, 0.09])
-    assert holm([0.6, 0.7]) == [1.0, 1.0]
-    assert math.isnan(holm([0.01, math.nan])[1])
 
 
 def test_pope_is_the_mean_of_the_splits_f1(write_eval: Callable[..., Path]) -> None:
@@ -283,6 +195,37 @@ def test_different_judges_are_warned_of(write_eval: Callable[..., Path]) -> None
     two = write_eval("b", "mt-bench", rows, judge={"model": "g", "versions": {"g-002": 1}})
     comparison = compare(read_evaluations([str(one), str(two)]), resamples=200)
     assert "the judges differ (a: g-001; b: g-002)" in comparison.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("bench", "one", "two", "told"),
+    [
+        ("mmbench", {"rotations": 4}, {"rotations": 1}, "(a: rotated; b: not rotated)"),
+        ("mmbench", {"rotations": 4}, {"rotations": 3}, None),  # --limit left a question of three options
+        (
+            "alpaca-eval",
+            {"reference": "davinci"},
+            {"reference": "gpt-4"},
+            "(a: against davinci; b: against gpt-4)",
+        ),
+        (
+            "mt-bench",
+            {"mode": "pairwise", "baseline": "sft"},
+            {"mode": "pairwise", "baseline": "base"},
+            "(a: against sft; b: against base)",
+        ),
+        ("llava-bench", {"judge_system": "Be precise."}, {}, "(a: the judge told Be precise.; b: "),
+        ("llava-bench", {}, {}, None),
+    ],
+)
+def test_scores_made_in_different_settings_are_warned_of(
+    bench: str, one: Any, two: Any, told: str | None, write_eval: Callable[..., Path]
+) -> None:
+    rows = [row(n, float(n % 2), reference_score=8) for n in range(6)]
+    folders = [write_eval("a", bench, rows, **one), write_eval("b", bench, rows, **two)]
+    warnings = compare(read_evaluations([str(folder) for folder in folders]), resamples=200).warnings
+    assert len(warnings) == (told is not None)
+    assert told is None or (told in warnings[0] and "do not compare" in warnings[0])
 
 
 def test_the_page_stands_alone_and_shows_names_inert(write_eval: Callable[..., Path], tmp_path: Path) -> None:

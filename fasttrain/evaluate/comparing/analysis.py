@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,7 +94,12 @@ def compare(
         baseline=baseline,
         scores=tuple(scores),
         tests=tuple(tests),
-        warnings=(*_judge_warnings(sorted_by_benchmark), *_unit_warnings(sorted_by_benchmark), *warnings),
+        warnings=(
+            *_judge_warnings(sorted_by_benchmark),
+            *_setting_warnings(sorted_by_benchmark),
+            *_unit_warnings(sorted_by_benchmark),
+            *warnings,
+        ),
         resamples=resamples,
         seed=seed,
     )
@@ -212,19 +217,37 @@ def _unit_warnings(evaluations: Sequence[Evaluation]) -> list[str]:
 def _judge_warnings(evaluations: Sequence[Evaluation]) -> list[str]:
     """Scores by different judges, or different versions of one, are not comparable."""
     warnings = []
-    for name in dict.fromkeys(evaluation.name for evaluation in evaluations):
-        judges = {e.model: e.judge for e in evaluations if e.name == name and e.judge}
-        if len(set(judges.values())) > 1:
-            told = "; ".join(f"{model}: {judge}" for model, judge in judges.items())
-            warnings.append(
-                f"{BENCHMARKS[name].title}: the judges differ ({told}): these scores do not compare"
-            )
+    for name, told in _told_by_benchmark(evaluations, lambda evaluation: evaluation.judge):
+        warnings += _difference(name, "the judges", told)
         warnings += [
             f"{BENCHMARKS[name].title}: {model} was judged by several versions ({judge})"
-            for model, judge in judges.items()
+            for model, judge in told.items()
             if "," in judge
         ]
     return warnings
+
+
+def _setting_warnings(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Nor are scores of questions that were asked or judged otherwise."""
+    by_benchmark = _told_by_benchmark(evaluations, lambda evaluation: evaluation.setting)
+    return [line for name, told in by_benchmark for line in _difference(name, "the settings", told)]
+
+
+def _told_by_benchmark(
+    evaluations: Sequence[Evaluation], tell: Callable[[Evaluation], str | None]
+) -> list[tuple[str, dict[str, str]]]:
+    """What each benchmark's evaluations say of themselves, by model."""
+    names = dict.fromkeys(evaluation.name for evaluation in evaluations)
+    return [
+        (name, {e.model: told for e in evaluations if e.name == name and (told := tell(e))}) for name in names
+    ]
+
+
+def _difference(name: str, what: str, told: dict[str, str]) -> list[str]:
+    if len(set(told.values())) < 2:
+        return []
+    each = "; ".join(f"{model}: {said}" for model, said in told.items())
+    return [f"{BENCHMARKS[name].title}: {what} differ ({each}): these scores do not compare"]
 
 
 def is_clear(test: PairedTest) -> bool:

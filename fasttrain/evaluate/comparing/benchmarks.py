@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ class Benchmark:
     parts: a scored result -> its parts, which are summed over a question's results. stratum: questions are drawn within
     it, and it has parts of its own. unit: what tells that results of several strata are of one question, which is drawn in
     all of them at once; None where the file does not say. score: sums (..., S, K) over strata and parts -> (...).
+    setting: scores.json -> what else the scores depend on, in words; only scores with the same compare.
     """
 
     title: str
@@ -27,6 +29,7 @@ class Benchmark:
     score: Score
     stratum: Callable[[Result], str] = lambda result: ""
     unit: Callable[[Result], str | None] = lambda result: None
+    setting: Callable[[dict[str, Any]], str] = lambda scores: ""
     binary: bool = False
 
 
@@ -58,6 +61,16 @@ def _confusion(result: Result) -> tuple[float, ...]:
     return (float(label and said), float(said and not label), float(label and not said))
 
 
+def _said(words: str, name: str) -> Callable[[dict[str, Any]], str]:
+    """The setting that scores.json holds under a name; files of earlier versions may not have it."""
+    return lambda scores: f"{words} {scores.get(name, 'what the file does not say')}"
+
+
+def _rotations(scores: dict[str, Any]) -> str:
+    """Whether options were rotated: how often depends on how many a question has."""
+    return "not rotated" if scores.get("rotations") == 1 else "rotated"
+
+
 def _divide(above: Floats, below: Floats) -> Floats:
     return np.divide(above, below, out=np.full_like(below, np.nan), where=below > 0)
 
@@ -65,7 +78,12 @@ def _divide(above: Floats, below: Floats) -> Floats:
 BENCHMARKS = {
     "mt-bench": Benchmark(title="MT-Bench", best=10, decimals=2, parts=_mark, score=_mean(1)),
     "mt-bench-pairs": Benchmark(
-        title="MT-Bench pairs, % won", best=100, decimals=1, parts=_mark, score=_mean(100)
+        title="MT-Bench pairs, % won",
+        best=100,
+        decimals=1,
+        parts=_mark,
+        score=_mean(100),
+        setting=_said("against", "baseline"),
     ),
     "mm-vet": Benchmark(title="MM-Vet", best=100, decimals=1, parts=_mark, score=_mean(100)),
     "llava-bench": Benchmark(
@@ -74,6 +92,7 @@ BENCHMARKS = {
         decimals=1,
         parts=lambda result: (result.score or 0.0, float(result.extra["reference_score"])),
         score=_ratio,
+        setting=_said("the judge told", "judge_system"),
     ),
     "pope": Benchmark(
         title="POPE, mean F1",
@@ -86,9 +105,20 @@ BENCHMARKS = {
         binary=True,
     ),
     "mmbench": Benchmark(
-        title="MMBench, % right", best=100, decimals=1, parts=_mark, score=_mean(100), binary=True
+        title="MMBench, % right",
+        best=100,
+        decimals=1,
+        parts=_mark,
+        score=_mean(100),
+        setting=_rotations,
+        binary=True,
     ),
     "alpaca-eval": Benchmark(
-        title="AlpacaEval 1, % won", best=100, decimals=1, parts=_mark, score=_mean(100)
+        title="AlpacaEval 1, % won",
+        best=100,
+        decimals=1,
+        parts=_mark,
+        score=_mean(100),
+        setting=_said("against", "reference"),
     ),
 }

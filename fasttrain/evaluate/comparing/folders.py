@@ -24,7 +24,8 @@ Key = tuple[str, str]  # stratum, question
 class Evaluation:
     """One model on one benchmark. parts: per stratum and question (sorted), the sums of its results' parts.
 
-    units: what tells the same question in several strata; empty where not every result says it.
+    units: what tells the same question in several strata; empty where not every result says it. setting: what other evaluations
+    must share to compare (`Benchmark.setting`).
     """
 
     model: str
@@ -32,6 +33,7 @@ class Evaluation:
     folder: Path
     results: tuple[Result, ...]
     judge: str | None
+    setting: str
     parts: dict[Key, tuple[float, ...]]
     units: dict[Key, str]
 
@@ -149,6 +151,7 @@ def _read(folder: Path, model: str | None) -> Evaluation:
         folder=folder,
         results=results,
         judge=_judge_of(scores),
+        setting=BENCHMARKS[name].setting(scores),
         parts=_sum_parts(BENCHMARKS[name], results, folder / RESULTS),
         units=_units(BENCHMARKS[name], results),
     )
