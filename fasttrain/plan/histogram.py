@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +14,10 @@ from fasttrain.config import DPOConfig
 from fasttrain.data.prepare import prepare
 from fasttrain.data.prepared import PreparedData
 from fasttrain.errors import UserError
+from fasttrain.plan.planned_model import cached_snapshot
+
+if TYPE_CHECKING:
+    from fasttrain.data.tokens import ChatTokenizer
 
 # arXiv 2402.10884: 5,084 pairs, one per prompt; 576 image tokens of LLaVA-1.5, its template and a question; two answers.
 TYPICAL_PAIRS, TYPICAL_PROMPT, TYPICAL_ANSWER = 5084, 630, 130
@@ -136,21 +141,31 @@ def find_histogram(config: DPOConfig, lengths: Sequence[str], vision: bool) -> H
     if absent:
         return typical(images, f"{absent[0]} is not there")
     folder = Path(config.model.name).expanduser()
-    if not folder.is_dir():
-        return typical(
-            images, f"{config.model.name} is not a folder, so there is no tokenizer for {paths[0]}"
-        )
-    return _read_pairs(config, folder, vision, ", ".join(paths))
+    if folder.is_dir():
+        return _read_pairs(config, _tokenizer(folder, config, vision), ", ".join(paths))
+    snapshot = cached_snapshot(config.model)
+    if snapshot is None:
+        missing = f"{config.model.name} is neither a folder nor in the local hub cache"
+        return typical(images, f"{missing}, so there is no tokenizer for {paths[0]}")
+    try:
+        chat = _tokenizer(snapshot, config, vision)
+    except UserError as error:  # the cache need not hold all of a model
+        return typical(images, f"the hub cache has no tokenizer for {paths[0]}: {error}")
+    return _read_pairs(config, chat, ", ".join(paths))
 
 
-def _read_pairs(config: DPOConfig, folder: Path, vision: bool, source: str) -> Histogram:
+def _tokenizer(folder: Path, config: DPOConfig, vision: bool) -> ChatTokenizer:
     from fasttrain.data.tokens import ChatTokenizer
-    from fasttrain.files import HashMemo, cache_root
     from fasttrain.model.load import load_processor, stop_token_ids
-    from fasttrain.progress import ticker
 
     processor = load_processor(folder, config.model, vision)
-    chat = ChatTokenizer(processor, stop_token_ids(processor, folder), config.model.bos)
+    return ChatTokenizer(processor, stop_token_ids(processor, folder), config.model.bos)
+
+
+def _read_pairs(config: DPOConfig, chat: ChatTokenizer, source: str) -> Histogram:
+    from fasttrain.files import HashMemo, cache_root
+    from fasttrain.progress import ticker
+
     memo = HashMemo(cache_root() / "hashes.sqlite")
     try:
         data = config.data

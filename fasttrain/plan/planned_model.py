@@ -71,9 +71,9 @@ def find_config(config: ModelConfig) -> tuple[Any, str]:
         if not (folder / "config.json").is_file():
             raise UserError(f"model.name: wanted a model folder with config.json, got {folder}")
         return _read(AutoConfig, folder, config), str(folder / "config.json")
-    cached = _cached(config)
+    cached = cached_snapshot(config)
     if cached is not None:
-        return _read(AutoConfig, cached.parent, config), str(cached)
+        return _read(AutoConfig, cached, config), str(cached / "config.json")
     known = known_config(config.name)
     if known is not None:
         return known, f"published sizes of {config.name}"
@@ -83,7 +83,8 @@ def find_config(config: ModelConfig) -> tuple[Any, str]:
     )
 
 
-def _cached(config: ModelConfig) -> Path | None:
+def cached_snapshot(config: ModelConfig) -> Path | None:
+    """The model's folder in the local hub cache, if its config.json is there; other files may not be."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -91,7 +92,7 @@ def _cached(config: ModelConfig) -> Path | None:
         found = try_to_load_from_cache(config.name, "config.json", revision=config.revision)
     except HFValidationError:
         raise UserError(f"model.name: wanted a model folder or hub id, got {config.name!r}") from None
-    return Path(found) if isinstance(found, str) else None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _read(auto: Any, folder: Path, config: ModelConfig) -> Any:

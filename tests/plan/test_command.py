@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,3 +130,56 @@ def test_lengths_come_from_the_pair_file_when_there_is_a_tokenizer(
     answer = json.loads(plan("-c", str(recipe), "--json"))
     assert answer["data"]["pairs"] == 9 and answer["data"]["source"] == str(pairs)
     assert answer["stages"][0]["work"]["tokens"] > 0
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Puts files of a model folder into a hub cache, as a download would; returns the hub id."""
+
+    def put(folder: Path, *names: str) -> str:
+        place = tmp_path / "hub" / "models--tiny--model"
+        (place / "refs").mkdir(parents=True)
+        (place / "refs" / "main").write_text("1" * 40)
+        shutil.copytree(
+            folder,
+            place / "snapshots" / ("1" * 40),
+            ignore=lambda _, found: set(found) - set(names) if names else set(),
+        )
+        return "tiny/model"
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return put
+
+
+@pytest.mark.parametrize("kind", ["text", "vision"])
+def test_lengths_come_from_the_pair_file_when_the_hub_cache_has_the_tokenizer(
+    kind: str, cached: Callable[..., str], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue("tiny_text" if kind == "text" else "tiny_llava")
+    made = request.getfixturevalue(f"{kind}_pairs")
+    pairs = made(tmp_path / "pairs.jsonl" if kind == "text" else tmp_path / "pairs", 7)
+    recipe = tmp_path / "recipe.yaml"
+
+    def answer(name: object) -> Any:
+        recipe.write_text(
+            f"model: {{name: {name}}}\nlora: {{rank: 4}}\ndata: {{train: {pairs}}}\n", encoding="utf-8"
+        )
+        return json.loads(plan("-c", str(recipe), "--json"))["data"]
+
+    assert answer(cached(folder)) == answer(folder)
+    assert answer(folder)["source"] == str(pairs)
+
+
+@pytest.mark.parametrize("folder", ["tiny_text", "tiny_llava"])
+def test_a_hub_cache_without_the_tokenizer_is_named_beside_typical_lengths(
+    folder: str, cached: Callable[..., str], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("never read", encoding="utf-8")
+    name = cached(request.getfixturevalue(folder), "config.json")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{name: {name}}}\nlora: {{rank: 4}}\ndata: {{train: {pairs}}}\n", encoding="utf-8"
+    )
+    source = json.loads(plan("-c", str(recipe), "--json"))["data"]["source"]
+    assert source.startswith("typical lengths") and "hub cache has no tokenizer" in source
