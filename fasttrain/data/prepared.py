@@ -159,15 +159,20 @@ class PreparedData:
 
     def longest(self) -> tuple[int, int]:
         """Tokens of the longest group, and of the longest prompt with one completion; while `lazy`, more or as many."""
-        lengths, starts = np.asarray(self._lengths, np.int64), np.asarray(self._length_starts)
         group, sequence = (int(most) for most in self._bounds.max(axis=0, initial=0))
-        if len(lengths):
-            answers = lengths.copy()
-            answers[starts[:-1]] = 0
-            sequences = lengths[starts[:-1]] + np.maximum.reduceat(answers, starts[:-1])
-            group = max(group, int(np.diff(np.asarray(self._token_starts)).max()))
-            sequence = max(sequence, int(sequences.max()))
+        group = max(group, int(np.diff(np.asarray(self._token_starts)).max(initial=0)))
+        sequence = max(sequence, int(self._sequences().max(initial=0)))
         return group, sequence
+
+    def _sequences(self) -> np.ndarray:
+        """Tokens of each slot's prompt with its longest completion."""
+        lengths, starts = np.asarray(self._lengths, np.int64), np.asarray(self._length_starts[:-1])
+        if not len(lengths):
+            return np.zeros(0, np.int64)
+        answers = lengths.copy()
+        answers[starts] = 0
+        longest: np.ndarray = lengths[starts] + np.maximum.reduceat(answers, starts)
+        return longest
 
     def some_groups(self, most: int = 200) -> list[int]:
         """Numbers of the groups with pairs; where there are many (`MANY`), of an even spread of `most` of them."""
@@ -178,12 +183,8 @@ class PreparedData:
 
     def longest_sequence(self) -> int:
         """Number of the group with pairs whose prompt with one completion is longest; while `lazy`, of one that may be."""
-        most = self._bounds[:, 1].astype(np.int64)
-        lengths, starts = np.asarray(self._lengths, np.int64), np.asarray(self._length_starts)
-        if len(lengths):
-            answers = lengths.copy()
-            answers[starts[:-1]] = 0
-            sequences = lengths[starts[:-1]] + np.maximum.reduceat(answers, starts[:-1])
+        most, sequences = self._bounds[:, 1].astype(np.int64), self._sequences()
+        if len(sequences):
             slots = np.asarray(self._slots)
             most = np.where(slots < 0, most, sequences[np.maximum(slots, 0)])
         return int(np.where(self.pair_counts() > 0, most, -1).argmax())
@@ -191,11 +192,22 @@ class PreparedData:
     def longest_beyond(self, tokens: int) -> int:
         """Tokens of the longest group if they are more than `tokens`, else `tokens`; tokenizes groups that may be longer."""
         longest = max(tokens, int(np.diff(np.asarray(self._token_starts)).max(initial=0)))
-        most = np.where(self._slots < 0, self._bounds[:, 0], 0)
+        return self._longest_made(longest, 0, lambda group: group.tokens)
+
+    def longest_sequence_beyond(self, tokens: int) -> int:
+        """The same of the longest prompt with one completion."""
+        longest = max(tokens, int(self._sequences().max(initial=0)))
+        return self._longest_made(
+            longest, 1, lambda group: len(group.prompt_ids) + max(map(len, group.completion_ids))
+        )
+
+    def _longest_made(self, longest: int, bound: int, count: Callable[[Group], int]) -> int:
+        """The most tokens of a group that has none yet, if more than `longest`: from the one that may have most on."""
+        most = np.where(self._slots < 0, self._bounds[:, bound], 0)
         for number in np.argsort(-most.astype(np.int64), kind="stable").tolist():
             if most[number] <= longest:
                 break
-            longest = max(longest, self.group(number).tokens)
+            longest = max(longest, count(self.group(number)))
         return longest
 
     def completions(self) -> int:

@@ -20,6 +20,7 @@ def _advice(config: DPOConfig, machine: Machine, predictions: list[Prediction]) 
             "nothing fits: more GPUs with zero_stage 3, a GPU with more memory"
             + ("" if config.model.quantize or not config.lora else ", or model.quantize: nf4")
             + ("" if config.lora else ", or a LoRA section in place of full fine-tuning")
+            + (", or shorter sequences (data.max_length)" if any(p.exceeded for p in predictions) else "")
         )
         return
     best = min(fitting, key=lambda p: (p.timing.step_s, p.stage))
@@ -39,7 +40,7 @@ def _advice(config: DPOConfig, machine: Machine, predictions: list[Prediction]) 
         yield f"distributed.zero_stage: 2 holds the frozen weights whole and moves {saved / 1e9:,.0f} GB less per GPU and step"
     for p in fitting:
         if config.train.gradient_checkpointing is True and p.largest >= max(
-            2048, min(p.tokens_per_pack, 4096)
+            2048, min(p.tokens_per_pack, 4096), p.longest_sequence
         ):
             yield (
                 f"{_name(p.stage)}: train.gradient_checkpointing can be off: packs of up to {p.largest:,} tokens fit without it, "

@@ -51,6 +51,11 @@ def make_plan(
         notes.append(
             f"images of {model_config.model_type} have no fixed size: the vision tower's work and memory are not counted"
         )
+    if any(prediction.exceeded for prediction in predictions):
+        notes.append(
+            f"the longest prompt with one answer has {histogram.longest_sequence:,} tokens and is not divided: where tokens per "
+            "pack are fewer, memory is that of a pack with it alone"
+        )
     if gpus > GPUS_PER_NODE:
         notes.append(
             f"{gpus} GPUs are taken as several nodes of {GPUS_PER_NODE}, with {node_link_gbytes:g} GB/s per GPU between them"

@@ -96,6 +96,11 @@ class Histogram:
         """Tokens of the largest group."""
         return max(shape.prompt + sum(shape.completions) for shape in self.shapes)
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt with one completion, which no pack divides."""
+        return max(shape.prompt + max(shape.completions, default=0) for shape in self.shapes)
+
 
 def of_prepared(data: PreparedData, source: str) -> Histogram:
     """Every group of tokenized data, equal ones counted together."""

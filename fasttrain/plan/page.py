@@ -126,7 +126,7 @@ def as_json(
         | dataclasses.asdict(planned.weights) | {"trained": planned.weights.trained},
         "data": {
             "source": histogram.source, "pairs": histogram.pair_total, "prompts": len(histogram), "tokens": histogram.tokens,
-            "images": histogram.images,
+            "longest_sequence": histogram.longest_sequence, "images": histogram.images,
         },
         "machine": dataclasses.asdict(machine) | {"usable_bytes": machine.usable_bytes},
         "stages": [

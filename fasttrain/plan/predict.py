@@ -36,12 +36,17 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One column of the page. `largest` and `largest_checkpointed` are the most tokens per pack that fit; 0: not one."""
+    """One column of the page. `largest` and `largest_checkpointed` are the most tokens per pack that fit; 0: not one.
+
+    longest_sequence: tokens of the longest prompt with one answer, which runs whole whatever a pack may hold. memory and
+    fits are of the largest pack that runs.
+    """
 
     stage: int
     fits: bool
     checkpointing: bool
     tokens_per_pack: int
+    longest_sequence: int
     largest: int
     largest_checkpointed: int
     memory: MemoryPlan
@@ -50,6 +55,11 @@ class Prediction:
     communication: Communication
     timing: Timing
     reference_s: float
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether a pack of more than `tokens_per_pack` tokens runs."""
+        return self.longest_sequence > self.tokens_per_pack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +93,13 @@ def predict(
     def fits(tokens: int, checkpointing: bool) -> bool:
         return memory(tokens, checkpointing).peak <= machine.usable_bytes
 
-    checkpointing = choose_checkpointing(config, histogram.longest, CUDA, fits)
+    sequence = histogram.longest_sequence
+    checkpointing = choose_checkpointing(
+        config, histogram.longest, CUDA, lambda size, on: fits(max(size, sequence), on)
+    )
     tokens = choose_tokens(config, CUDA, lambda size: fits(size, checkpointing))
     work = measure_work(config, histogram, planned.shape, tokens, checkpointing, machine.gpus)
-    plan = memory(tokens, checkpointing)
+    plan = memory(max(tokens, sequence), checkpointing)
     moved = count_communication(
         planned, stage=stage, ranks=machine.gpus, packs=work.packs, checkpointing=checkpointing
     )
@@ -95,6 +108,7 @@ def predict(
         fits=plan.peak <= machine.usable_bytes,
         checkpointing=checkpointing,
         tokens_per_pack=tokens,
+        longest_sequence=sequence,
         largest=largest_pack(lambda size: fits(size, False)),
         largest_checkpointed=largest_pack(lambda size: fits(size, True)),
         memory=plan,

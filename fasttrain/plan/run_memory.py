@@ -25,6 +25,10 @@ from fasttrain.progress import say
 _SHARE = 0.9
 # Settings for a model whose memory cannot be predicted
 _CAUTIOUS_TOKENS = 2048
+_REMEDY = {
+    False: "set train.gradient_checkpointing: true, or lower data.max_length",
+    True: "lower data.max_length",
+}
 
 
 class RunMemory:
@@ -69,14 +73,30 @@ class RunMemory:
         return state + passing * (CPU_FRAGMENTATION if self.device.type == "cpu" else 1) <= _SHARE * self.free
 
     def _choose_checkpointing(self) -> bool:
-        """Decided by the longest group; in a large file its length need not be known when as much as it may have would fit."""
-        longest, _ = self._data.longest()
-        if not self._checkpoints(longest):
-            return False
-        if self._checkpoints(1) or not self._data.lazy:
+        """Decided by the longest group, and by the longest prompt with one completion, which no pack divides.
+
+        In a large file their lengths need not be known when as much as they may have would fit.
+        """
+        if self.config.train.gradient_checkpointing != "auto":
+            return self.config.train.gradient_checkpointing
+        if self._checkpoints(1):
             return True
-        fitting = largest_pack(lambda tokens: not self._checkpoints(tokens), longest)
-        return self._checkpoints(self._data.longest_beyond(fitting))
+        longest, _ = self._data.longest()
+        if self._checkpoints(longest) and self._data.lazy:
+            fitting = largest_pack(lambda tokens: not self._checkpoints(tokens), longest)
+            longest = self._data.longest_beyond(fitting)
+        return self._checkpoints(longest) or self._too_long(False) > 0
+
+    def _too_long(self, checkpointing: bool) -> int:
+        """Tokens of the longest prompt with one completion if a pack of it alone does not fit, else 0."""
+
+        def fits(tokens: int) -> bool:
+            return self.fits(tokens, checkpointing)
+
+        _, longest = self._data.longest()
+        if not fits(longest) and self._data.lazy:
+            longest = self._data.longest_sequence_beyond(largest_pack(fits, longest))
+        return 0 if fits(longest) else longest
 
     def _checkpoints(self, longest_group: int) -> bool:
         return choose_checkpointing(self.config, longest_group, self.device, self.fits)
@@ -90,6 +110,11 @@ class RunMemory:
             if before is not None and self.fits(before[1], before[0]):
                 return before
             checkpointing = self._choose_checkpointing()
+            if longest := self._too_long(checkpointing):
+                say(
+                    f"warning: the longest prompt with one answer has {longest:,} tokens and is predicted not to fit in memory; no "
+                    f"train.tokens_per_pack divides it: {_REMEDY[checkpointing]}"
+                )
             return checkpointing, choose_tokens(
                 self.config, self.device, lambda tokens: self.fits(tokens, checkpointing)
             )

@@ -312,13 +312,18 @@ def test_tokenizing_all_later_gives_the_same(both: Any, text_chat: Any, tmp_path
     assert data.completions() == sum(len(one) - 1 for one in lengths)
 
 
-def test_the_longest_group_is_found_where_it_matters(both: Any, text_chat: Any, tmp_path: Path) -> None:
+def test_the_longest_group_and_sequence_are_found_where_they_matter(
+    both: Any, text_chat: Any, tmp_path: Path
+) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(some_rows(8, 120)), encoding="utf-8")
     truth, data = both(path, text_chat(), on_bad_row="skip", overflow="drop", max_length=200)
     longest = max(sum(group[4]) for group in truth["groups"])
     for tokens in (1, longest - 1, longest, longest + 1):
         assert data.longest_beyond(tokens) == max(tokens, longest)
+    longest = max(group[4][0] + max(group[4][1:]) for group in truth["groups"])
+    for tokens in (1, longest - 1, longest, longest + 1):
+        assert data.longest_sequence_beyond(tokens) == max(tokens, longest)
 
 
 # Images: their tokens are known, or depend on sizes that headers tell; files are shared, missing, broken or no images.

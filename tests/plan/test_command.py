@@ -119,6 +119,24 @@ def test_lengths_of_several_kinds_add_up() -> None:
     assert data.lengths(19).tolist() == [600, 100, 100] and data.lengths(20).tolist() == [50, 30, 30]
 
 
+def test_a_sequence_longer_than_a_pack_decides_what_fits(tmp_path: Path) -> None:
+    recipe = FOLDER / "llava15_7b_qlora_24gb.yaml"
+    sizes = _shrunk(load_config(recipe).model.name)
+    (tmp_path / "config.json").write_text(json.dumps(sizes), encoding="utf-8")
+
+    def stage(lengths: str) -> dict[str, Any]:
+        words = ("-c", str(recipe), "-s", f"model.name={tmp_path}", "--gpu", "rtx4090")
+        answer = json.loads(plan(*words, "-s", "train.tokens_per_pack=2048", "--lengths", lengths, "--json"))
+        assert len(answer["notes"]) == (answer["data"]["longest_sequence"] > 2048)
+        return dict(answer["stages"][0])
+
+    short, long = stage("1000,500,9"), stage("9000,500,9")
+    assert short["fits"] and long["fits"] and long["peak_bytes"] > 2 * short["peak_bytes"]
+    too_long = stage("40000000,500,9")
+    assert not too_long["fits"] and too_long["peak_bytes"] > too_long["usable_bytes"]
+    assert too_long["tokens_per_pack"] == 2048 < too_long["largest_checkpointed"]
+
+
 def test_lengths_come_from_the_pair_file_when_there_is_a_tokenizer(
     tiny_text: Path, text_pairs: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -164,3 +164,5 @@ def test_a_histogram_is_the_groups_it_counts() -> None:
     data = Histogram([GroupShape(10, (3, 4), ((0, 1),), 1, 2), GroupShape(20, (5,), (), 0, 1)], "here")
     assert [data.lengths(n).tolist() for n in range(len(data))] == [[10, 3, 4], [10, 3, 4], [20, 5]]
     assert (data.tokens, data.rows, data.images, data.pair_total, data.longest) == (59, 19, 2, 2, 25)
+    assert data.longest_sequence == 25
+    assert Histogram([GroupShape(10, (3, 4), ((0, 1),), 1)], "here").longest_sequence == 14

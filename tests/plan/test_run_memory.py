@@ -1,0 +1,80 @@
+"""What a run settles before its first step reckons with what no setting makes shorter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from fasttrain.config import config_from_dict
+from fasttrain.plan.run_memory import RunMemory
+
+
+@dataclass
+class Lengths:
+    """Tokens of the longest group and sequence; while lazy, `slack` times as many are all that is known."""
+
+    group: int
+    sequence: int
+    slack: int = 1
+    tokenized: int = 0
+
+    @property
+    def lazy(self) -> bool:
+        return self.slack > 1
+
+    def longest(self) -> tuple[int, int]:
+        return self.slack * self.group, self.slack * self.sequence
+
+    def longest_beyond(self, tokens: int) -> int:
+        self.tokenized += 1
+        return max(tokens, self.group)
+
+    def longest_sequence_beyond(self, tokens: int) -> int:
+        self.tokenized += 1
+        return max(tokens, self.sequence)
+
+
+@pytest.fixture
+def settle() -> Callable[..., tuple[bool, int]]:
+    """Settings of a run on the CPU where so many tokens fit, without checkpointing and with it."""
+
+    def run(lengths: Lengths, plain: int, checkpointed: int, **train: Any) -> tuple[bool, int]:
+        data: dict[str, Any] = {"train": "unused"}
+        config = config_from_dict({"model": {"name": "unused"}, "lora": {}, "data": data, "train": train})
+        absent: Any = None
+        memory = RunMemory(config, absent, absent, lengths, torch.device("cpu"), free=0)  # type: ignore[arg-type]
+        memory.fits = lambda tokens, on: tokens <= (checkpointed if on else plain)  # type: ignore[method-assign]
+        return memory.settings()
+
+    return run
+
+
+@pytest.mark.parametrize("slack", [1, 3])
+@pytest.mark.parametrize("train", [{}, {"tokens_per_pack": 600}])
+def test_a_sequence_that_does_not_fit_whole_needs_checkpointing(
+    train: dict[str, Any], slack: int, settle: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert settle(Lengths(4000, 3001, slack), 3000, 9000, **train)[0] is True
+    assert settle(Lengths(4000, 2900, slack), 3000, 9000, **train)[0] is False
+    assert not capsys.readouterr().err
+    settle(Lengths(9500, 9100, slack), 3000, 9000, **train)
+    assert "9,100 tokens" in capsys.readouterr().err
+
+
+def test_a_recipe_without_checkpointing_is_warned_of_a_sequence_that_needs_it(
+    settle: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert settle(Lengths(4000, 3001), 3000, 9000, gradient_checkpointing=False) == (False, 2048)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and "3,001 tokens" in told[0] and "train.gradient_checkpointing: true" in told[0]
+
+
+def test_late_tokens_are_made_only_where_they_decide(settle: Callable[..., Any]) -> None:
+    short, forced = Lengths(400, 300, slack=3), Lengths(400, 300, slack=3)
+    assert settle(short, 2048, 9000) == (False, 2048)
+    assert settle(forced, 100, 9000) == (True, 2048)
+    assert short.tokenized == forced.tokenized == 0
