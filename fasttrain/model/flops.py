@@ -116,12 +116,21 @@ def _last_product(layer: nn.Module) -> int:
     )  # fused, it keeps what it makes last
 
 
+def counts_tower(config: Any) -> bool:
+    """Whether the number of images tells what vision tower and projector cost; elsewhere they are left out.
+
+    In LLaVA-1.5 every image goes through the tower once, at one size, and each of its patches through the projector. Other
+    families cut images into tiles, take them at any size, or pool patches before the projector.
+    """
+    vision = getattr(config, "vision_config", None)
+    return config.model_type == "llava" and getattr(vision, "model_type", None) != "pixtral"
+
+
 def _vision_flops(model: Any) -> tuple[int, int]:
-    """Forward of tower and projector for one image, and the backward of the projector alone."""
-    tower = getattr(model.base_model, "vision_tower", None)
-    vision: Any = getattr(model.config, "vision_config", None)
-    if tower is None or not isinstance(getattr(vision, "image_size", None), int):
-        return 0, 0  # patches of any number: not counted
+    """Forward of tower and projector for one image, and the backward of the projector alone; 0 where they are not counted."""
+    if not counts_tower(model.config):
+        return 0, 0
+    tower, vision = model.base_model.vision_tower, model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     weights = sum(m.in_features * m.out_features for m in tower.modules() if isinstance(m, nn.Linear))
     patch = sum(full_shape(m.weight).numel() for m in tower.modules() if isinstance(m, nn.Conv2d))

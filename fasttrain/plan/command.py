@@ -9,6 +9,7 @@ import torch
 
 from fasttrain.config import DPOConfig
 from fasttrain.errors import UserError
+from fasttrain.model.flops import counts_tower
 from fasttrain.plan.advice import advise
 from fasttrain.plan.gpus import Achieved, find_gpu
 from fasttrain.plan.histogram import find_histogram
@@ -36,7 +37,7 @@ def make_plan(
     vision = hasattr(model_config, "vision_config")
     histogram = find_histogram(config, lengths, vision)
     dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
-    tower = vision and model_config.model_type == "llava"
+    tower = counts_tower(model_config)
     predictions = []
     held: dict[bool, Activations] = {}
     for stage in _stages(config, gpus):
@@ -47,9 +48,10 @@ def make_plan(
         predictions.append(predict(config, held[apart], histogram, machine, stage))
     planned = held[False].planned
     notes = []
-    if vision and not planned.shape.vision_per_image:
+    if vision and not tower:
         notes.append(
-            f"images of {model_config.model_type} have no fixed size: the vision tower's work and memory are not counted"
+            f"of the vision tower and projector of {model_config.model_type} only the weights are counted, not the work of their passes "
+            "nor its memory"
         )
     if any(prediction.exceeded for prediction in predictions):
         notes.append(

@@ -9,6 +9,7 @@ import torch
 
 from fasttrain.config import DPOConfig
 from fasttrain.data.prepared import PreparedData
+from fasttrain.model.flops import counts_tower
 from fasttrain.plan.choose import choose_checkpointing, choose_tokens, largest_pack
 from fasttrain.plan.memory import (
     CPU_FRAGMENTATION,
@@ -137,4 +138,4 @@ def mean_group(data: PreparedData, model_config: Any) -> PackMix:
         groups, tokens, rows = groups + 1, tokens + int(lengths.sum()), rows + int(lengths[1:].sum())
         images += data.image_count(number)
     groups = max(1, groups)
-    return PackMix(tokens / groups, rows / groups, images / groups, tower=model_config.model_type == "llava")
+    return PackMix(tokens / groups, rows / groups, images / groups, tower=counts_tower(model_config))

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -117,6 +118,23 @@ def test_lengths_of_several_kinds_add_up() -> None:
     data = parse_lengths(["600,100,20", "50,30,5"], images=1)
     assert (len(data), data.pair_total, data.tokens) == (25, 25, 20 * 800 + 5 * 110)
     assert data.lengths(19).tolist() == [600, 100, 100] and data.lengths(20).tolist() == [50, 30, 30]
+
+
+@pytest.mark.parametrize(
+    "family", ["LLaVA-1.5", "LLaVA-NeXT", "Gemma 3", "PaliGemma", "Pixtral", "Qwen2.5-VL"]
+)
+def test_a_tower_that_is_not_counted_is_said_not_to_be(
+    family: str, tiny_llava: Path, tiny_families: ModuleType, tiny_models: ModuleType, tmp_path: Path
+) -> None:
+    folder = tiny_llava if family == "LLaVA-1.5" else tmp_path
+    if folder == tmp_path:
+        tiny_families.FAMILIES[family](tiny_models)[0].save_pretrained(tmp_path)
+    recipe = FOLDER / "llava15_7b_lora.yaml"
+    words = ("-c", str(recipe), "-s", f"model.name={folder}", "--lengths", "300,40,5", "--json")
+    answer = json.loads(plan(*words))
+    counted = answer["stages"][0]["memory"]["images"] > 0
+    assert counted == (family == "LLaVA-1.5")
+    assert any("only the weights are counted" in note for note in answer["notes"]) != counted
 
 
 def test_a_sequence_longer_than_a_pack_decides_what_fits(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from fasttrain.model.flops import measure_shape, pass_flops
@@ -77,6 +79,17 @@ def test_predicted_operations_are_the_counted_ones(
         measure_shape(made.model), layout, images, backward=True, checkpointing=checkpointing
     )
     assert predicted == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("family", ["LLaVA-NeXT", "LLaVA-OneVision", "Gemma 3", "Pixtral", "Aya Vision"])
+def test_no_work_is_made_up_for_towers_that_see_tiles_any_size_or_pool(
+    family: str, tiny_families: ModuleType, tiny_models: ModuleType
+) -> None:
+    config, _ = tiny_families.FAMILIES[family](tiny_models)
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    shape = measure_shape(model)
+    assert (shape.vision_per_image, shape.projector_backward_per_image) == (0, 0)
 
 
 def test_checkpointing_leaves_the_frozen_vision_tower_out_of_the_backward(
