@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterable
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 from fasttrain.errors import UserError
@@ -29,6 +32,33 @@ def start_worker(_: int) -> None:
     """The parent decides when work ends; a signal to the whole process group must not kill its workers first."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+_LIVE: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def started(loader: Any) -> Iterator[Any]:
+    """The iterator of a DataLoader, whose workers are forked here and end with the program at the latest."""
+    with interrupt_at_end():
+        values: Iterator[Any] = iter(loader)
+    if loader.num_workers:
+        _end_workers_at_exit()
+        _LIVE.add(values)
+    return values
+
+
+@functools.cache
+def _end_workers_at_exit() -> None:
+    """Python ends children by a SIGTERM, which workers ignore, and waits: a loader that nobody closed would keep it for ever.
+
+    Registered once torch has registered what it does at the end, so that this comes before.
+    """
+
+    def end() -> None:
+        for values in list(_LIVE):
+            values._shutdown_workers()
+
+    atexit.register(end)
 
 
 def itself(value: Any) -> Any:
@@ -65,8 +95,7 @@ def in_order(
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # the global one belongs to dropout: a loader must not draw from it
     )
-    with interrupt_at_end():
-        return _raised(iter(loader))
+    return _raised(started(loader))
 
 
 def _here(function: Callable[[Any], Any], items: Iterable[Any]) -> Generator[Any]:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fasttrain.data.ahead import itself, start_worker
+from fasttrain.data.ahead import itself, start_worker, started
 from fasttrain.data.images import PixelMaker, hash_bytes, join_inputs
 from fasttrain.data.packs import Pack
 from fasttrain.data.prepared import Group, PreparedData
 from fasttrain.errors import UserError
 from fasttrain.reference.cache import ReferenceCache
 from fasttrain.reference.key import CompletionKeys
-from fasttrain.signals import interrupt_at_end
 
 if TYPE_CHECKING:
     from fasttrain.model.families import FamilyInputs, ImageInputs
@@ -284,9 +283,7 @@ def load_packs(maker: PackMaker, packs: Iterable[Pack], workers: int, pin: bool)
         generator=torch.Generator(),  # the global one belongs to dropout: a loader must not draw from it
         **options,
     )
-    with interrupt_at_end():
-        batches = iter(loader)
-    for batch in batches:
+    for batch in started(loader):
         if isinstance(batch, UserError):
             raise batch
         yield batch
