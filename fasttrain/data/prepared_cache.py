@@ -3,8 +3,8 @@
 An entry is a folder under `prepared/` of the cache root, named by a hash of everything that the tokens depend on: contents of
 the pair files, where their image paths start, the settings of `data`, tokenizer, template, image settings, versions. Image
 files may change beside a pair file that does not: their sizes and modification times are compared when an entry is opened, and
-the data carries what they were as `image_state`. An entry that does not fit, or is damaged, is made again; the newest `KEPT`
-stay.
+the data carries what they were as `image_state`. An entry that does not fit, or whose files are not byte for byte what was
+written, is made again; the newest `KEPT` stay.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -123,12 +124,27 @@ def _images_now(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _sums(folder: Path) -> dict[str, int]:
+    """CRC-32 of every file of an entry but the one that holds them: against damage, at some GB a second."""
+    return {path.name: _sum(path) for path in folder.iterdir() if path.name != "sums.json"}
+
+
+def _sum(path: Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            total = zlib.crc32(block, total)
+    return total
+
+
 def load(
     key: str, files: PairFiles, chat: ChatTokenizer, tokenizing: Callable[..., Tokenizing]
 ) -> PreparedData | None:
     """The data of an entry; None if there is none, an image changed since, or the entry is not whole."""
     folder = cache_root() / "prepared" / key
     try:
+        if json.loads((folder / "sums.json").read_text(encoding="utf-8")) != _sums(folder):
+            return None
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         if about["images"] != _images_now(folder):
             return None
@@ -158,6 +174,7 @@ def store(key: str, prepared: PreparedData, witness: ImageWitness | _Copied, not
             state = witness.written(temporary)
             about = {"account": asdict(prepared.account), "images": state, **notes}
             (temporary / "about.json").write_text(json.dumps(about), encoding="utf-8")
+            (temporary / "sums.json").write_text(json.dumps(_sums(temporary)), encoding="utf-8")
         entries = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
         for old in entries[KEPT:]:
             shutil.rmtree(old, ignore_errors=True)

@@ -168,16 +168,18 @@ def test_other_settings_have_entries_of_their_own(
 
 
 @pytest.mark.parametrize("file", ["about.json", "tokens.npy", "pair_starts.npy", "images.jsonl"])
-@pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "empty", "changed"])
 def test_a_damaged_entry_is_made_again(
     prepared: Callable[..., Any], file: str, damage: str, fresh_cache: Path
 ) -> None:
     truth = described(prepared())
     path = next((fresh_cache / "prepared").iterdir()) / file
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    else:
+    content = path.read_bytes()
+    if damage == "gone":
         path.unlink()
+    else:
+        kept = {"cut": len(content) // 2, "empty": 0, "changed": len(content) - 4}[damage]
+        path.write_bytes(content[:kept] + (b"\7" * 4 if damage == "changed" else b""))
     assert described(prepared()) == truth
     assert prepared.tokenized  # type: ignore[attr-defined]
 
