@@ -1,6 +1,7 @@
 """Pair files as rows one can fetch by number, without holding them in memory.
 
-JSON lines are indexed by byte offset and memory-mapped; Parquet and foreign layouts are spooled once to a memory-mapped file.
+JSON lines are indexed by byte offset and memory-mapped, folders of datasets memory-mapped as they are; Parquet and foreign
+layouts are spooled once to a memory-mapped file.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from fasttrain.errors import UserError
+from fasttrain.errors import UserError, mistakes_of_data_tools
 from fasttrain.files import cache_root
 
 _AT_ONCE = 64  # rows with images inside are some MB
@@ -191,11 +192,11 @@ def open_source(path: Path) -> Source:
     """Open a pair file or datasets folder; UserError if it cannot be read as one."""
     if not path.exists():
         raise UserError(f"{path}: data.train/data.eval: wanted a pair file or folder, got nothing there")
-    if path.is_dir():
-        return _open_datasets_folder(path)
     source: Source
     suffix = path.suffix.lower()
-    if suffix == ".parquet":
+    if path.is_dir():
+        source = _open_datasets_folder(path)
+    elif suffix == ".parquet":
         source = _open_parquet(path)
     elif suffix == ".json":
         source = _open_json(path)
@@ -215,12 +216,11 @@ def _convert_foreign(path: Path, source: Source) -> Source:
     first = _first_readable(source)
     if first is None or _is_ours(first):
         return source
-    import fasttrain_data.errors
     from fasttrain_data.formats import detect_format, read_pairs
 
     passed_over: list[tuple[str, str]] = []
     bad: list[BadRow] = []
-    try:
+    with mistakes_of_data_tools():
         form = detect_format(first)
         if form in (None, "trl"):
             return source
@@ -231,15 +231,13 @@ def _convert_foreign(path: Path, source: Source) -> Source:
             bad=lambda error: bad.append(BadRow.told(error.where, printable(error.reason))),
         )
         spooled = _spool(pairs, path, unit="pair")  # a row may hold no pair, or several
-    except fasttrain_data.errors.UserError as error:
-        raise UserError(str(error)) from None
     if not len(spooled) and bad:
         raise bad[0]
     if not len(spooled):
         raise UserError(
             f"{path}: wanted at least one pair, got none" + (f" ({passed_over[0][1]})" if passed_over else "")
         )
-    spooled.passed_over, spooled.bad = passed_over, bad
+    spooled.folder, spooled.passed_over, spooled.bad = source.folder, passed_over, bad
     return spooled
 
 
@@ -327,26 +325,10 @@ def _open_parquet(path: Path) -> ArrowRows:
 
 
 def _open_datasets_folder(path: Path) -> ArrowRows:
-    import pyarrow as pa
+    from fasttrain_data.formats.arrow_folder import arrow_table
 
-    if (path / "dataset_dict.json").exists():
-        splits = sorted(state.parent for state in path.glob("*/state.json"))
-        example = f", for example {splits[0]}" if splits else ""
-        raise UserError(f"{path}: wanted one split of this datasets folder{example}, got all of it")
-    try:
-        names = [entry["filename"] for entry in json.loads((path / "state.json").read_text())["_data_files"]]
-    except (OSError, KeyError, TypeError, ValueError):
-        raise UserError(
-            f"{path}: wanted a folder written by datasets' save_to_disk, got no valid state.json"
-        ) from None
-    try:
-        tables = [pa.ipc.open_stream(pa.memory_map(str(path / name))).read_all() for name in names]
-        table = pa.concat_tables(tables) if tables else pa.table({})
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path}: broken Arrow file: {_first_line(error)}") from None
-    if not table.num_rows:
-        raise UserError(f"{path}: wanted at least one row, got none")
-    return ArrowRows(table, path, str(path))
+    with mistakes_of_data_tools():
+        return ArrowRows(arrow_table(path), path, str(path))
 
 
 def _first_line(error: Exception) -> str:

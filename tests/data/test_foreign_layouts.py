@@ -121,12 +121,23 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+def save_to_disk(rows: list[dict[str, object]], folder: Path) -> None:
+    """A datasets folder as `Dataset.save_to_disk` lays it out."""
+    folder.mkdir()
+    table = pa.Table.from_pylist(rows)
+    with pa.OSFile(str(folder / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("form", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet", "folder"])
 def test_every_layout_means_the_same_pair(layout: str, form: str, tmp_path: Path) -> None:
     path, row = tmp_path / f"rows.{form}", LAYOUTS[layout]
     if form == "parquet":
         pq.write_table(pa.Table.from_pylist([row]), path)
+    elif form == "folder":
+        save_to_disk([row], path)
     else:
         path.write_text(json.dumps([row]) if form == "json" else json.dumps(row))
     source = open_source(path)
@@ -174,6 +185,24 @@ def test_embedded_images_of_a_foreign_layout_arrive_as_bytes(tmp_path: Path, tin
     pair = read_pair(source.row(0), source.where(0), tmp_path)
     assert [ref.content for ref in pair.images] == [content]
     check_images(pair)
+
+
+def test_rows_of_a_foreign_datasets_folder_are_placed_in_it_and_their_images_start_there(
+    tmp_path: Path, tiny_models: ModuleType
+) -> None:
+    folder, row = tmp_path / "rlaif", {**LAYOUTS["rlaif-v"], "image": "drawn.png"}
+    save_to_disk([row, {**row, "chosen": ""}], folder)
+    content = tiny_models.draw_image(folder / "drawn.png", seed=1).read_bytes()
+    source = open_source(folder)
+    pair = read_pair(source.row(0), source.where(0), source.folder)
+    assert [ref.read() for ref in pair.images] == [content]
+    assert [error.where for error in source.bad] == [f"{folder} row 2"]
+
+
+def test_a_datasets_folder_saved_from_a_foreign_layout_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([LAYOUTS["rlaif-v"]] * 3).save_to_disk(tmp_path / "set")
+    assert [row["chosen"][0]["role"] for row in open_source(tmp_path / "set").rows(0, 3)] == ["assistant"] * 3
 
 
 def test_columns_of_a_foreign_parquet_that_json_has_not_are_read_over(tmp_path: Path) -> None:

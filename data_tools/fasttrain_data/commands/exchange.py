@@ -53,7 +53,7 @@ def export_command(pairs: Path, output: Path, target: str, **options: Any) -> No
 )
 @image_root_option
 def import_command(source: Path, output: Path, **options: Any) -> None:
-    """Read SOURCE (a file, or a folder of Parquet shards) in another project's layout.
+    """Read SOURCE (a file, or a folder of Parquet shards or of datasets) in another project's layout.
 
     Embedded images are written to OUT_images/. Log-probs that come with the data are kept as data under
     foreign_logps and never used as reference.

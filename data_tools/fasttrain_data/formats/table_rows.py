@@ -1,15 +1,16 @@
-"""Rows of a data file whatever its container: JSON lines, a JSON array, Parquet, a folder of Parquet shards."""
+"""Rows of a data file whatever its container: JSON lines, a JSON array, Parquet, a folder of Parquet shards or of datasets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fasttrain_data.errors import BadRow, UserError
+from fasttrain_data.formats.arrow_folder import arrow_table, is_arrow_folder
 from fasttrain_data.jsonl import Row, read_rows
 
-_PARQUET_BATCH = 64  # rows with embedded images are large
+_BATCH = 64  # rows with embedded images are large
 
 
 def iterate_rows(path: Path, bad: Callable[[BadRow], object] | None = None) -> Iterator[tuple[str, str, Row]]:
@@ -17,10 +18,14 @@ def iterate_rows(path: Path, bad: Callable[[BadRow], object] | None = None) -> I
 
     A line that is no JSON object goes to `bad`, if that is given.
     """
-    if path.is_dir():
+    if path.is_dir() and is_arrow_folder(path):
+        yield from _numbered(path, arrow_table(path).to_batches(max_chunksize=_BATCH))
+    elif path.is_dir():
         shards = sorted(path.rglob("*.parquet"))
         if not shards:
-            raise UserError(f"{path}: wanted a folder with Parquet files, got none in it")
+            raise UserError(
+                f"{path}: wanted a folder with Parquet files or written by datasets' save_to_disk, got neither"
+            )
         for shard in shards:
             yield from _parquet_rows(shard)
     elif path.suffix == ".parquet":
@@ -42,15 +47,17 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, str, Row]]:
 
     try:
         with pq.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
-                for row in _python_rows(batch):
-                    number += 1
-                    yield str(path), f"row {number}", row
+            yield from _numbered(path, file.iter_batches(batch_size=_BATCH))
     except FileNotFoundError:
         raise UserError(f"{path}: wanted a file, got nothing there") from None
     except pa.ArrowInvalid as error:
         raise UserError(f"{path}: wanted a Parquet file, got {str(error).splitlines()[0]}") from None
+
+
+def _numbered(path: Path, batches: Iterable[Any]) -> Iterator[tuple[str, str, Row]]:
+    rows = (row for batch in batches for row in _python_rows(batch))
+    for number, row in enumerate(rows, start=1):
+        yield str(path), f"row {number}", row
 
 
 def _python_rows(batch: Any) -> list[Row]:
