@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from fasttrain.config import ModelConfig
 from fasttrain.errors import UserError
@@ -75,17 +75,9 @@ def _snapshot(config: ModelConfig) -> Path:
 
 def load_model_config(folder: Path, config: ModelConfig) -> Any:
     """The model's configuration; UserError unless it is a causal language model, with images or without."""
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    try:
-        found = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        refuse_own_code(error, folder, config)
-        raise UserError(
-            f"model.name: cannot read {folder / 'config.json'}: {str(error).splitlines()[0]}"
-        ) from None
-    _let_read(found)
+    found = read_model_config(folder, config)
     encodes = any(getattr(part, "is_encoder_decoder", False) for part in (found, found.get_text_config()))
     known = found.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.trust_remote_code
     if encodes or not (known or takes_images(found)):
@@ -96,7 +88,41 @@ def load_model_config(folder: Path, config: ModelConfig) -> Any:
     return found
 
 
-def refuse_own_code(error: Exception, folder: Path, config: ModelConfig) -> None:
+def read_model_config(folder: Path, config: ModelConfig) -> Any:
+    """What the folder's config.json says, whatever model that is; UserError if transformers cannot take it."""
+    from transformers import AutoConfig
+
+    with model_mistakes(f"read {folder / 'config.json'}", folder, config):
+        found = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        _let_read(found)
+    return found
+
+
+@contextlib.contextmanager
+def model_mistakes(doing: str, folder: Path | str, config: ModelConfig) -> Iterator[None]:
+    """UserError, in one line, for what a model's files make transformers raise in the block.
+
+    That may be anything: huggingface_hub has exceptions of its own, tokenizers raises plain ones, and a value of a wrong
+    type fails where it is first used.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 (see above)
+        refuse_own_code(error, folder, config)
+        raise UserError(f"model.name: cannot {doing}: {_in_one_line(error)}") from None
+
+
+def _in_one_line(error: Exception) -> str:
+    """An exception's text; with its type where the text alone is hardly one, like a KeyError's."""
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, LookupError | TypeError | AttributeError | ArithmeticError):
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def refuse_own_code(error: Exception, folder: Path | str, config: ModelConfig) -> None:
     """UserError where transformers failed because it may not run the Python code in the model's folder."""
     if not config.trust_remote_code and "trust_remote_code" in str(error):
         raise UserError(
@@ -129,21 +155,14 @@ def load_processor(folder: Path, config: ModelConfig, has_images: bool) -> Any:
 
     loader: Any = AutoTokenizer
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    try:
-        with _quiet():
-            if has_images:
-                kind = AutoConfig.from_pretrained(folder, **options).model_type
-                loader, options["backend"] = without_videos(kind) or AutoProcessor, "pil"
-                if processor_name(folder) == PIXTRAL and not is_torchvision_available():
-                    loader = pixtral_processor()
-            processor = loader.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
-        refuse_own_code(error, folder, config)
-        kind = "processor" if has_images else "tokenizer"
-        raise UserError(
-            f"model.name: cannot load a {kind} from {folder}: {str(error).strip().splitlines()[0]}"
-        ) from None
-    return processor
+    kind = "processor" if has_images else "tokenizer"
+    with model_mistakes(f"load a {kind} from {folder}", folder, config), _quiet():
+        if has_images:
+            model_type = AutoConfig.from_pretrained(folder, **options).model_type
+            loader, options["backend"] = without_videos(model_type) or AutoProcessor, "pil"
+            if processor_name(folder) == PIXTRAL and not is_torchvision_available():
+                loader = pixtral_processor()
+        return loader.from_pretrained(folder, **options)
 
 
 def load_model(
@@ -162,7 +181,7 @@ def load_model(
 
     loader: Any = AutoModelForImageTextToText if takes_images(model_config) else AutoModelForCausalLM
     dtype = dtype or pick_dtype(config.dtype, device)
-    try:
+    with model_mistakes(f"load {folder}", folder, config):
         attention = (
             "sdpa"
             if _takes_sdpa(loader, model_config, _own_class(loader, folder, config, model_config))
@@ -184,16 +203,6 @@ def load_model(
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
             )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        AttributeError,
-        ImportError,
-        SafetensorError,
-    ) as error:
-        raise UserError(f"model.name: cannot load {folder}: {str(error).strip().splitlines()[0]}") from None
     missing = sorted(info["missing_keys"])
     if missing or info["mismatched_keys"]:
         names = missing or sorted(str(key) for key in info["mismatched_keys"])
@@ -265,15 +274,25 @@ def _quiet() -> Iterator[None]:
 
 
 def stop_token_ids(processor: Any, folder: Path) -> list[int]:
-    """Tokens that end a turn: the tokenizer's eos first, then those generation stops at."""
-    import json
-
+    """Tokens that end a turn: the tokenizer's eos first, then those generation stops at; UserError if these cannot be read."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    try:
-        stops = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get(
-            "eos_token_id"
-        )
-    except (OSError, json.JSONDecodeError):
-        stops = None
-    stops = stops if isinstance(stops, list) else [stops]
+    stops = _generation_stops(folder / "generation_config.json")
     return list(dict.fromkeys(i for i in [tokenizer.eos_token_id, *stops] if i is not None))
+
+
+def _generation_stops(path: Path) -> list[int]:
+    if not path.exists():
+        return []
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"model.name: cannot read {path}: {_in_one_line(error)}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"model.name: {path}: wanted a JSON object, got {type(settings).__name__}")
+    stops = settings.get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if wrong := [stop for stop in stops if type(stop) is not int]:
+        raise UserError(
+            f"model.name: {path}: eos_token_id: wanted a token id or a list of them, got {wrong[0]!r}"
+        )
+    return stops

@@ -18,7 +18,7 @@ from fasttrain.model.fused_layers import fuse_layers
 from fasttrain.model.fused_lora import fuse_lora
 from fasttrain.model.fused_rotary import fuse_rotary
 from fasttrain.model.head import install_head
-from fasttrain.model.load import refuse_own_code
+from fasttrain.model.load import model_mistakes, read_model_config
 from fasttrain.model.lora import attach_lora, choose_trainable, in_projector, language_model
 from fasttrain.plan.known_models import known_config
 from fasttrain.plan.passes import use_planned_attention
@@ -64,16 +64,14 @@ class PlannedModel:
 
 def find_config(config: ModelConfig) -> tuple[Any, str]:
     """The model's configuration and where it came from: a folder, the local hub cache, or the published sizes."""
-    from transformers import AutoConfig
-
     folder = Path(config.name).expanduser()
     if folder.exists():
         if not (folder / "config.json").is_file():
             raise UserError(f"model.name: wanted a model folder with config.json, got {folder}")
-        return _read(AutoConfig, folder, config), str(folder / "config.json")
+        return read_model_config(folder, config), str(folder / "config.json")
     cached = cached_snapshot(config)
     if cached is not None:
-        return _read(AutoConfig, cached, config), str(cached / "config.json")
+        return read_model_config(cached, config), str(cached / "config.json")
     known = known_config(config.name)
     if known is not None:
         return known, f"published sizes of {config.name}"
@@ -95,15 +93,6 @@ def cached_snapshot(config: ModelConfig) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _read(auto: Any, folder: Path, config: ModelConfig) -> Any:
-    try:
-        return auto.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        refuse_own_code(error, folder, config)
-        problem = str(error).strip().splitlines()[0]
-        raise UserError(f"model.name: cannot read {folder / 'config.json'}: {problem}") from None
-
-
 def build_planned_model(
     config: DPOConfig, model_config: Any, dtype: torch.dtype, source: str = "", stage: int | None = None
 ) -> PlannedModel:
@@ -113,16 +102,11 @@ def build_planned_model(
     loader: Any = (
         AutoModelForImageTextToText if hasattr(model_config, "vision_config") else AutoModelForCausalLM
     )
-    try:
-        with torch.device("meta"):
-            model = loader.from_config(
-                copy.deepcopy(model_config), dtype=dtype, trust_remote_code=config.model.trust_remote_code
-            )
-    except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
-        problem = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model.name: cannot build {model_config.model_type!r} from its configuration: {problem}"
-        ) from None
+    doing = f"build {model_config.model_type!r} from its configuration"
+    with model_mistakes(doing, config.model.name, config.model), torch.device("meta"):
+        model = loader.from_config(
+            copy.deepcopy(model_config), dtype=dtype, trust_remote_code=config.model.trust_remote_code
+        )
     silence_dropout(model)
     install_head(model)
     lora = config.lora and _fresh(config.lora)

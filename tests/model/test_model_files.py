@@ -1,0 +1,100 @@
+"""A model's files that transformers cannot take are a mistake of one line with the cause in it, in every command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from fasttrain.cli import cli
+from fasttrain.config import ModelConfig
+from fasttrain.errors import UserError
+from fasttrain.model.load import load_model, load_model_config, load_processor, pick_device, stop_token_ids
+
+# a file of the model -> what stands in it, or is changed in it, and what the one line says of it
+DAMAGE: list[tuple[str, bytes | dict[str, Any], str]] = [
+    ("config.json", {"hidden_size": "64"}, "'hidden_size' expected int, got str"),
+    ("config.json", {"hidden_size": 64.0}, "'hidden_size' expected int, got float"),
+    ("config.json", {"num_attention_heads": 5}, "not a multiple of the number of attention heads"),
+    ("config.json", {"num_attention_heads": 0}, "ZeroDivisionError"),
+    ("config.json", {"dtype": "float9"}, "float9"),
+    ("config.json", {"hidden_act": "nope"}, "KeyError: 'nope'"),
+    ("config.json", b"[]", "model_type"),
+    ("config.json", b"null", "NoneType"),
+    ("config.json", b"[" * 100_000, "recursion"),
+    ("tokenizer.json", {"version": "9"}, "Unknown tokenizer version"),
+    ("tokenizer.json", {"model": {"type": "Odd"}}, "did not match any variant"),
+    ("tokenizer.json", b'{"version": "1.0", ', "double quotes"),
+    ("model.safetensors.index.json", b"[]", "TypeError"),
+    ("generation_config.json", b"[]", "wanted a JSON object, got list"),
+    ("generation_config.json", b'{"eos_token_id": 2', "delimiter"),
+    ("generation_config.json", b'{"a": "\xff"}', "0xff"),
+    ("generation_config.json", b'{"eos_token_id": [2, [3]]}', r"eos_token_id: wanted .*, got \[3\]"),
+    ("generation_config.json", b'{"eos_token_id": "2"}', "eos_token_id: wanted .*, got '2'"),
+]
+
+
+def spoil(folder: Path, file: str, change: bytes | dict[str, Any]) -> None:
+    if file.endswith(".index.json"):
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    if isinstance(change, dict):
+        change = json.dumps(json.loads((folder / file).read_text()) | change).encode()
+    (folder / file).write_bytes(change)
+
+
+@pytest.mark.parametrize(("file", "change", "cause"), DAMAGE)
+def test_what_a_file_of_the_model_is_wrong_in_is_told_in_one_line(
+    file: str, change: bytes | dict[str, Any], cause: str, tiny_text: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_text, tmp_path / "model")
+    spoil(folder, file, change)
+    config = ModelConfig(name=str(folder))
+    with pytest.raises(UserError, match=rf"^model\.name: .*{folder}.*{cause}") as caught:
+        model_config = load_model_config(folder, config)
+        processor = load_processor(folder, config, has_images=False)
+        stop_token_ids(processor, folder)
+        load_model(folder, config, model_config, pick_device())
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+@pytest.mark.parametrize("command", ["dpo", "answer", "eval", "merge"])
+def test_every_command_tells_it(
+    command: str,
+    file: str,
+    tiny_text: Path,
+    tiny_models: Any,
+    text_pairs: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    folder = shutil.copytree(tiny_text, tmp_path / "model")
+    adapter = tiny_models.build_adapter(folder, tmp_path / "adapter")
+    spoil(folder, file, {"hidden_size": "64"} if file == "config.json" else {"version": "9"})
+    recipe = {
+        "model": {"name": str(folder)},
+        "data": {"train": str(text_pairs(tmp_path / "pairs.jsonl", 4))},
+        "train": {"output": str(tmp_path / "run")},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    (tmp_path / "questions.jsonl").write_text('{"question_id": 1, "text": "Why?"}\n')
+    (tmp_path / "val2014").mkdir()
+    tiny_models.draw_image(tmp_path / "val2014" / "x.png", seed=1)
+    pope = {"question_id": 1, "image": "x.png", "text": "Is there a dog?", "label": "no"}
+    (tmp_path / "coco_pope_random.json").write_text(json.dumps(pope) + "\n")
+    words = {
+        "dpo": ["-c", "recipe.yaml"],
+        "answer": ["-m", "model", "questions.jsonl", "-o", "answers.jsonl"],
+        "eval": ["pope", "-m", "model", "--data", ".", "-o", "scores"],
+        "merge": [str(adapter), "-o", "merged"],
+    }[command]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        found = CliRunner().invoke(cli, [command, *words]).exception
+    assert isinstance(found, UserError)
+    assert ("hidden_size" if file == "config.json" else "tokenizer version") in str(found)
+    assert "\n" not in str(found)
