@@ -89,24 +89,23 @@ def _forward(
 ) -> tuple[Tensor, int]:
     """Log-probs (N,) and the most bytes alive while images were encoded."""
     ids_T = torch.empty(1, size.tokens, dtype=torch.int64, device="meta")
-    embedded_TD = model.get_input_embeddings()(ids_T)
     images, outputs = 0, None
+    inputs = {"input_ids": ids_T}
     if size.images and tower:
+        embedded_TD = model.get_input_embeddings()(ids_T)
         start = live.now
         outputs = image_features(
             model, size.images
         )  # alive until the decoder is done, as transformers keeps it
         features = torch.cat(list(outputs.pooler_output)).to(embedded_TD.dtype)
-        embedded_TD = embedded_TD.masked_scatter(
-            torch.empty_like(ids_T, dtype=torch.bool)[..., None], features
-        )
+        mask_T1 = torch.empty_like(ids_T, dtype=torch.bool)[..., None]
+        inputs = {"inputs_embeds": embedded_TD.masked_scatter(mask_T1, features)}
         images = live.peak - start
+        del embedded_TD, mask_T1
     positions = torch.empty(1, size.tokens, dtype=torch.int64, device="meta")
-    out = language_model(model)(
-        inputs_embeds=embedded_TD, position_ids=positions, use_cache=False, return_dict=True
-    )
+    out = language_model(model)(**inputs, position_ids=positions, use_cache=False, return_dict=True)
     hidden_TD = out.last_hidden_state[0]
-    del out, outputs, embedded_TD, positions
+    del out, outputs, inputs, positions
     rows_N = torch.empty(size.rows, dtype=torch.int64, device="meta")
     head = model.get_output_embeddings()
     return planned_head(hidden_TD.index_select(0, rows_N), head.weight, device), images
