@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from fasttrain.errors import UserError
+from fasttrain.run_lines import read_lines, read_steps
 
 Line = dict[str, Any]
 
@@ -81,12 +82,9 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{folder}: wanted a run folder with metrics.jsonl, got none")
-    metrics = _read_lines(path)
+    metrics = read_steps(path)
     if not metrics:
         raise UserError(f"{path}: wanted logged steps, got none yet")
-    for number, line in enumerate(metrics, start=1):
-        if not _is_number(line.get("step")):
-            raise UserError(f"{path} line {number}: step: wanted a number, got {line.get('step')!r}")
     recipe, notes = "", []
     if (folder / "config.yaml").is_file():
         recipe = (folder / "config.yaml").read_text(encoding="utf-8")
@@ -99,7 +97,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     if _is_number(wanted) and metrics[-1]["step"] < wanted:
         notes.append(f"the run stands at step {metrics[-1]['step']:,} of {wanted:,}")
     skipped = folder / "skipped.jsonl"
-    left_out = _read_lines(skipped) if skipped.is_file() else []
+    left_out = read_lines(skipped) if skipped.is_file() else []
     return Run(
         name=name or folder.resolve().name,
         folder=folder,
@@ -118,7 +116,7 @@ def _read_changes(path: Path) -> list[Line] | None:
     """None if the run kept none; UserError for a line that is no record of a step."""
     if not path.is_file():
         return None
-    lines = _read_lines(path)
+    lines = read_lines(path)
     for number, line in enumerate(lines, start=1):
         pairs = line.get("pairs")
         whole = _is_number(line.get("step")) and _is_number(line.get("epoch")) and isinstance(pairs, list)
@@ -128,25 +126,6 @@ def _read_changes(path: Path) -> list[Line] | None:
             raise UserError(
                 f"{path} line {number}: wanted step, epoch and pairs of four numbers, got {str(line)[:60]!r}"
             )
-    return lines
-
-
-def _read_lines(path: Path) -> list[Line]:
-    """JSON lines; a last line that a kill cut short is left out."""
-    # splitlines() would end a line at U+2028 too, which JSON may hold
-    texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    texts = texts if texts[-1] else texts[:-1]
-    lines = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            value = json.loads(text)
-        except (json.JSONDecodeError, RecursionError):
-            if number == len(texts):
-                break
-            raise UserError(f"{path} line {number}: wanted a JSON object, got {text[:60]!r}") from None
-        if not isinstance(value, dict):
-            raise UserError(f"{path} line {number}: wanted a JSON object, got {text[:60]!r}")
-        lines.append(value)
     return lines
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fasttrain.evaluate.results import RESULTS
+from fasttrain.run_lines import read_steps
 from fasttrain.study.notes import Task
 from fasttrain.study.run import Run
 from fasttrain.study.scores import Score, read_benchmark, score_exactly
 from fasttrain.study.spec import Study
 from fasttrain.study.tasks import base_name, evaluation_folder, run_folder, tasks_of
-from fasttrain.train.metrics import read_metrics
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _row(
     used = None
     if run is not None:
         folder = run_folder(study, run)
-        lines = read_metrics(folder / "metrics.jsonl")
+        lines = read_steps(folder / "metrics.jsonl")
         last = lines[-1] if lines else {}
         facts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
         used = facts.get("pairs", facts.get("examples"))

@@ -25,6 +25,7 @@ from fasttrain.model.load import stop_token_ids
 from fasttrain.progress import Progress, say
 from fasttrain.ranks import ranks
 from fasttrain.reference.fill import FillReport, fill, missing_completions
+from fasttrain.run_lines import read_steps
 from fasttrain.signals import on_sigterm
 from fasttrain.train.anatomy import most_and_least
 from fasttrain.train.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
@@ -39,7 +40,6 @@ from fasttrain.train.metrics import (
     check_finite,
     peak_memory,
     peak_rate,
-    read_metrics,
     speed_metrics,
     step_metrics,
 )  # fmt: skip
@@ -206,7 +206,7 @@ class Trainer:
             say(f"stopped by SIGTERM after step {done} of {total}; checkpoint saved, go on with --resume")
         else:
             write_final(job, engine.optimizer, self.folder)
-        return RunResult(self.folder, read_metrics(self.folder / "metrics.jsonl"), self.folder / "final")
+        return RunResult(self.folder, read_steps(self.folder / "metrics.jsonl"), self.folder / "final")
 
     def _steps(
         self, engine: Engine, order: Order, done: int, total: int, log: RunLog, progress: Progress,

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from fasttrain.errors import UserError
+from fasttrain.files import write_atomic
 from fasttrain.model.routing import balance_loss
+from fasttrain.run_lines import read_steps
 from fasttrain.train.anatomy import PARTS
 from fasttrain.train.objective import Objective
 
@@ -96,14 +98,12 @@ def speed_metrics(work: StepWork, unit: str, peak_flops: float, peak_bytes: int)
 
 
 class MetricsFile:
-    """Append-only JSON lines; a line is complete once `write` returns."""
+    """Append-only JSON lines; a line is complete once `write` returns. UserError if lines that are there cannot be read."""
 
     def __init__(self, path: Path, keep_through: int) -> None:
         self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= keep_through]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
+        kept = [line for line in read_steps(path) if line["step"] <= keep_through]
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
@@ -116,18 +116,6 @@ class MetricsFile:
     def close(self) -> None:
         self.sync()
         self._file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that a kill cut short is left out."""
-    lines: list[dict[str, Any]] = []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-    return lines
 
 
 def peak_memory(device: torch.device) -> int:

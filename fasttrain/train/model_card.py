@@ -15,8 +15,8 @@ import torch
 
 from fasttrain import __version__
 from fasttrain.files import hash_file
+from fasttrain.run_lines import read_steps
 from fasttrain.train.job import Job
-from fasttrain.train.metrics import read_metrics
 
 _LOOKED_AT = 20_000  # rows in which provenance is looked for
 
@@ -47,7 +47,7 @@ _RESULTS = (
 
 def model_card(job: Job, folder: Path) -> str:
     """The card as Markdown with Hugging Face's header."""
-    lines = read_metrics(folder / "metrics.jsonl")
+    lines = read_steps(folder / "metrics.jsonl")
     config = job.config
     adapter = job.adapted is not None
     kind = "LoRA adapter" if adapter else "model"

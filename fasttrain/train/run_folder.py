@@ -12,12 +12,12 @@ from fasttrain.config import DPOConfig, read_yaml_mapping
 from fasttrain.errors import UserError
 from fasttrain.files import remove_leftovers, write_atomic, write_json
 from fasttrain.ranks import ranks
+from fasttrain.run_lines import read_steps
 from fasttrain.train.run_lock import RunLock
 
 OURS = (
-    "config.yaml", "environment.json", "metrics.jsonl", "metrics.tmp", "skipped.jsonl", "report.html", "plots",
-    "checkpoints", "final", "tensorboard", "watch_start.json",
-    "pair_changes.jsonl", "pair_changes.tmp",
+    "config.yaml", "environment.json", "metrics.jsonl", "skipped.jsonl", "report.html", "plots",
+    "checkpoints", "final", "tensorboard", "watch_start.json", "pair_changes.jsonl",
 )  # fmt: skip
 MAY_CHANGE = {
     "train.max_steps", "train.epochs", "train.log_every", "train.eval_every", "train.checkpoint_every",
@@ -27,7 +27,7 @@ MAY_CHANGE = {
 
 
 def check_output(config: DPOConfig, command: str, *, resume: bool, overwrite: bool) -> None:
-    """UserError if the folder is in use and the user has not said what to do, or holds a run of another recipe."""
+    """UserError if the folder is in use and the user has not said what to do, or holds a run of another recipe, or a damaged one."""
     if resume and overwrite:
         raise UserError("--resume and --overwrite: wanted one of them, got both")
     folder = Path(config.train.output)
@@ -39,6 +39,8 @@ def check_output(config: DPOConfig, command: str, *, resume: bool, overwrite: bo
     if resume:
         _check_same_command(folder, command)
         _check_same_recipe(folder, config)
+        for name in ("metrics.jsonl", "pair_changes.jsonl"):
+            read_steps(folder / name)  # they will be cut back: a line that cannot be read is told before that
 
 
 def open_run_folder(config: DPOConfig, command: str, lock: RunLock, *, resume: bool, overwrite: bool) -> Path:
