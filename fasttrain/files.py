@@ -24,6 +24,11 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fasttrain"
 
 
+def user_path(name: str | Path) -> Path:
+    """A path as a recipe names it, `~` being the user's home; where there is no such home, as it is written."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 (Path's own raises for a user that is not known)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside a folder durable."""
     handle = os.open(folder, os.O_RDONLY)

@@ -13,7 +13,7 @@ from fasttrain.data.images import ImageRef, hash_bytes
 from fasttrain.data.pairs import Pair, read_pair
 from fasttrain.data.sources import BadRow, Source, iterate, open_source
 from fasttrain.errors import UserError
-from fasttrain.files import HashMemo
+from fasttrain.files import HashMemo, user_path
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class PairFiles:
         self, paths: list[str], image_root: str | None, read: Callable[..., Pair] = read_pair
     ) -> None:
         self._read = read
-        self.sources: list[Source] = [open_source(Path(path).expanduser()) for path in paths]
-        root = None if image_root is None else Path(image_root).expanduser()
+        self.sources: list[Source] = [open_source(user_path(path)) for path in paths]
+        root = None if image_root is None else user_path(image_root)
         if root is not None and not root.is_dir():
             raise UserError(f"data.image_root: wanted an existing folder, got {image_root!r}")
         self.roots = [root or source.folder for source in self.sources]

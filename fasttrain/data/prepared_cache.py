@@ -30,7 +30,7 @@ from fasttrain.data.group_tokens import Tokenizing
 from fasttrain.data.groups import PairFiles, Skipped
 from fasttrain.data.prepared import Account, PreparedData
 from fasttrain.data.tokens import ChatTokenizer
-from fasttrain.files import HashMemo, atomic_folder, cache_root
+from fasttrain.files import HashMemo, atomic_folder, cache_root, user_path
 
 VERSION = 4  # raised when the same rows become other tokens, groups or pairs
 KEPT = 8
@@ -50,7 +50,7 @@ def entry_key(
     what = {
         "version": [VERSION, __version__, *(importlib.metadata.version(n) for n in ("transformers", "tokenizers", "jinja2"))],
         "files": [
-            [path, os.path.realpath(root), *contents(Path(path).expanduser(), memo)]
+            [path, os.path.realpath(root), *contents(user_path(path), memo)]
             for path, root in zip(paths, roots, strict=True)
         ],
         "data": [data.max_length, data.overflow, data.on_bad_row],
@@ -67,7 +67,7 @@ def entry_key(
 
 def are_hashed(paths: list[str], memo: HashMemo) -> bool:
     """Whether the contents of all these files are known already."""
-    return all(memo.knows(file) for path in paths for file in _files(Path(path).expanduser()))
+    return all(memo.knows(file) for path in paths for file in _files(user_path(path)))
 
 
 def _settings(processor: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 
 from fasttrain.config import ModelConfig
 from fasttrain.errors import UserError
+from fasttrain.files import user_path
 from fasttrain.model.no_videos import PIXTRAL, pixtral_processor, processor_name, without_videos
 from fasttrain.settings import require
 
@@ -35,7 +36,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def find_folder(config: ModelConfig) -> Path:
     """The local folder of the model: as given, or the hub snapshot, downloaded if needed."""
-    folder = Path(config.name).expanduser()
+    folder = user_path(config.name)
     if folder.exists():
         if not (folder / "config.json").is_file():
             raise UserError(f"model.name: wanted a model folder with config.json, got {folder}")

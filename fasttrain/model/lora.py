@@ -12,6 +12,7 @@ from torch import nn
 
 from fasttrain.config import LoraConfig
 from fasttrain.errors import UserError
+from fasttrain.files import user_path
 from fasttrain.model.head import LogprobHead, trunk
 from fasttrain.progress import say
 from fasttrain.ranks import full_shape
@@ -162,7 +163,7 @@ def _refuse_head(model: Any, key: str) -> None:
 
 
 def _load_adapter(model: Any, lora: LoraConfig, train_projector: bool) -> Any:
-    folder = Path(str(lora.init_from))
+    folder = user_path(str(lora.init_from))
     config = read_adapter_config(folder)
     for name, theirs in (("rank", config.r), ("alpha", config.lora_alpha)):
         wanted = getattr(lora, name)

@@ -14,6 +14,7 @@ from fasttrain.config import DPOConfig
 from fasttrain.data.prepare import prepare
 from fasttrain.data.prepared import PreparedData
 from fasttrain.errors import UserError
+from fasttrain.files import user_path
 from fasttrain.plan.planned_model import cached_snapshot
 
 if TYPE_CHECKING:
@@ -142,10 +143,10 @@ def find_histogram(config: DPOConfig, lengths: Sequence[str], vision: bool) -> H
     if lengths:
         return parse_lengths(lengths, images)
     paths = [config.data.train] if isinstance(config.data.train, str) else config.data.train
-    absent = [path for path in paths if not Path(path).exists()]
+    absent = [path for path in paths if not user_path(path).exists()]
     if absent:
         return typical(images, f"{absent[0]} is not there")
-    folder = Path(config.model.name).expanduser()
+    folder = user_path(config.model.name)
     if folder.is_dir():
         return _read_pairs(config, _tokenizer(folder, config, vision), ", ".join(paths))
     snapshot = cached_snapshot(config.model)

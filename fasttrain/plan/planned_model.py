@@ -12,6 +12,7 @@ from torch import nn
 
 from fasttrain.config import DPOConfig, LoraConfig, ModelConfig
 from fasttrain.errors import UserError
+from fasttrain.files import user_path
 from fasttrain.model.attention import silence_dropout
 from fasttrain.model.flops import ModelShape, measure_shape
 from fasttrain.model.fused_layers import fuse_layers
@@ -64,7 +65,7 @@ class PlannedModel:
 
 def find_config(config: ModelConfig) -> tuple[Any, str]:
     """The model's configuration and where it came from: a folder, the local hub cache, or the published sizes."""
-    folder = Path(config.name).expanduser()
+    folder = user_path(config.name)
     if folder.exists():
         if not (folder / "config.json").is_file():
             raise UserError(f"model.name: wanted a model folder with config.json, got {folder}")
@@ -133,7 +134,7 @@ def _fresh(lora: LoraConfig) -> LoraConfig:
     import peft
 
     try:
-        found = peft.PeftConfig.from_pretrained(lora.init_from)
+        found = peft.PeftConfig.from_pretrained(user_path(lora.init_from))
     except (ValueError, KeyError, TypeError, OSError) as error:
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(

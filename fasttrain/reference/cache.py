@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from fasttrain.errors import UserError
-from fasttrain.files import cache_root
+from fasttrain.files import cache_root, user_path
 
 _LOOKUP = 500  # keys per query; SQLite allows 999 parameters everywhere
 
 
 def cache_folder(setting: str) -> Path:
-    return cache_root() / "reference" if setting == "auto" else Path(setting).expanduser()
+    return cache_root() / "reference" if setting == "auto" else user_path(setting)
 
 
 def _checksum(key: bytes, value: bytes) -> bytes:

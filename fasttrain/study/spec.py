@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from fasttrain.config import read_yaml_mapping
 from fasttrain.errors import UserError, did_you_mean
+from fasttrain.files import user_path
 from fasttrain.study.run import Method, Run
 from fasttrain.study.scores import right_answers
 
@@ -223,7 +224,7 @@ def _entry(kind: type, raw: dict[str, Any], where: str, folder: Path, needed: tu
 
 
 def _existing(folder: Path, value: str, key: str) -> Path:
-    path = folder / Path(value).expanduser()
+    path = folder / user_path(value)
     if not path.exists():
         raise UserError(f"{key}: wanted an existing file or folder, got {path}")
     return path

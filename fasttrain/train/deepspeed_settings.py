@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fasttrain.config import DPOConfig
 from fasttrain.errors import UserError
+from fasttrain.files import user_path
 
 # What the recipe decides; a deepspeed_config that says otherwise would train something else than the recipe.
 _OURS = ("optimizer", "scheduler", "train_batch_size", "train_micro_batch_size_per_gpu",
@@ -50,7 +50,7 @@ def deepspeed_settings(config: DPOConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 def _read_settings(name: str, stage: int | None) -> dict[str, Any]:
     try:
-        found = json.loads(Path(name).read_text(encoding="utf-8"))
+        found = json.loads(user_path(name).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"distributed.deepspeed_config: cannot read {name}: {error}") from None
     if not isinstance(found, dict):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from fasttrain.config import DPOConfig
 from fasttrain.data.packs import Pack, plan_step, run_tokens
+from fasttrain.files import user_path
 from fasttrain.model.flops import pass_flops
 from fasttrain.plan.passes import CannotCount
 from fasttrain.ranks import full_shape, ranks
@@ -27,7 +27,7 @@ _STEPS_LOOKED_AT = 20
 def dry_run(config: DPOConfig, loss: Objective, *, resume: bool, overwrite: bool) -> str:
     """The report of a dry run; UserError for the first mistake, as training would raise it."""
     check_output(config, loss.command, resume=resume, overwrite=overwrite)
-    began = first_start(Path(config.train.output), resume=resume)
+    began = first_start(user_path(config.train.output), resume=resume)
     with contextlib.closing(build_job(config, loss, began)) as job:
         if config.distributed.zero_stage == 3:  # its hooks gather the weights
             make_engine(job.policy, config, checkpointing=False)

@@ -12,7 +12,7 @@ from fasttrain.data.images import ImageRef
 from fasttrain.data.prepared import PreparedData
 from fasttrain.data.prepared_cache import contents
 from fasttrain.errors import UserError
-from fasttrain.files import HashMemo
+from fasttrain.files import HashMemo, user_path
 
 if TYPE_CHECKING:
     from fasttrain.train.job import Job
@@ -27,7 +27,7 @@ def fingerprints(job: Job) -> dict[str, str]:
     for field in ("train", "eval"):
         names = getattr(job.config.data, field) or []
         for name in [names] if isinstance(names, str) else names:
-            path = Path(name).expanduser()
+            path = user_path(name)
             if field == "train" or not path.is_dir():  # a benchmark folder is watched, not trained on
                 found[f"data.{field} {name}"] = _digest(contents(path, job.memo))
     for field, data in (("train", job.train), ("eval", job.eval)):

@@ -22,7 +22,7 @@ from fasttrain.data.prepare import Preparation, tokenize_all
 from fasttrain.data.prepared import PreparedData
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
-from fasttrain.files import HashMemo, cache_root
+from fasttrain.files import HashMemo, cache_root, user_path
 from fasttrain.model.attention import attention_facts, check_attention, silence_dropout
 from fasttrain.model.compiled_layers import compile_layers
 from fasttrain.model.families import FamilyInputs
@@ -267,7 +267,8 @@ def _load(config: DPOConfig, read: _Read) -> _Loaded:
         )
     else:
         fuse_layers(language_model(model))
-    adapter = config.lora.init_from if config.lora else None
+    start = config.lora.init_from if config.lora else None
+    adapter = None if start is None else str(user_path(start))
     name = str(dtype).removeprefix("torch.")
     identity = model_identity(read.folder, read.model_config, config.model, name, adapter, read.memo)
     datasets = read.datasets or _finish(read.preparing, chat)

@@ -19,6 +19,7 @@ from fasttrain.data.packs import Order, Pack, Step, plan_step
 from fasttrain.data.prepared import PreparedData
 from fasttrain.environment import collect_facts
 from fasttrain.errors import UserError
+from fasttrain.files import user_path
 from fasttrain.model.attention import attention_facts
 from fasttrain.model.flops import pass_flops
 from fasttrain.model.load import stop_token_ids
@@ -90,7 +91,7 @@ def train(config: DPOConfig, loss: Objective, *, resume: bool = False, overwrite
 
 def _train(config: DPOConfig, loss: Objective, lock: RunLock, resume: bool, overwrite: bool) -> RunResult:
     join_ranks(config)
-    folder, main = Path(config.train.output), ranks().main
+    folder, main = user_path(config.train.output), ranks().main
     with all_or_none():
         if main:
             lock.take(folder)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fasttrain import __version__
-from fasttrain.files import hash_file
+from fasttrain.files import hash_file, user_path
 from fasttrain.run_lines import read_steps
 from fasttrain.train.job import Job
 
@@ -80,7 +80,7 @@ def _data(job: Job) -> Iterator[str]:
     )
     yield ""
     for name in _files(job.config.data.train):
-        path = Path(name).expanduser()
+        path = user_path(name)
         digest = f", BLAKE2b-128 `{hash_file(path)}`" if path.is_file() else ""
         yield f"* `{path.name}`{digest}"
     facts = _provenance(job)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from fasttrain.config import DPOConfig, read_yaml_mapping
 from fasttrain.errors import UserError
-from fasttrain.files import remove_leftovers, write_atomic, write_json
+from fasttrain.files import remove_leftovers, user_path, write_atomic, write_json
 from fasttrain.ranks import ranks
 from fasttrain.run_lines import read_steps
 from fasttrain.train.run_lock import RunLock
@@ -30,7 +30,7 @@ def check_output(config: DPOConfig, command: str, *, resume: bool, overwrite: bo
     """UserError if the folder is in use and the user has not said what to do, or holds a run of another recipe, or a damaged one."""
     if resume and overwrite:
         raise UserError("--resume and --overwrite: wanted one of them, got both")
-    folder = Path(config.train.output)
+    folder = user_path(config.train.output)
     may_exist = resume or overwrite
     if not may_exist and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
@@ -45,7 +45,7 @@ def check_output(config: DPOConfig, command: str, *, resume: bool, overwrite: bo
 
 def open_run_folder(config: DPOConfig, command: str, lock: RunLock, *, resume: bool, overwrite: bool) -> Path:
     """Make and lock the folder, clear it if it is to be overwritten, write config.yaml; UserError as `check_output`."""
-    folder = Path(config.train.output)
+    folder = user_path(config.train.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -21,7 +21,7 @@ from fasttrain.answering.run import Failed
 from fasttrain.config import DataConfig
 from fasttrain.errors import UserError
 from fasttrain.evaluate.benchmarks import AnswerFile, Benchmark, ReadOptions, benchmark_of, find_benchmark
-from fasttrain.files import HashMemo, write_json
+from fasttrain.files import HashMemo, user_path, write_json
 from fasttrain.model.policy import Policy
 from fasttrain.progress import Progress, say
 from fasttrain.settings import require
@@ -70,8 +70,8 @@ class Watch:
 def split_eval(paths: str | list[str] | None) -> tuple[list[str], list[Path]]:
     """Pair files, and benchmark folders, of `data.eval`."""
     given = [paths] if isinstance(paths, str) else paths or []
-    folders = [path for path in given if benchmark_of(Path(path)) is not None]
-    return [path for path in given if path not in folders], [Path(path) for path in folders]
+    folders = [path for path in given if benchmark_of(user_path(path)) is not None]
+    return [path for path in given if path not in folders], [user_path(path) for path in folders]
 
 
 def open_watches(folders: Sequence[Path], data: DataConfig, memo: HashMemo) -> list[Watch]:
