@@ -35,6 +35,13 @@ FORMATS = (
 
 _WIDTH, _LENGTH, _BITS, _PHOTOMETRIC = 256, 257, 258, 262  # tags of a TIFF
 
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",
+}  # by EXIF's orientation, what turns the pixels upright  # fmt: skip
+
+_TELL_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # in an image's info
+
 
 @dataclass(frozen=True)
 class ImageRef:
@@ -76,10 +83,28 @@ def resolve_inside(root: Path, name: str) -> Path:
 
 def open_image(content: bytes) -> Image:
     """Decode to RGB, upright; ValueError says what is wrong with the bytes."""
-    from PIL import ImageOps
+    from PIL.Image import Transpose
 
     with _opened(io.BytesIO(content)) as image:
-        return to_rgb(ImageOps.exif_transpose(image))
+        image.load()  # before it is asked how it lies: some versions of Pillow turn a TIFF here
+        turn = _TURNS.get(_orientation(image))
+        upright = to_rgb(image if turn is None else image.transpose(Transpose[turn]))
+    for name in _TELL_ORIENTATION:  # a processor that heeds it would turn the image again
+        upright.info.pop(name, None)
+    return upright
+
+
+def _orientation(image: Image) -> int:
+    """How the pixels lie, by EXIF's numbers; 1, upright, where the file does not say, or says it in a way that cannot be read."""
+    from PIL.Image import ExifTags
+
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 (the pixels are sound; Pillow fails on damaged metadata in many ways)
+        return 1
+    return found if isinstance(found, int) else 1
 
 
 def to_rgb(image: Image) -> Image:
@@ -111,7 +136,10 @@ def check_header(ref: ImageRef) -> None:
 
 @contextlib.contextmanager
 def _opened(file: Any) -> Iterator[Image]:
-    """A lazily opened image of sane size; what PIL raises for damage, here or in the block, becomes a ValueError."""
+    """A lazily opened image of sane size; what PIL raises for damage, here or in the block, becomes a ValueError.
+
+    Its decoders raise what they like: zlib's, struct's and their own errors, and KeyError and the like from damaged tables.
+    """
     from PIL import Image, UnidentifiedImageError
 
     Image.init()
@@ -127,8 +155,11 @@ def _opened(file: Any) -> Iterator[Image]:
             raise ValueError(f"more than {MAX_PIXELS:,} pixels") from None
         except UnidentifiedImageError:
             raise ValueError(f"not a file of type {', '.join(known)}") from None
-        except (OSError, SyntaxError, EOFError, IndexError, TypeError, RuntimeError) as error:
-            raise ValueError(f"broken image: {error}") from None  # what PIL raises on damaged files
+        except (ValueError, MemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 (see above)
+            problem = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"broken image: {problem}") from None
 
 
 def _check_size(width: int, height: int) -> None:
@@ -151,8 +182,6 @@ def _check_greys(image: Image) -> None:
 
 def image_size(ref: ImageRef) -> tuple[int, int]:
     """(width, height) of an image as `open_image` would give it, from its header; ValueError or OSError if it has none."""
-    from PIL import Image
-
     if ref.content is not None:
         file: Any = io.BytesIO(ref.content)
     else:
@@ -161,8 +190,7 @@ def image_size(ref: ImageRef) -> tuple[int, int]:
         # of a TIFF: some versions of Pillow turn its size, and not yet its pixels, when they open it
         tags = getattr(image, "tag_v2", None)
         width, height = image.size if tags is None else (tags[_WIDTH], tags[_LENGTH])
-        turned = image.getexif().get(Image.ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return (height, width) if turned else (width, height)
+        return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 
 
 # What processors return for the text, not for the images.

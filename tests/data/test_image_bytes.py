@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import random
+import struct
 import zlib
 from pathlib import Path
 from typing import Any
@@ -134,15 +135,39 @@ def test_damage_anywhere_is_a_value_error_and_nothing_else(kind: str) -> None:
                 assert "\n" not in str(error)
 
 
-def test_a_decoder_that_fails_in_its_own_way_is_a_value_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("Failed to decode image"), "Failed to decode image"),  # as AVIF's decoder does
+        (struct.error("unpack requires a buffer\nof 2 bytes"), "unpack requires a buffer of 2 bytes"),
+        (zlib.error("Error -3"), "Error -3"),
+        (KeyError(3), "3"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_a_decoder_that_fails_in_its_own_way_is_a_value_error(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from PIL import ImageFile
 
     def fail(image: Any) -> None:
-        raise RuntimeError("Failed to decode image")  # as AVIF's decoder does
+        raise error
 
     content = encode(picture(), "PNG")
     monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
-    with pytest.raises(ValueError, match="broken image: Failed to decode image"):
+    with pytest.raises(ValueError, match=f"^broken image: {said}$"):
+        open_image(content)
+
+
+def test_memory_that_runs_out_is_not_the_images_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import ImageFile
+
+    def fail(image: Any) -> None:
+        raise MemoryError
+
+    content = encode(picture(), "PNG")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    with pytest.raises(MemoryError):
         open_image(content)
 
 

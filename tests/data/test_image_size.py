@@ -48,3 +48,31 @@ def test_the_orientation_in_the_xmp_of_a_tiff_counts_where_pillow_heeds_it(orien
     xmp = f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="{orientation}"/></x:xmpmeta>'.encode()
     content = encoded("TIFF", tiffinfo={700: xmp})
     assert open_image(content).size == image_size(ImageRef(content=content))
+
+
+# cut short, with an orientation in a field of no known type, with a directory beyond the end, and no EXIF at all
+UNREADABLE = [
+    b"II*\0",
+    b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\xff\0",
+    b"MM\0*\xff\xff\xff\xff",
+    b"nothing of the kind",
+]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("exif", UNREADABLE)
+def test_metadata_that_cannot_be_read_leaves_the_image_as_it_is_stored(kind: str, exif: bytes) -> None:
+    content = encoded(kind, exif=exif)
+    assert open_image(content).tobytes() == open_image(encoded(kind)).tobytes()
+    assert image_size(ImageRef(content=content)) == (37, 23)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_an_upright_image_says_nothing_by_which_it_would_be_turned_again(kind: str, orientation: int) -> None:
+    from PIL import Image, ImageOps
+
+    exif = Image.Exif()
+    exif[Image.ExifTags.Base.Orientation] = orientation
+    opened = open_image(encoded(kind, exif=exif))
+    assert ImageOps.exif_transpose(opened).tobytes() == opened.tobytes()

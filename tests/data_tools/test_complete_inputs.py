@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from fasttrain_data.completions.local import gumbel_sampler, load_sampler
 from fasttrain_data.completions.samples import SampleSettings, messages_of, samples_of
-from fasttrain_data.image_files import read_image
+from fasttrain_data.image_files import BadImage, read_image
 from fasttrain_data.records import Question
 
 
@@ -126,3 +127,14 @@ def test_greys_of_16_bits_are_seen_as_greys(questions, tmp_path, tiny_llava):
         Image.fromarray(picture).save(tmp_path / "1.png")
         drawn.append(sampler.draw_batch(batch_of(questions, settings)[:1])[0].text)
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_an_image_on_which_pillow_fails_in_a_way_of_its_own_is_a_bad_image(tmp_path, monkeypatch):
+    def fail(file):
+        raise struct.error("unpack requires a buffer of 2 bytes")
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", exif=b"II*\0")
+    assert read_image(tmp_path / "x.png").mime_type == "image/png"  # nobody asks how it lies
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(BadImage, match="not an image"):
+        read_image(tmp_path / "x.png")
