@@ -196,7 +196,7 @@ def _device(job: Job) -> str:
 
 def _usage(job: Job) -> str:
     vision = job.chat.pixels is not None
-    auto = "LlavaForConditionalGeneration" if vision else "AutoModelForCausalLM"
+    auto = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
     tool = "AutoProcessor" if vision else "AutoTokenizer"
     head = [f"from transformers import {', '.join(sorted([auto, tool]))}"]
     name = job.config.model.name

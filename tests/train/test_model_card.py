@@ -55,3 +55,29 @@ def test_what_the_rows_say_of_themselves_is_counted_and_their_terms_are_told(car
     assert "* rule: score hcc, margin 2.0 (8)" in text
     assert "* labels: swapped on purpose (8)" in text
     assert "its data card MIT" in text and "no source with known terms" not in text
+
+
+@pytest.mark.parametrize("family", ["text", "LLaVA", "LLaVA-NeXT", "Gemma 3"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_code_of_the_card_runs_as_it_stands(
+    family: str, whole: bool, tiny_text: Path, tiny_llava: Path, tiny_models: Any, tiny_families: Any, tmp_path: Path,
+    text_pairs: Callable[..., Path], vision_pairs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model = {"text": tiny_text, "LLaVA": tiny_llava}.get(family)
+    model = model or tiny_families.save(tiny_models, tmp_path / "model", family)
+    pairs = text_pairs(tmp_path / "pairs.jsonl", 4) if family == "text" else vision_pairs(tmp_path, 4)
+    recipe: dict[str, Any] = {
+        "model": {"name": str(model)},
+        "lora": None if whole else {"rank": 3, "alpha": 6},
+        "data": {"train": str(pairs), "workers": 0},
+        "train": {"output": str(tmp_path / "run"), "max_steps": 1, "pairs_per_step": 2},
+        "track": [],
+    }
+    result = train_dpo(config_from_dict(recipe))
+    code = (result.adapter / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    tiny_models.draw_image(result.folder / "picture.png", seed=1).rename(result.folder / "picture.jpg")
+    monkeypatch.chdir(result.folder)
+    capsys.readouterr()
+    exec(code, {})
+    assert capsys.readouterr().out.endswith("\n")
