@@ -14,7 +14,7 @@ from fasttrain.settings import DPOConfig
 HEAD = """# Settings
 
 Every key of a recipe, its type and default. Unknown keys are errors. `-s key=value` on the command line overrides a recipe; values
-are YAML. This page is made by `python -m fasttrain.settings_page > docs/settings.md`.
+are YAML. Paths may start with `~`. This page is made by `python -m fasttrain.settings_page > docs/settings.md`.
 """
 
 
