@@ -139,6 +139,21 @@ def test_a_failed_batch_is_reported_and_sent_again_by_the_next_run_only(path, mo
         assert double.batches.created == 2
 
 
+def test_a_reply_that_comes_back_as_bad_as_before_is_paid_once_a_run(path, monkeypatch):
+    submit = BatchApi.submit
+
+    def submit_or_give_up(self, model, requests, name):
+        assert double.batches.created < 3, "the same calls go out for ever"
+        return submit(self, model, requests, name)
+
+    with GeminiDouble(faults=FaultMix({"cut_json": 1.0})) as double:
+        assert run(double, path).statuses == Counter(malformed=20)
+        monkeypatch.setattr(BatchApi, "submit", submit_or_give_up)
+        assert run(double, path, retry=("malformed",)).statuses == Counter(malformed=20)
+        assert double.batches.created == 2
+        assert set(double.billed().values()) == {2}
+
+
 def test_large_work_is_split_into_batches(path, monkeypatch):
     monkeypatch.setattr(batch, "MAX_BATCH_CALLS", 7)
     with GeminiDouble() as double:

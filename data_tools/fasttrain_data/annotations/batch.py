@@ -65,7 +65,7 @@ class BatchRun:
         self._open_calls, self._ledger, self._api, self._output = open_calls, ledger, api, output
         self._poll_s, self._quiet, self._sleep = poll_s, quiet, sleep
         self._state = BatchState(output)
-        self._failed = SeenKeys()  # not sent again by this run
+        self._settled = SeenKeys()  # not sent again by this run
 
     def run(self) -> str | None:
         """Until no call is open; a reason if money ran out first."""
@@ -92,7 +92,7 @@ class BatchRun:
             self._state.save()
 
     def _submit_all(self) -> None:
-        calls = (call for call in self._open_calls() if call.key not in self._failed)
+        calls = (call for call in self._open_calls() if call.key not in self._settled)
         while self._submit(calls):
             pass
 
@@ -164,8 +164,9 @@ class BatchRun:
             results.unlink(missing_ok=True)
 
     def _settle(self, call: PlannedCall, result: Reply | CallFailed) -> None:
+        # A reply of a status in --retry leaves its call open as much as a failure does.
+        self._settled.add(call.key)
         if isinstance(result, CallFailed):
-            self._failed.add(call.key)
             self._ledger.write_failure(call, result)
         else:
             self._ledger.write_reply(call, result)
