@@ -6,6 +6,7 @@ import pytest
 
 from fasttrain_data.annotations.reply import Reply, judge_reply
 from fasttrain_data.annotations.request import JudgeRequest, reply_schema, system_instruction
+from fasttrain_data.annotations.sdk_genai import genai_failure
 from fasttrain_data.image_files import ImageFile
 from fasttrain_data.records import ATTRIBUTES, Turn
 
@@ -160,3 +161,20 @@ def test_numbers_of_thousands_of_digits_are_malformed():
     assert digits in text
     assert judge_reply(reply(text), 2).status == "malformed"
     assert status(entry(f"Answer {digits}"), entry(2)) == "missing_scores"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"error": "out of memory"}, "out of memory"),
+        ({"error": None}, "503"),
+        ({"error": {"message": "full", "details": "none"}}, "full"),
+        ({"error": {"message": "full", "details": [{"violations": None, "metadata": ["x"]}]}}, "full"),
+        (["full"], "503"),
+    ],
+)
+@pytest.mark.parametrize("code", [429, 503])
+def test_error_bodies_of_any_form_are_failures_of_one_call(body, words, code):
+    errors = pytest.importorskip("google.genai.errors")
+    failure = genai_failure(errors.APIError(code, body), "SECRET")
+    assert failure.retry and words.replace("503", str(code)) in failure.message

@@ -8,7 +8,7 @@ from typing import Any
 from fasttrain_data.annotations.judge import Endpoint
 from fasttrain_data.annotations.reply import Reply
 from fasttrain_data.annotations.request import JudgeRequest, reply_schema, system_instruction
-from fasttrain_data.calls.failures import CallFailed, failure_of, without_key
+from fasttrain_data.calls.failures import CallFailed, failure_of, whole_number, without_key
 from fasttrain_data.errors import UserError
 
 
@@ -77,10 +77,12 @@ def genai_failure(error: Exception, key: str) -> CallFailed:
 
     if isinstance(error, errors.APIError):
         body = error.details if isinstance(error.details, dict) else {}
-        details = body.get("error", body).get("details") or []
+        inner = body.get("error", body)
+        details = inner.get("details") if isinstance(inner, dict) else None
         headers = dict(getattr(error.response, "headers", None) or {})
-        message = without_key(str(error.message or error.status or ""), key)
-        return failure_of(int(error.code or 0), message, details, headers)
+        # Proxies send {"error": "text"}, in which the SDK finds no message.
+        words = error.message or (inner if isinstance(inner, str) else None) or error.status or ""
+        return failure_of(whole_number(error.code), without_key(str(words), key), details, headers)
     if isinstance(error, httpx2.TimeoutException):
         return CallFailed("timeout", f"no reply in time ({type(error).__name__})", retry=True)
     what = "connection failed" if isinstance(error, httpx2.HTTPError) else "unreadable reply"

@@ -37,10 +37,10 @@ class CallFailed(Exception):
 
 
 def failure_of(
-    code: int, message: str, details: Iterable[Any] = (), headers: Mapping[str, str] | None = None
+    code: int, message: str, details: Any = (), headers: Mapping[str, str] | None = None
 ) -> CallFailed:
-    """The failure behind an HTTP error of a Google-style API: `details` are its error.details."""
-    details = [item for item in details if isinstance(item, dict)]
+    """The failure behind an HTTP error of a Google-style API: `details` are its error.details, in whatever form."""
+    details = _objects(details)
     delay_s = retry_info_s(details)
     if delay_s is None and headers:
         delay_s = retry_after_s(headers)
@@ -67,7 +67,7 @@ def retry_info_s(details: Iterable[dict[str, Any]]) -> float | None:
         if isinstance(delay, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)s", delay)):
             return float(match[1])
         if isinstance(delay, dict):
-            return float(delay.get("seconds", 0)) + float(delay.get("nanos", 0)) / 1e9
+            return whole_number(delay.get("seconds")) + whole_number(delay.get("nanos")) / 1e9
     return None
 
 
@@ -92,15 +92,28 @@ def _is_daily(details: Iterable[dict[str, Any]], message: str) -> bool:
     for item in details:
         names += [
             str(violation.get("quotaId", violation.get("quota_id", "")))
-            for violation in item.get("violations", [])
+            for violation in _objects(item.get("violations"))
         ]
-        names += [str(value) for value in (item.get("metadata") or {}).values()]
+        metadata = item.get("metadata")
+        names += [str(value) for value in metadata.values()] if isinstance(metadata, dict) else []
     return any(re.search(r"per\s*_?day", name, re.IGNORECASE) for name in names)
 
 
 def _is_key_problem(details: Iterable[dict[str, Any]], message: str) -> bool:
     reasons = [str(item.get("reason", "")) for item in details]
     return any("API_KEY" in reason for reason in reasons) or "API key" in message
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    """The objects of a list; none if it is no list, as proxies between us and the API may have it."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list | tuple) else []
+
+
+def whole_number(value: Any) -> int:
+    """A whole number that JSON gave as a number or as digits; 0 for anything else."""
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"[0-9]{1,15}", value) else 0
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
 def without_key(text: str, key: str | None) -> str:
