@@ -7,6 +7,7 @@ import pytest
 from fasttrain_data.annotations import batch
 from fasttrain_data.annotations.batch_api import BatchApi, read_result
 from fasttrain_data.annotations.judge import Endpoint
+from fasttrain_data.annotations.reply import Reply, judge_reply
 from fasttrain_data.annotations.run import annotate
 from fasttrain_data.annotations.sdk_genai import GenaiJudge
 from fasttrain_data.annotations.settings import AnnotateSettings
@@ -213,7 +214,35 @@ def test_errors_of_rows_speak_rpc_codes():
         "server_error",
         "refused_request",
     ]
-    assert isinstance(read_result({"key": "a", "response": {"candidates": "x"}}), CallFailed)
+    in_words = read_result({"key": "a", "error": "overloaded"})
+    assert isinstance(in_words, CallFailed) and "overloaded" in in_words.message
+    assert isinstance(read_result({"key": "a"}), CallFailed)
+
+
+USAGE = {"promptTokenCount": 900, "candidatesTokenCount": 40, "thoughtsTokenCount": 2}
+
+
+def test_a_reply_with_fields_the_sdk_does_not_know_is_read():
+    usage = {**USAGE, "serviceTier": "flex"}
+    parts = [{"text": "pondering", "thought": True}, {"text": "[1"}, {"text": "]"}]
+    candidate = {"content": {"role": "model", "parts": parts}, "finishReason": "STOP", "mood": "calm"}
+    row = {"candidates": [candidate], "usageMetadata": usage, "modelVersion": "m-1", "weather": {"sun": 1}}
+    reply = read_result({"key": "a", "response": row})
+    assert isinstance(reply, Reply)
+    assert (reply.text, reply.finish_reason, reply.model_version) == ("[1]", "STOP", "m-1")
+    assert reply.usage == {"prompt": 900, "output": 40, "thoughts": 2, "cached": 0}
+    assert reply.raw == row
+
+
+@pytest.mark.parametrize(
+    "candidates", ["x", [3], {"0": {}}, [{"content": "x"}], [{"content": {"parts": [{"text": 4}]}}]]
+)
+def test_an_answer_that_cannot_be_read_is_kept_with_its_cost(candidates):
+    row = {"candidates": candidates, "usageMetadata": USAGE}
+    reply = read_result({"key": "a", "response": row})
+    assert isinstance(reply, Reply)
+    assert judge_reply(reply, 3).status == "malformed"
+    assert (reply.usage["prompt"], reply.raw) == (900, row)
 
 
 def test_the_legacy_sdk_has_no_batch_api():

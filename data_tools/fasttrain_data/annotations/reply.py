@@ -21,7 +21,7 @@ class Reply:
     """What an SDK brought back from a call that the server answered.
 
     text: None when there is no candidate or it has no text. finish_reason, block_reason: Gemini's names.
-    raw: the whole reply as JSON, kept in the journal.
+    raw: the whole reply as JSON, kept in the journal. unreadable: why nothing could be read from it, if so.
     """
 
     text: str | None
@@ -30,6 +30,7 @@ class Reply:
     model_version: str | None
     usage: dict[str, int]
     raw: dict[str, Any]
+    unreadable: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def withheld(reply: Reply) -> Verdict | None:
 
 def judge_reply(reply: Reply, answers: int) -> Verdict:
     """Status and scores of a reply to a request with so many answers."""
+    if reply.unreadable:
+        return Verdict("malformed", reply.unreadable)
     if (verdict := withheld(reply)) is not None:
         return verdict
     finish = reply.finish_reason or ""
