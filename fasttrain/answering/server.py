@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,10 +21,11 @@ class ServerModel:
     """
 
     def __init__(self, url: str, name: str, limits: Any, timeout_s: float = 300.0) -> None:
+        from fasttrain_data.calls.api_key import key_from_environment
         from fasttrain_data.calls.chat_server import KEY_VARIABLE, chat_url
 
         self.url, self.name, self.limits, self.timeout_s = chat_url(url), name, limits, timeout_s
-        self._key = os.environ.get(KEY_VARIABLE)
+        self._key = key_from_environment(KEY_VARIABLE)
         self.memo = HashMemo(cache_root() / "hashes.sqlite")
 
     @property

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from fasttrain_data.annotations.reply import Reply
 from fasttrain_data.annotations.request import JudgeRequest
+from fasttrain_data.calls.api_key import key_from_environment
 from fasttrain_data.errors import UserError
 
 Sdk = Literal["google-genai", "google-generativeai"]
@@ -35,7 +36,7 @@ class Endpoint:
 
 def endpoint_from_environment(base_url: str | None, api_version: str | None, timeout_s: float) -> Endpoint:
     """Key from GEMINI_API_KEY or GOOGLE_API_KEY, server also from GOOGLE_GEMINI_BASE_URL."""
-    api_key = os.environ.get("GEMINI_API_KEY") or os.environ.get("GOOGLE_API_KEY")
+    api_key = key_from_environment("GEMINI_API_KEY", "GOOGLE_API_KEY")
     if not api_key:
         raise UserError(
             "wanted an API key in the environment variable GEMINI_API_KEY or GOOGLE_API_KEY, got none"

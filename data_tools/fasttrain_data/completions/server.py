@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
+from fasttrain_data.calls.api_key import key_from_environment
 from fasttrain_data.calls.chat_server import KEY_VARIABLE, chat_url, post_chat
 from fasttrain_data.calls.dispatch import CallLimits, Dispatcher
 from fasttrain_data.completions.samples import Done, Drawn, Sample, SampleSettings, messages_of
@@ -26,7 +26,7 @@ class ServerSampler:
         self.url = chat_url(url)
         self.settings, self.limits = settings, limits
         self.timeout_s = timeout_s
-        self._key = os.environ.get(KEY_VARIABLE)
+        self._key = key_from_environment(KEY_VARIABLE)
 
     def draw(self, samples: Iterator[list[Sample]], done: Done) -> None:
         import httpx

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from fasttrain.evaluate.judging.options import OPENAI_SERVER, JudgeOptions
 from fasttrain.evaluate.judging.request import JudgeRequest
 from fasttrain_data.annotations.reply import Reply
+from fasttrain_data.calls.api_key import key_from_environment
 from fasttrain_data.calls.chat_server import KEY_VARIABLE, chat_url, post_chat
 from fasttrain_data.calls.failures import CallFailed
 from fasttrain_data.errors import UserError
@@ -80,7 +81,7 @@ class OpenAIClient:
 
         server = options.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_SERVER
         self._url = chat_url(server, "--judge-url")
-        self._key = os.environ.get(KEY_VARIABLE)
+        self._key = key_from_environment(KEY_VARIABLE)
         if not self._key and server == OPENAI_SERVER:
             raise UserError(f"wanted an API key in the environment variable {KEY_VARIABLE}, got none")
         width = options.limits.in_flight
