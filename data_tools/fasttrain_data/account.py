@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from fasttrain_data.errors import UserError
 from fasttrain_data.jsonl import dump_row, whole_file
 
 
@@ -44,6 +45,13 @@ class Account:
 
     def total_kept(self) -> int:
         return self.kept.total()
+
+    def check_any_kept(self, source: Path, wanted: str) -> None:
+        """UserError with the reasons if nothing was kept; to be called before the output takes its name."""
+        if not self.total_kept():
+            counts: Counter[str] = sum(self.dropped.values(), Counter())
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+            raise UserError(f"{source}: wanted at least one {wanted}, got none ({reasons or 'no rows'})")
 
     def lines(self) -> Iterator[str]:
         """The account as indented text, one group after the other."""

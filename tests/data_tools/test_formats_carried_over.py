@@ -6,7 +6,7 @@ import pytest
 
 from fasttrain_data.errors import BadRow, UserError
 from fasttrain_data.formats.bring_in import import_pairs
-from fasttrain_data.formats.write import export_pairs
+from fasttrain_data.formats.write import TARGETS, export_pairs
 
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154789c63f8cfc000000301"
@@ -100,3 +100,17 @@ def test_half_a_character_survives_json_and_is_named_where_it_cannot(tmp_path, r
     path.write_text(json.dumps(PAIR | {"image": "\ud83d.png"}))
     with pytest.raises(BadRow, match="images: wanted an image path"):
         import_pairs(path, tmp_path / "other" / "p.jsonl")
+
+
+@pytest.mark.parametrize("target", [*TARGETS, "parquet"])
+def test_an_export_of_nothing_leaves_the_earlier_one_and_says_why(tmp_path, write_rows, target):
+    row = {"context": [{"role": "user", "content": "why?"}], "response1": "yes", "response2": "no"}
+    good = write_rows(tmp_path / "good.jsonl", [{**row, "overall_preference": -2}])
+    tied = write_rows(tmp_path / "tied.jsonl", [{**row, "overall_preference": 0}] * 2)
+    output = tmp_path / ("out.parquet" if target == "parquet" else "out.json")
+    form = "trl" if target == "parquet" else target
+    export_pairs(good, output, form)
+    before = output.read_bytes()
+    with pytest.raises(UserError, match=r"got none \(2 tie\)"):
+        export_pairs(tied, output, form)
+    assert output.read_bytes() == before

@@ -46,8 +46,7 @@ def import_pairs(
             account.keep(source.name)
             if has_non_finite(row):
                 account.change(source.name, NON_FINITE)
-        if not account.total_kept():
-            raise UserError(f"{source}: wanted at least one row to import, got none")
+        account.check_any_kept(source, "row to import")
     if note := names.note(output):
         account.notes.append(note)
     return account

@@ -32,7 +32,9 @@ _FEATURES: dict[str, Any] = {
 _SCORES = ("score_chosen", "score_rejected", "margin")
 
 
-def write_parquet(rows: Iterator[Row], output: Path, store: ImageStore, account: Account) -> None:
+def write_parquet(
+    rows: Iterator[Row], output: Path, store: ImageStore, account: Account, source: Path
+) -> None:
     """Columns id, images, prompt, chosen, rejected and the three scores; nothing else is kept."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -43,6 +45,7 @@ def write_parquet(rows: Iterator[Row], output: Path, store: ImageStore, account:
             table = [_arrow_row(row, store, Place(str(output), f"pair {row['id']}")) for row in group]
             writer.write_table(pa.Table.from_pylist(table, schema=schema))
             account.keep("pairs", len(group))
+        account.check_any_kept(source, "pair to export")
 
 
 def _schema(pa: Any) -> Any:

@@ -50,11 +50,9 @@ def export_pairs(
         if target == "trl" and output.suffix == ".parquet":
             from fasttrain_data.formats.parquet import write_parquet
 
-            write_parquet(rows, output, store, account)
+            write_parquet(rows, output, store, account, source)
         else:
-            _write_json(rows, output, target, store, account)
-        if not account.total_kept():
-            raise UserError(f"{source}: wanted at least one pair to export, got none")
+            _write_json(rows, output, target, store, account, source)
     if target == "llama-factory":
         _register(output)
     if output.suffix != ".parquet" and (note := names.note(output)):
@@ -66,7 +64,9 @@ def _rows(source: Path, form: str | None, account: Account) -> Iterator[Row]:
     yield from read_pairs(source, form, lambda where, reason: account.drop("pairs", reason, where))
 
 
-def _write_json(rows: Iterator[Row], output: Path, target: str, store: ImageStore, account: Account) -> None:
+def _write_json(
+    rows: Iterator[Row], output: Path, target: str, store: ImageStore, account: Account, source: Path
+) -> None:
     convert = _WRITERS[target]
     as_array = target in ("llama-factory", "mllm-dpo")
     with whole_file(output) as file:
@@ -82,7 +82,8 @@ def _write_json(rows: Iterator[Row], output: Path, target: str, store: ImageStor
             account.keep("pairs")
             if has_non_finite(converted):
                 account.change("pairs", NON_FINITE)
-        file.write(b"\n]\n" if as_array and account.total_kept() else b"\n")
+        account.check_any_kept(source, "pair to export")
+        file.write(b"\n]\n" if as_array else b"\n")
 
 
 def _to_trl(row: Row) -> Row | str:
