@@ -166,6 +166,30 @@ def test_a_daily_quota_stops_new_calls_and_keeps_what_is_in_flight():
     assert {job for job, _ in done} == set(pulled)
 
 
+def test_a_call_that_waits_for_its_retry_is_no_end_of_the_money():
+    reserved, failures, results = set(), [1], []
+
+    def work(job):
+        if job == 0 and failures:
+            failures.pop()
+            raise CallFailed("server_error", "503", retry=True)
+        return job
+
+    def admit(job):
+        if job not in reserved and reserved:
+            return False
+        reserved.add(job)
+        return True
+
+    def done(job, result):
+        reserved.discard(job)
+        results.append(result)
+
+    limits = CallLimits(in_flight=2, backoff_s=0.01)
+    Dispatcher(work, done, limits, admit=admit).run(iter(range(3)))
+    assert results == [0, 1, 2]
+
+
 def test_an_interruption_waits_for_the_calls_that_are_paid():
     release = threading.Event()
     results = []

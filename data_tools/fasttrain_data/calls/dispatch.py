@@ -47,8 +47,8 @@ class Dispatcher(Generic[JobType]):
 
     The result is what `work` returned, or the CallFailed that outlived all attempts. Jobs are pulled from their
     iterator as they can start, so that a million of them need no memory. `tokens(job)` is the estimate that
-    `tpm` is held to. A job that `admit` refuses waits for calls in flight to end, and when none is in flight
-    ends the run. After a 429 everything waits as long as the server said and fewer calls run at once;
+    `tpm` is held to. A job that `admit` refuses waits for calls in flight and retries to end, and when there are
+    none ends the run. After a 429 everything waits as long as the server said and fewer calls run at once;
     replies bring the number back up.
     """
 
@@ -110,17 +110,33 @@ class Dispatcher(Generic[JobType]):
                 if job is None:
                     return max(0.0, self._waiting[0].ready_s - now_s) if self._waiting else None
                 heapq.heappush(self._waiting, _Waiting(now_s, next(self._numbers), job))
-            if not self._admit(self._waiting[0].job):
+            waiting = self._admitted()
+            if waiting is None:
                 if not self._running:
                     self.stop()
                 return None
-            tokens = self._tokens(self._waiting[0].job)
+            if waiting.ready_s > now_s:
+                return waiting.ready_s - now_s
+            tokens = self._tokens(waiting.job)
             if (wait_s := self._limiter.wait_s(now_s, tokens)) > 0:
                 return wait_s
             self._limiter.start(now_s, tokens)
             self._running += 1
-            pool.submit(self._call, heapq.heappop(self._waiting))
+            self._waiting.remove(waiting)
+            heapq.heapify(self._waiting)
+            pool.submit(self._call, waiting)
         return None
+
+    def _admitted(self) -> _Waiting[JobType] | None:
+        """The next job that may start; when that is refused, the earliest that waits for its retry.
+
+        A retry was admitted before and holds what was reserved for it: only its end makes room for others.
+        """
+        first = self._waiting[0]
+        if self._admit(first.job):
+            return first
+        retries = [waiting for waiting in self._waiting if waiting.attempt > 1 and waiting is not first]
+        return min((retry for retry in retries if self._admit(retry.job)), default=None)
 
     def _call(self, waiting: _Waiting[JobType]) -> None:
         try:
