@@ -155,6 +155,55 @@ def test_a_reply_that_comes_back_as_bad_as_before_is_paid_once_a_run(path, monke
         assert set(double.billed().values()) == {2}
 
 
+@pytest.mark.parametrize("lost", ["batch", "results"])
+def test_a_batch_the_server_has_forgotten_is_reported_and_sent_again_by_the_next_run(
+    path, monkeypatch, lost, read_rows
+):
+    with GeminiDouble() as double:
+        store, get = double.batches, double.batches.get
+
+        def forget(route, query):
+            if lost == "batch":
+                store.jobs.clear()
+            elif ":download" in route:
+                store.files.clear()
+            return get(route, query)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "get", forget)
+            assert run(double, path).statuses == Counter(server_error=20)
+        assert "any more" in read_rows(path.with_name("a.jsonl"))[0]["detail"]
+        assert run(double, path).statuses == Counter(ok=20)
+        assert store.created == 2
+
+
+def test_a_server_without_a_batch_api_does_not_make_batches_forgotten(path, monkeypatch):
+    with GeminiDouble() as double:
+        with monkeypatch.context() as patch:
+            patch.setattr(BatchApi, "get", lambda *asked: (_ for _ in ()).throw(Killed()))
+            with pytest.raises(Killed):
+                run(double, path)
+        with monkeypatch.context() as patch:
+            patch.setattr(double.batches, "get", lambda *asked: None)
+            with pytest.raises(UserError, match="404"):
+                run(double, path)
+        assert run(double, path).statuses == Counter(ok=20)
+        assert double.batches.created == 1
+
+
+def test_calls_of_a_batch_whose_state_was_deleted_count_as_not_made(path, monkeypatch, tmp_path):
+    table = tmp_path / "prices.yaml"
+    table.write_text("prices:\n- {model: gemini, from: 2020-01-01, input: 0, output: 1000}\n")
+    with GeminiDouble() as double:
+        with monkeypatch.context() as patch:
+            patch.setattr(BatchApi, "get", lambda *asked: (_ for _ in ()).throw(Killed()))
+            with pytest.raises(Killed):
+                run(double, path)
+        path.with_name("a.batches.json").unlink()
+        result = run(double, path, batch=False, prices=table, max_cost_usd=0.001)
+        assert result.statuses == Counter(quota=20)
+
+
 def test_large_work_is_split_into_batches(path, monkeypatch):
     monkeypatch.setattr(batch, "MAX_BATCH_CALLS", 7)
     with GeminiDouble() as double:

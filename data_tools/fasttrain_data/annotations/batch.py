@@ -145,13 +145,14 @@ class BatchRun:
         """Write every call of an ended batch to the journal: its reply, or what went wrong."""
         results = self._output.with_name(f".{self._output.stem}.{name}.results.jsonl")
         problem = job.error or f"the batch ended as {job.state} without this call's result"
-        missing = CallFailed("server_error", problem)
         index = OffsetIndex()
         self._ledger.live_batches.discard(name)  # its calls are open again until they are settled below
         try:
             results.touch()
-            if job.file is not None:
-                self._api.download(job.file, results)
+            if job.file is not None and not self._api.download(job.file, results):
+                results.write_bytes(b"")
+                problem = f"the server does not have the batch's results {job.file} any more"
+            missing = CallFailed("server_error", problem)
             for at, _, row in read_lines(results):
                 index.put(str(row.get("key")), at)
             with LineFile(results) as lines:

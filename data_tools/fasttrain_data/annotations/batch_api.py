@@ -42,6 +42,10 @@ class BatchJob:
     error: str | None
 
 
+class _NotThere(UserError):
+    """The server does not know what was asked for."""
+
+
 class BatchApi:
     """Batch calls with retries: each is free, and losing a day of waiting to one 503 is not."""
 
@@ -72,7 +76,12 @@ class BatchApi:
         return self._try(create)
 
     def get(self, name: str) -> BatchJob:
-        job = self._try(lambda: self._client.batches.get(name=name))
+        """State of a batch; one that the server does not know any more has ended without results."""
+        try:
+            job = self._try(lambda: self._client.batches.get(name=name))
+        except _NotThere:
+            self.names_by_display_name()  # a wrong address does not know any batch: that is told instead
+            return BatchJob("JOB_STATE_EXPIRED", None, f"the server does not know the batch {name} any more")
         state = str(getattr(job.state, "value", job.state))
         file = job.dest.file_name if job.dest else None
         return BatchJob(state, file, str(job.error.message) if job.error else None)
@@ -81,8 +90,13 @@ class BatchApi:
         jobs = self._try(lambda: list(self._client.batches.list(config={"page_size": 100})))
         return {str(job.display_name): str(job.name) for job in jobs if job.display_name}
 
-    def download(self, file: str, target: Path) -> None:
-        self._try(lambda: self._client.files.download(file=file, destination=str(target)))
+    def download(self, file: str, target: Path) -> bool:
+        """Write a results file to `target`; False if the server does not have it any more."""
+        try:
+            self._try(lambda: self._client.files.download(file=file, destination=str(target)))
+        except _NotThere:
+            return False
+        return True
 
     def _try(self, call: Callable[[], Value]) -> Value:
         import httpx2
@@ -94,7 +108,8 @@ class BatchApi:
             except (errors.APIError, httpx2.HTTPError, ValueError, KeyError) as error:
                 failure = genai_failure(error, self._judge.api_key)
                 if failure.stop or not failure.retry or attempt == self._attempts - 1:
-                    raise UserError(
+                    gone = isinstance(error, errors.APIError) and error.code == 404
+                    raise (_NotThere if gone else UserError)(
                         f"the batch API refuses: {failure.message}; start again to go on"
                     ) from None
                 wait_s = failure.delay_s if failure.delay_s is not None else self._backoff_s * 2**attempt

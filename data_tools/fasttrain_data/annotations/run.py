@@ -13,7 +13,7 @@ from fasttrain_data.annotations.assemble import assemble, assemble_failed
 from fasttrain_data.annotations.batch import BatchRun, BatchState
 from fasttrain_data.annotations.budget import Budget, estimate_tokens
 from fasttrain_data.annotations.judge import Judge
-from fasttrain_data.annotations.ledger import Ledger, MixedVersions, Totals, about_call
+from fasttrain_data.annotations.ledger import SUBMITTED, Ledger, MixedVersions, Totals, about_call
 from fasttrain_data.annotations.plan import PlannedCall, plan_calls
 from fasttrain_data.annotations.prices import Price, price_of
 from fasttrain_data.annotations.prompts import ImageReader, Prompts
@@ -224,6 +224,6 @@ class _Run:
 
     def _entry(self, call: PlannedCall) -> dict[str, Any]:
         entry = self.journal.get(call.key)
-        if entry is None:
+        if entry is None or entry["status"] == SUBMITTED:
             entry = {"status": "quota", "detail": self.stopped or "the call was not made"}
         return {**entry, **about_call(call)}
