@@ -91,6 +91,21 @@ def test_a_server_gets_the_image_the_conversation_and_the_seed(
     assert "server-key" not in "".join(path.read_text() for path in tmp_path.glob("c.*"))
 
 
+def test_a_repeated_question_is_drawn_and_written_once(
+    questions, tmp_path, command, openai_server, read_rows
+):
+    rows = questions.read_text().splitlines(keepends=True)
+    questions.write_text("".join([*rows, rows[1]]))
+    out = tmp_path / "c.jsonl"
+    arguments = (questions, "-o", out, "-m", "served", "--server", openai_server.url, "--samples", "2")
+    code, stdout, _ = command("complete", *arguments)
+    assert code == 0
+    assert len(openai_server.seen) == len(read_rows(out)) == 6
+    assert "1  repeated question" in stdout
+    [skipped] = read_rows(tmp_path / "c.skipped.jsonl")
+    assert skipped["where"] == f"{questions} line 4"
+
+
 def test_server_faults_are_retried_or_typed(questions, tmp_path, command, openai_server, read_rows):
     def plan(body, attempt):
         if attempt == 0:

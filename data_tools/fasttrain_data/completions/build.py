@@ -16,6 +16,7 @@ from fasttrain_data.image_files import BadImage, ImageFile, ImageNames, find_ima
 from fasttrain_data.jsonl import Row, check_output, read_rows, whole_rows
 from fasttrain_data.progress import Progress
 from fasttrain_data.records import Completion, Question, now, parse_record, tool_version, valid_text
+from fasttrain_data.spill import SeenKeys
 
 
 @dataclass
@@ -35,7 +36,7 @@ def complete(
     """Sample `settings.samples` completions of every question and write `output`.
 
     Samples in `output`'s journal are not drawn again. Equal texts of one question become one record with a
-    count. Questions with bad images, failed and empty samples are counted and listed.
+    count. Questions with bad images, repeated ones, failed and empty samples are counted and listed.
     """
     check_output(output, questions)
     names = ImageNames.between(questions, output, settings.image_root)
@@ -50,13 +51,18 @@ def complete(
 
         sampler.draw(_missing(questions, names, settings, sampler, journal), done)
         progress.close()
+        seen = SeenKeys()
         with whole_rows(output) as write:
             for question, place, images in _read(questions, names):
                 result.questions += 1
                 if isinstance(images, BadImage):
                     account.drop("questions", "bad image", f"{questions} {place}", str(images))
                     continue
-                entries = _entries(question, images, settings, sampler, journal)
+                samples = samples_of(question, images, settings, sampler.model_version)
+                if not seen.add(samples[0].key):
+                    account.drop("questions", "repeated question", f"{questions} {place}", question.id)
+                    continue
+                entries = _entries(samples, journal)
                 if all(entry["status"] == "bad_image" for entry in entries):
                     account.drop("questions", "bad image", f"{questions} {place}", entries[0]["detail"])
                     continue
@@ -66,6 +72,7 @@ def complete(
                     record.images = [names.written(name) for name in question.images]
                     write(record.row())
                     result.completions += 1
+            seen.close()
             if not result.completions:
                 why = ", ".join(
                     f"{n:,} {why}" for counter in account.dropped.values() for why, n in counter.items()
@@ -96,13 +103,15 @@ def _read(
 def _missing(
     questions: Path, names: ImageNames, settings: SampleSettings, sampler: Sampler, journal: Journal
 ) -> Iterator[list[Sample]]:
-    """Per question, the samples that are not in the journal."""
+    """Per question, the samples that are not in the journal; those of a repeated question once."""
+    seen = SeenKeys()
     for question, _, images in _read(questions, names):
         if not isinstance(images, BadImage):
             samples = samples_of(question, images, settings, sampler.model_version)
             missing = [sample for sample in samples if (journal.get(sample.key) or {}).get("status") != "ok"]
-            if missing:
+            if missing and seen.add(samples[0].key):
                 yield missing
+    seen.close()
 
 
 def _entry(sample: Sample, drawn: Drawn | CallFailed) -> Row:
@@ -119,14 +128,7 @@ def _entry(sample: Sample, drawn: Drawn | CallFailed) -> Row:
     }
 
 
-def _entries(
-    question: Question,
-    images: tuple[ImageFile, ...],
-    settings: SampleSettings,
-    sampler: Sampler,
-    journal: Journal,
-) -> list[Row]:
-    samples = samples_of(question, images, settings, sampler.model_version)
+def _entries(samples: list[Sample], journal: Journal) -> list[Row]:
     missing = {"status": "server_error", "detail": "the sample was not drawn"}
     return [{**missing, **(journal.get(sample.key) or {}), "sample": sample.index} for sample in samples]
 
