@@ -9,7 +9,16 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fasttrain_data.errors import BadRow
 from fasttrain_data.ids import content_hash
@@ -149,7 +158,7 @@ class Scored(Record):
 
     id: str | None = None
     text: str
-    count: int = 1
+    count: int = Field(default=1, ge=1)
     helpfulness: Score | None = None
     correctness: Score | None = None
     coherence: Score | None = None
@@ -166,7 +175,7 @@ class Scored(Record):
 class Annotation(Prompted):
     id: str | None = Field(default=None, description="hash of question, completions and annotator settings")
     question_id: str | None = None
-    completions: list[Scored]
+    completions: list[Scored] = Field(min_length=1)
     status: Status = "ok"
     detail: str | None = Field(default=None, description="what went wrong, in words")
     flags: list[str] = Field(default=[], description="suspicious but not wrong, e.g. constant_scores")
@@ -183,6 +192,19 @@ class Annotation(Prompted):
     calls: list[Call] = []
     tool: str | None = None
     created: str | None = None
+
+    @field_validator("calls")
+    @classmethod
+    def _check_calls(cls, calls: list[Call], info: ValidationInfo) -> list[Call]:
+        """Calls speak of completions by their places: a completion taken out by hand leaves them without meaning."""
+        places = range(len(info.data.get("completions") or []))
+        for number, call in enumerate(calls if places else []):
+            if not set(call.order) <= set(places):
+                raise ValueError(f"call {number} to grade the {len(places)} completions here by their places")
+            wanted = [len(ATTRIBUTES)] * len(call.order)
+            if call.scores is not None and [len(row) for row in call.scores] != wanted:
+                raise ValueError(f"call {number} with {len(ATTRIBUTES)} scores for each answer in its order")
+        return calls
 
 
 class Pair(Record):
@@ -243,7 +265,9 @@ def parse_record(kind: type[AnyRecord], row: Row, file: object, place: str) -> A
         problem = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in problem["loc"]) or "row"
         got = "nothing" if problem["type"] == "missing" else problem["input"]
-        wanted = _WANTED.get(problem["type"], problem["msg"].removeprefix("Input should be "))
+        wanted = _WANTED.get(
+            problem["type"], problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+        )
         raise BadRow(file, place, field, wanted, got) from None
 
 

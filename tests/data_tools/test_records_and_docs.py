@@ -33,6 +33,9 @@ def test_records_written_by_hand_need_only_what_no_stage_could_know():
     assert Pair.model_validate({"id": "p", "prompt": turn, "chosen": turn, "rejected": turn}).images == []
 
 
+CALL = {"key": "k", "vote": 0, "order": [0], "status": "ok", "scores": [[4, 3, 2, 1, 0]]}
+
+
 @pytest.mark.parametrize(
     ("kind", "row", "message"),
     [
@@ -52,8 +55,25 @@ def test_records_written_by_hand_need_only_what_no_stage_could_know():
         ),
         (
             Annotation,
-            {"question": "x", "completions": [], "status": "fine"},
+            {"question": "x", "completions": [{"text": "y"}], "status": "fine"},
             "status: wanted 'ok', 'blocked_prompt'",
+        ),
+        (Annotation, {"question": "x", "completions": []}, "completions: wanted "),
+        (Annotation, {"question": "x", "completions": [{"text": "y", "count": 0}]}, "completions.0.count: "),
+        (
+            Annotation,
+            {"question": "x", "completions": [{"text": "y"}], "calls": [CALL | {"order": [1, 0]}]},
+            "calls: wanted call 0 to grade the 1 completions here",
+        ),
+        (
+            Annotation,
+            {"question": "x", "completions": [{"text": "y"}], "calls": [CALL | {"order": [-1]}]},
+            "calls: wanted call 0",
+        ),
+        (
+            Annotation,
+            {"question": "x", "completions": [{"text": "y"}], "calls": [CALL | {"scores": [[1, 2]]}]},
+            "calls: wanted call 0 with 5 scores",
         ),
     ],
 )
