@@ -3,11 +3,13 @@
 import json
 import statistics
 from collections import Counter
+from datetime import date
 from itertools import permutations
 
 import pytest
 
 from fasttrain_data.annotations.plan import orders
+from fasttrain_data.annotations.prices import price_of
 from fasttrain_data.annotations.prompts import Prompt, Prompts
 from fasttrain_data.calls.limits import Limiter
 from fasttrain_data.gemini_double import FaultMix, GeminiDouble, hash_judge
@@ -371,6 +373,14 @@ def test_the_cost_cap_is_never_passed_and_counts_earlier_runs(completions, annot
         code, rows, _, _ = annotate(double, path, *arguments, "--max-cost", "100", model="dear")
         assert code == 0
         assert annotate(double, path, "--max-cost", "1", model="unpriced")[0] == 2
+
+
+def test_a_price_may_begin_at_a_moment_of_a_day(tmp_path):
+    table = tmp_path / "prices.yaml"
+    row = "{model: x, from: 2026-01-02 10:00:00, to: 2026-02-01T00:00:00Z, input: 1, output: 2}"
+    table.write_text(f"prices:\n- {row}\n")
+    days = (date(2026, 1, 1), date(2026, 1, 2), date(2026, 2, 1), date(2026, 2, 2))
+    assert [price_of("x", table, day) is not None for day in days] == [False, True, True, False]
 
 
 def test_a_broken_price_table_is_named(completions, annotate, tmp_path):

@@ -156,6 +156,8 @@ def test_question_files_are_read_and_scigraphqa_is_recognised_by_its_image_names
         {"question_id": 2, "text": "Why?", "image": "hep-th9901001v3-Figure1-1.png"},
     ]
     assert [draft.source for draft in drafts(*rows)] == ["scigraphqa", "llava-questions", "scigraphqa"]
+    without_id = {"text": "Why?", "image": "1.jpg"}
+    assert [draft.source_id for draft in drafts(rows[0], without_id)] == ["0", None]
 
 
 def test_rows_that_hold_no_question_are_counted_not_skipped_in_silence(drafts):

@@ -294,6 +294,12 @@ def test_argilla_records_of_another_review_are_refused(pairs, tmp_path):
             {"responses": {"preference": [{"value": "best"}]}},
             "row 1: responses.preference: wanted left, right or tie",
         ),
+        (
+            {"responses": {"preference": [{"value": ["left"]}]}},
+            "row 1: responses.preference: wanted left, right or tie",
+        ),
+        ({"responses": [{"value": "left"}]}, "row 1: responses: wanted an object"),
+        ({"metadata": "ann"}, "row 1: metadata: wanted an object"),
     ):
         path.write_text(json.dumps([records[0] | change]))
         with pytest.raises(BadRow, match=message):

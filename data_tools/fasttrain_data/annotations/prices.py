@@ -65,4 +65,7 @@ def _read_table(path: Path | None) -> list[Price]:
 
 
 def _day(value: Any) -> date:
+    # YAML reads a day with a time as a datetime, which is a date and compares with none.
+    if isinstance(value, datetime):
+        return value.date()
     return value if isinstance(value, date) else date.fromisoformat(str(value))

@@ -191,7 +191,7 @@ def _read_llava_questions(row: Row, place: str, turns: Turns | None) -> Iterator
         place,
         question,
         images,
-        source_id=str(row["question_id"]),
+        source_id=_optional(row, "question_id"),
         category=_optional(row, "category"),
         changed=changed,
     )

@@ -118,13 +118,18 @@ def _checked_item(review: Review, row: Row, source: Path, place: str) -> Item:
 
 def _answers(row: Row, source: Path, place: str) -> Iterator[tuple[str, str]]:
     """(reviewer, value) of each response; a reviewer is known by name where the record tells names, else by id."""
-    responses = (row.get("responses") or {}).get(QUESTION) or []
+    given = row.get("responses") or {}
+    if not isinstance(given, dict):
+        raise BadRow(source, place, "responses", "an object of lists by question", given)
+    responses = given.get(QUESTION) or []
     metadata = row.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise BadRow(source, place, "metadata", "an object", metadata)
     names = metadata.get("reviewers") or []
     known = {user_id(str(name)): str(name) for name in (names if isinstance(names, list) else [names])}
     for response in responses if isinstance(responses, list) else [responses]:
         value = response.get("value") if isinstance(response, dict) else None
-        if value not in _OTHER:
+        if not isinstance(value, str) or value not in _OTHER:
             raise BadRow(source, place, f"responses.{QUESTION}", "left, right or tie", value)
         rater = str(response.get("user_id") or "argilla")
         yield known.get(rater, rater), str(value)
