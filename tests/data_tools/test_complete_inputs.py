@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fasttrain_data.completions.local import gumbel_sampler, load_sampler
+from fasttrain_data.completions.local import gumbel_sampler, load_sampler, version_of
 from fasttrain_data.completions.samples import SampleSettings, messages_of, samples_of
 from fasttrain_data.image_files import BadImage, read_image
 from fasttrain_data.records import Question
@@ -138,3 +138,21 @@ def test_an_image_on_which_pillow_fails_in_a_way_of_its_own_is_a_bad_image(tmp_p
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(BadImage, match="not an image"):
         read_image(tmp_path / "x.png")
+
+
+def test_a_model_trained_again_into_its_folder_is_another_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTTRAIN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"before")
+    before = version_of(tmp_path, None)
+    assert version_of(tmp_path, None) == before
+    weights.write_bytes(b"after.")
+    assert version_of(tmp_path, None) != before
+
+
+def test_samples_of_another_template_are_other_samples(questions):
+    question = Question.model_validate_json(questions.read_text().splitlines()[0])
+    settings = SampleSettings(model="m", samples=1)
+    keys = {samples_of(question, (), settings, "v", template)[0].key for template in (None, "a", "b")}
+    assert len(keys) == 3

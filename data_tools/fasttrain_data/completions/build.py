@@ -58,7 +58,7 @@ def complete(
                 if isinstance(images, BadImage):
                     account.drop("questions", "bad image", f"{questions} {place}", str(images))
                     continue
-                samples = samples_of(question, images, settings, sampler.model_version)
+                samples = samples_of(question, images, settings, sampler.model_version, sampler.prompt_hash)
                 if not seen.add(samples[0].key):
                     account.drop("questions", "repeated question", f"{questions} {place}", question.id)
                     continue
@@ -107,7 +107,7 @@ def _missing(
     seen = SeenKeys()
     for question, _, images in _read(questions, names):
         if not isinstance(images, BadImage):
-            samples = samples_of(question, images, settings, sampler.model_version)
+            samples = samples_of(question, images, settings, sampler.model_version, sampler.prompt_hash)
             missing = [sample for sample in samples if (journal.get(sample.key) or {}).get("status") != "ok"]
             if missing and seen.add(samples[0].key):
                 yield missing

@@ -95,11 +95,23 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
 
 
 def version_of(folder: Path, config: Any) -> str:
-    """The hub's commit, or for a local folder a hash of its configuration and of its weight files' names and sizes."""
+    """The hub's commit, or for a local folder a hash of its configuration and of its weights.
+
+    A model trained again into the same folder has files of the same names and sizes. Hashes of files are remembered.
+    """
     commit = getattr(config, "_commit_hash", None)
     if commit:
         return str(commit)
-    weights = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))
+    from fasttrain.errors import UserError as TrainerError
+    from fasttrain.files import HashMemo, cache_root
+
+    try:
+        memo = HashMemo(cache_root() / "hashes.sqlite")
+        weights = [(path.name, memo(path)) for path in sorted(folder.glob("*.safetensors"))]
+        memo.save()
+        memo.close()
+    except TrainerError as error:
+        raise UserError(str(error)) from None
     settings = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*config.json"))]
     return content_hash(weights, settings)
 

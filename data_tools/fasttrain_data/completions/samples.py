@@ -82,11 +82,19 @@ class Done(Protocol):
 
 
 def samples_of(
-    question: Question, images: tuple[ImageFile, ...], settings: SampleSettings, version: str | None
+    question: Question,
+    images: tuple[ImageFile, ...],
+    settings: SampleSettings,
+    version: str | None,
+    prompt_hash: str | None = None,
 ) -> list[Sample]:
-    """All samples of a question. A seed follows from the question and the sample's number alone."""
+    """All samples of a question. A seed follows from the question and the sample's number alone.
+
+    version, prompt_hash: the sampler's; a template that changed gives other samples as weights do.
+    """
     samples = []
     begun: list[Any] = [] if settings.bos == "template" else [["bos", settings.bos]]
+    begun += [["template", prompt_hash]] if prompt_hash else []
     for index in range(settings.samples):
         seed = seed_of("complete", settings.seed, question.id, index)
         key = content_hash(
