@@ -507,3 +507,15 @@ def test_only_rows_with_images_need_an_image_root(folder, write_rows):
     )
     account = build_questions([str(source)], folder / "out" / "q.jsonl", QuestionSettings())
     assert (account.total_kept(), account.notes) == (1, [])
+
+
+def test_a_limit_that_is_not_met_though_more_was_there_is_said(tmp_path, write_rows, command, monkeypatch):
+    monkeypatch.setattr("fasttrain_data.questions.build._SPARE", 2)
+    rows = [{"question": f"Which is number {n}?", "image": f"{n}.png"} for n in range(40)]
+    for row in rows:
+        (tmp_path / row["image"]).write_bytes(b"no image")
+    rows += [{"question": f"Which letter is the {n}th?"} for n in range(20)]
+    source = write_rows(tmp_path / "s.jsonl", rows)
+    code, stdout, _ = command("questions", source, "-o", tmp_path / "q.jsonl", "--limit", "10")
+    assert code == 0
+    assert "wanted 10 questions (--limit), got " in stdout

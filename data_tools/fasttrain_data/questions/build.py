@@ -244,6 +244,13 @@ def _sample(
                 available[name], short = len(chosen[name]), True
     for name, heap in heaps.items():
         account.notes.append(f"sampled {name}: {len(chosen[name]):,} of {heap.offered:,}")
+    found = sum(map(len, chosen.values()))
+    cut = [name for name, heap in heaps.items() if heap.offered > limit + _SPARE]
+    if found < limit and cut:
+        account.notes.append(
+            f"wanted {limit:,} questions (--limit), got {found:,}: of {', '.join(cut)} only {limit + _SPARE:,} drawn "
+            "questions were looked at, and the others of them cannot be used; ask for more to have more looked at"
+        )
     return sorted(itertools.chain(*chosen.values()), key=lambda candidate: candidate.number)
 
 
