@@ -53,7 +53,7 @@ def real_pass() -> Callable[..., RealPass]:
 
 
 def make_real_pass(
-    config: Any, *, lora: dict[str, Any] | None, projector: bool = False, checkpointing: bool = False, fused: bool = True,
+    config: Any, *, lora: dict[str, Any] | None, projector: bool = False, checkpointing: bool = False,
     layout: list[tuple[int, list[int]]], images: int = 0,
 ) -> RealPass:  # fmt: skip
     import torch
@@ -80,10 +80,9 @@ def make_real_pass(
     adapted = attach_lora(model, LoraConfig(**lora), projector) if lora else None
     choose_trainable(model, adapted, projector)
     fuse_rotary(language_model(model))
-    if adapted is not None and fused:
+    if adapted is not None:
         fuse_lora(model)
-    if fused:
-        fuse_layers(language_model(model))
+    fuse_layers(language_model(model))
     policy.set_shared(True)
     policy.train()
     engine = TorchEngine(policy, TrainConfig(output="unused"), checkpointing)
