@@ -1,8 +1,7 @@
 """Greedy answers to chart questions by plain `generate`, and how many are right."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,17 +41,6 @@ def wilson_interval(right: int, total: int, z: float = 1.959964) -> tuple[float,
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2) / (1 + z * z / total)
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Runs the block on one torch thread: products this small stall when they are shared out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def load_model(folder: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

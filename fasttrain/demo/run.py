@@ -14,10 +14,11 @@ import click
 from peft import PeftModel
 
 from fasttrain import RunResult, UserError, load_config, train_dpo
-from fasttrain.demo.answering import Score, answer_greedily, load_model, one_thread, score
+from fasttrain.demo.answering import Score, answer_greedily, load_model, score
 from fasttrain.demo.chart_files import write_pope, write_questions
 from fasttrain.demo.charts import KINDS, Example, examples
 from fasttrain.demo.preference_data import PreferenceData, make_preference_data
+from fasttrain.threads import one_thread
 from fasttrain_data import UserError as DataError
 
 MODEL = Path(__file__).parent / "assets" / "model"

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 import transformers
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from fasttrain.demo.answering import Score, answer_greedily, one_thread, score
+from fasttrain.demo.answering import Score, answer_greedily, score
 from fasttrain.demo.branches import Batch, draw_batch
 from fasttrain.demo.charts import KINDS, Question, examples
 from fasttrain.demo.tiny_llava import build_model, build_processor
+from fasttrain.threads import one_thread
 
 ASSETS = Path(__file__).parent / "assets"
 HABIT_SHARE = 0.65

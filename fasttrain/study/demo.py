@@ -67,11 +67,11 @@ def write_demo_study(
     """
     import json
 
-    from fasttrain.demo.answering import one_thread
     from fasttrain.demo.chart_files import write_questions
     from fasttrain.demo.more_words import with_request_words
     from fasttrain.demo.preference_data import make_preference_data
     from fasttrain.demo.run import MODEL
+    from fasttrain.threads import one_thread
 
     study = folder / "study.yaml"
     if study.exists() and study.read_text(encoding="utf-8", errors="replace").startswith(MARK):

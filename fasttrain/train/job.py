@@ -49,6 +49,7 @@ from fasttrain.progress import say, ticker
 from fasttrain.ranks import ranks
 from fasttrain.reference.cache import ReferenceCache, cache_folder
 from fasttrain.reference.key import CompletionKeys, identity_hash, model_identity
+from fasttrain.threads import one_thread
 from fasttrain.train.engine import check_engine, partitioned_loading
 from fasttrain.train.job_checks import (
     check_blank,
@@ -250,7 +251,9 @@ def _load(config: DPOConfig, read: _Read) -> _Loaded:
     silence_dropout(model)
     policy = Policy(model, config.model.attention)
     if not zero3:  # the weights are not whole here: make_engine checks
-        policy.check()
+        # a product that shares its cores with readers of pairs is slower with every thread: each waits for the slowest
+        with one_thread() if read.preparing[0].in_background else contextlib.nullcontext():
+            policy.check()
     torch.manual_seed(config.train.seed)  # a new adapter is the same however the model was loaded
     adapted = attach_lora(model, config.lora, config.model.train_projector) if config.lora else None
     choose_trainable(model, adapted, config.model.train_projector)

@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from fasttrain.demo.answering import one_thread, score, wilson_interval
+from fasttrain.demo.answering import score, wilson_interval
 from fasttrain.demo.charts import KINDS, examples
+from fasttrain.threads import one_thread
 
 
 @pytest.mark.parametrize(
