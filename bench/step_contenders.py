@@ -65,7 +65,7 @@ class Fasttrain(Contender):
         from fasttrain.data.packs import plan_step
         from fasttrain.train.engine import TorchEngine
         from fasttrain.train.job import build_job
-        from fasttrain.train.loop import fill_references
+        from fasttrain.train.references import fill_references
         from fasttrain.train.step import StepRunner
 
         raw = recipe(

@@ -138,7 +138,7 @@ def reference(recipe: str, overrides: tuple[str, ...]) -> None:
     from fasttrain.train.engine import join_ranks, make_engine
     from fasttrain.train.first_step import check_sharing
     from fasttrain.train.job import build_job
-    from fasttrain.train.loop import fill_references
+    from fasttrain.train.references import fill_references
 
     join_ranks(config)
     with contextlib.closing(build_job(config)) as job:

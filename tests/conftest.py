@@ -144,7 +144,7 @@ def first_step(
         from fasttrain.config import config_from_dict
         from fasttrain.data.packs import Order, plan_step
         from fasttrain.train.job import build_job
-        from fasttrain.train.loop import fill_references
+        from fasttrain.train.references import fill_references
 
         pairs = text_pairs(tmp_path / "pairs.jsonl", 9) if kind == "text" else vision_pairs(tmp_path, 9)
         raw = {

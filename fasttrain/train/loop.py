@@ -6,7 +6,7 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,11 @@ from fasttrain.data.prepared import PreparedData
 from fasttrain.environment import collect_facts
 from fasttrain.errors import UserError
 from fasttrain.files import user_path
-from fasttrain.model.attention import attention_facts
-from fasttrain.model.flops import pass_flops
 from fasttrain.model.load import stop_token_ids
 from fasttrain.progress import Progress, say
 from fasttrain.ranks import ranks
-from fasttrain.reference.fill import FillReport, fill, missing_completions
 from fasttrain.run_lines import read_steps
 from fasttrain.signals import on_sigterm
-from fasttrain.train.anatomy import most_and_least
 from fasttrain.train.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
 from fasttrain.train.engine import Engine, join_ranks, make_engine
 from fasttrain.train.final import write_final
@@ -37,16 +33,16 @@ from fasttrain.train.inputs import check_inputs, fingerprints
 from fasttrain.train.job import Job, all_or_none, build_job
 from fasttrain.train.losses import PairLoss
 from fasttrain.train.metrics import (
-    StepWork,
     check_finite,
     peak_memory,
     peak_rate,
-    speed_metrics,
     step_metrics,
 )  # fmt: skip
 from fasttrain.train.objective import Objective
-from fasttrain.train.open_images import open_images, open_images_of_run
+from fasttrain.train.open_images import open_images_of_run
 from fasttrain.train.optimizer import learning_rate_factor
+from fasttrain.train.references import fill_references
+from fasttrain.train.run_facts import run_facts
 from fasttrain.train.run_folder import (
     check_output,
     first_start,
@@ -57,7 +53,8 @@ from fasttrain.train.run_folder import (
 from fasttrain.train.run_lock import RunLock
 from fasttrain.train.run_log import RunLog
 from fasttrain.train.sft_loss import AnswerLoss
-from fasttrain.train.step import StepResult, StepRunner, evaluate
+from fasttrain.train.step import StepRunner, evaluate
+from fasttrain.train.step_work import of_all_ranks, speed_metrics, work_of
 from fasttrain.train.watch import Watcher
 
 
@@ -105,44 +102,6 @@ def _train(config: DPOConfig, loss: Objective, lock: RunLock, resume: bool, over
         return Trainer(job, folder, resume).run()
 
 
-def fill_references(job: Job, everything: bool = False) -> FillReport:
-    """Compute the reference log-probs that are not cached yet, of evaluation and training pairs.
-
-    Where train.max_steps visits a small part of the training pairs, theirs only, unless `everything` is asked for.
-    """
-    reports = []
-    for data in job.datasets:
-        whole = f"{data.key} {data.image_state} {job.keys.pixel_hash}" if data.key else None
-        complete = whole is not None and job.cache.is_complete(whole)
-        if not ranks().any(not complete):  # asked of all ranks: each may look into a cache of its own
-            reports.append(FillReport(data.completions(), 0, 0, 0.0))
-            continue
-        steps = job.config.train.max_steps
-        groups = None if everything or data is not job.train else job.order.groups_of_short_run(steps)
-        if groups is None:
-            job.tokenize_all(data)
-        usable = data.account.groups
-        missing = missing_completions(data, job.keys, job.cache, job.memo, groups)
-        if job.config.data.on_bad_row == "skip":
-            # what is broken is never stored: in a pack it would be missing at every start
-            open_images(job, data, [number for number, _ in missing])
-            missing = [(number, gone) for number, gone in missing if data.pair_count(number)]
-        with Progress(
-            "reference log-probs", sum(len(gone) for _, gone in missing), "completions"
-        ) as progress:
-            reports.append(
-                fill(
-                    job.policy, data, job.maker(data, with_reference=False), job.cache, missing,
-                    tokens_per_pack=job.tokens_per_pack, workers=job.workers, tick=progress.tick,
-                )
-            )  # fmt: skip
-        if data.account.groups != usable and groups is not None:
-            reports.append(fill_references(job))  # without the dropped groups the steps hold others
-        elif whole and groups is None and data.account.groups == usable:
-            job.cache.mark_complete(whole)
-    return FillReport(*(sum(values) for values in zip(*[vars(report).values() for report in reports])))
-
-
 class Trainer:
     """One run of one job."""
 
@@ -188,7 +147,7 @@ class Trainer:
         if ranks().size > 1:
             peak_flops, peak_source = peak_flops * ranks().size, f"{ranks().size} x {peak_source}"
         if main:
-            write_environment(self.folder, collect_facts() | self._facts(total, peak_flops, peak_source))
+            write_environment(self.folder, collect_facts() | run_facts(job, total, peak_flops, peak_source))
         job.policy.train()
         self._watcher.open(self.folder)
         torch.manual_seed(config.seed + ranks().rank)  # every rank drops out units of its own
@@ -255,8 +214,10 @@ class Trainer:
                 note = ""
                 if logged or last or evaluates:
                     line: dict[str, Any] = {"step": number, "epoch": round(step.epoch, 6)}
-                    work = self._work(step, result, runner.clock.read())
-                    sums, work, changes, memory = self._of_all_ranks(result, work, peak_memory(job.device))
+                    work = work_of(job, step, result, runner.clock.read())
+                    sums, work, changes, memory = of_all_ranks(
+                        job.train, result, work, peak_memory(job.device)
+                    )
                     check_finite(number, sums, worst)
                     line |= step_metrics(self.loss, sums, norm, step.pairs, balance)
                     line["learning_rate"] = config.learning_rate * factor
@@ -303,28 +264,6 @@ class Trainer:
         step = plan_step(data, number, epoch, groups, job.tokens_per_pack, job.policy.shared, here.size)
         return step.for_rank(here.rank)
 
-    def _of_all_ranks(
-        self, result: StepResult, work: StepWork, memory: int
-    ) -> tuple[torch.Tensor, StepWork, list[list[float]], int]:
-        """Sums, tokens, operations and most changed pairs of a step over all ranks, in one exchange, and the most memory of one."""
-        changes = result.changes.extremes(self.job.train)
-        if ranks().size == 1:
-            return result.sums, work, changes, memory
-        counts = [work.image_tokens, work.prompt_tokens, work.answer_tokens, work.flops]
-        found = ranks().gather([result.sums.tolist(), counts, changes, memory])
-        sums = np.sum([sums for sums, *_ in found], axis=0)
-        images, prompts, answers, flops = (
-            sum(values) for values in zip(*[counts for _, counts, *_ in found])
-        )
-        work = replace(work, image_tokens=images, prompt_tokens=prompts, answer_tokens=answers, flops=flops)
-        changes = most_and_least([pair for _, _, theirs, _ in found for pair in theirs])
-        return (
-            torch.tensor(sums, dtype=torch.float64, device=result.sums.device),
-            work,
-            changes,
-            max(most for *_, most in found),
-        )
-
     def _evaluate(self, engine: Engine, final: bool) -> dict[str, float]:
         """Metrics of the evaluation pairs and benchmarks; none when SIGTERM comes before the last step is done."""
         job, data = self.job, self.job.eval
@@ -358,64 +297,6 @@ class Trainer:
         done = restore_checkpoint(path, engine.optimizer)
         say(f"resumed from {path}")
         return done
-
-    def _work(self, step: Step, result: StepResult, seconds: dict[str, float]) -> StepWork:
-        job = self.job
-        prompts = answers = flops = 0
-        for layout, images, twice in result.layouts:
-            times = 2 if twice else 1
-            prompts += times * sum(prompt for prompt, _ in layout)
-            answers += times * sum(sum(completions) for _, completions in layout)
-            flops += pass_flops(job.shape, layout, images, backward=True, checkpointing=job.checkpointing)
-            flops += (
-                pass_flops(job.shape, layout, images, backward=False, checkpointing=False) if twice else 0
-            )
-        unshared, lengths_2 = 0, np.zeros(2, np.int64)
-        for group in step.groups:
-            lengths, pairs = job.train.lengths(group), job.train.pairs(group)
-            unshared += self.loss.unshared_tokens(lengths, pairs)
-            lengths_2 += lengths[1:][pairs].sum(axis=0)
-        return StepWork(
-            pairs=step.pairs,
-            image_tokens=result.image_tokens,
-            prompt_tokens=prompts - result.image_tokens,
-            answer_tokens=answers,
-            chosen_tokens=int(lengths_2[0]),
-            rejected_tokens=int(lengths_2[1]),
-            tokens_unshared=unshared,
-            flops=flops,
-            seconds=seconds,
-        )
-
-    def _facts(self, total: int, peak_flops: float, peak_source: str) -> dict[str, Any]:
-        job = self.job
-        facts: dict[str, Any] = {"reference_cache": str(job.cache.path)} if self.loss.needs_reference else {}
-        return facts | {
-            "method": self.loss.command,
-            "began": job.chat.today.isoformat(),
-            self.loss.unit: job.train.account.pairs,
-            "groups": job.train.account.groups,
-            "tokens_per_pack": job.tokens_per_pack,
-            "gradient_checkpointing": job.checkpointing,
-            "share_prefix": job.policy.shared,
-            **attention_facts(job.policy),
-            "workers": job.workers,
-            "steps": total,
-            "data": {
-                name: {
-                    "rows": data.account.rows,
-                    "pairs": data.account.pairs,
-                    "groups": data.account.groups,
-                    "images": data.account.images,
-                    "truncated": data.account.truncated,
-                }
-                for name, data in (("train", job.train), ("eval", job.eval))
-                if data is not None
-            },
-            "reference_model": job.identity,
-            "mfu_is_against_flops": peak_flops,
-            "mfu_peak_source": peak_source,
-        }
 
     def _account(self, total: int, done: int) -> str:
         account, policy = self.job.train.account, self.job.policy

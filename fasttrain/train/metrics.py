@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +16,7 @@ from fasttrain.errors import UserError
 from fasttrain.files import write_atomic
 from fasttrain.model.routing import balance_loss
 from fasttrain.run_lines import read_steps
-from fasttrain.train.anatomy import PARTS
 from fasttrain.train.objective import Objective
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepWork:
-    """What a step did, known without the device."""
-
-    pairs: int
-    image_tokens: int
-    prompt_tokens: int  # without the images'
-    answer_tokens: int
-    chosen_tokens: int  # of all pairs, an answer as often as it is in one; equal where a pair is one answer
-    rejected_tokens: int
-    tokens_unshared: int
-    flops: int
-    seconds: dict[str, float]  # of the whole step, and of its parts
-
-    @property
-    def tokens(self) -> int:
-        return self.image_tokens + self.prompt_tokens + self.answer_tokens
 
 
 def step_metrics(
@@ -70,31 +49,6 @@ def check_finite(step: int, sums: Tensor, grad_norm: Tensor) -> None:
         f"step {step}: training has diverged (sum of losses {float(sums[0]):g}, gradient norm {float(grad_norm):g}); lower "
         "train.learning_rate or clip with train.grad_clip; checkpoints before this step are kept"
     )
-
-
-def speed_metrics(work: StepWork, unit: str, peak_flops: float, peak_bytes: int) -> dict[str, float]:
-    """Figures of a step's work; `unit` names what it counts, pairs or examples."""
-    seconds = work.seconds["step"]
-    rate = work.flops / seconds
-    lengths = {"lengths/chosen": work.chosen_tokens / work.pairs}
-    if unit == "pairs":
-        lengths["lengths/rejected"] = work.rejected_tokens / work.pairs
-    return {
-        unit: work.pairs,
-        **lengths,
-        "tokens": work.tokens,
-        "tokens_images": work.image_tokens,
-        "tokens_prompts": work.prompt_tokens,
-        "tokens_answers": work.answer_tokens,
-        "tokens_unshared": work.tokens_unshared,
-        "step_s": seconds,
-        **{f"{part}_s": work.seconds[part] for part in PARTS},
-        f"{unit}_per_s": work.pairs / seconds,
-        "tokens_per_s": work.tokens / seconds,
-        "tflops": rate / 1e12,
-        "mfu": rate / peak_flops,
-        "peak_bytes": peak_bytes,
-    }
 
 
 class MetricsFile:

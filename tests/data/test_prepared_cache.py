@@ -227,7 +227,7 @@ def test_a_short_run_over_a_large_file_computes_only_its_own_references(
     """One step of one pair out of 40; later all of them; then the next start asks for none."""
     from fasttrain.config import config_from_dict
     from fasttrain.data import prepared_cache
-    from fasttrain.train import loop
+    from fasttrain.train import loop, references
     from fasttrain.train.job import build_job
 
     monkeypatch.setattr(prepared_cache, "SMALLEST", 1)
@@ -242,8 +242,8 @@ def test_a_short_run_over_a_large_file_computes_only_its_own_references(
     job = build_job(config_from_dict(raw))
     with job.cache._open():
         assert len(job.cache) == 2
-    assert loop.fill_references(job, everything=True).computed == 78
-    monkeypatch.setattr(loop, "missing_completions", None)  # not asked any more
-    again = loop.fill_references(build_job(config_from_dict(raw)))
+    assert references.fill_references(job, everything=True).computed == 78
+    monkeypatch.setattr(references, "missing_completions", None)  # not asked any more
+    again = references.fill_references(build_job(config_from_dict(raw)))
     assert (again.completions, again.computed) == (80, 0)
     job.close()
