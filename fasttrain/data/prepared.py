@@ -7,8 +7,6 @@ they are asked for.
 from __future__ import annotations
 
 import itertools
-import tempfile
-from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -20,7 +18,7 @@ from fasttrain.data.ahead import in_order, processes
 from fasttrain.data.group_tokens import GroupTokens, Tokenizing
 from fasttrain.data.groups import PairFiles, Skipped
 from fasttrain.data.images import ImageRef
-from fasttrain.files import cache_root
+from fasttrain.data.token_spool import TokenSpool
 
 # What is kept of tokens that were made when asked for: this many, a group counting as some hundred more
 _REMEMBERED_TOKENS = 1 << 24
@@ -57,41 +55,6 @@ class Account:
     images: int = 0
     truncated: int = 0
     skipped: list[Skipped] = field(default_factory=list)
-
-
-class TokenSpool:
-    """Token ids on their way into a temporary file; an entry, called a slot, for every group."""
-
-    ARRAYS = ("tokens", "lengths", "pairs", "token_starts", "length_starts", "pair_starts")
-
-    def __init__(self) -> None:
-        folder = cache_root() / "spool"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by seal or discard)
-        self._lengths, self._pairs = array("i"), array("i")
-        self._token_starts, self._length_starts, self._pair_starts = (array("q", [0]) for _ in range(3))
-
-    def append(self, tokens: GroupTokens) -> int:
-        """The slot of the group."""
-        for ids in (tokens.prompt, *tokens.completions):
-            self._file.write(ids.astype(np.int32).tobytes())
-            self._lengths.append(len(ids))
-        self._token_starts.append(self._token_starts[-1] + tokens.tokens)
-        self._length_starts.append(len(self._lengths))
-        self._pairs.extend(tokens.pairs.ravel().tolist())
-        self._pair_starts.append(len(self._pairs) // 2)
-        return len(self._token_starts) - 2
-
-    def seal(self) -> dict[str, np.ndarray]:
-        """The arrays, tokens mapped from the file, which has no name any more."""
-        self._file.flush()
-        tokens = np.memmap(self._file, np.int32, "r") if self._lengths else np.zeros(0, np.int32)
-        self._file.close()  # the mapping keeps it
-        rest = {name: np.asarray(getattr(self, f"_{name}")) for name in self.ARRAYS[1:]}
-        return {"tokens": tokens, **rest}
-
-    def discard(self) -> None:
-        self._file.close()
 
 
 class PreparedData:
