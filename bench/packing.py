@@ -14,40 +14,49 @@ import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import click
 import numpy as np
 
 from fasttrain.data.packs import Order, Pack, Step, plan_step
-from fasttrain.data.prepared import PreparedData
+from fasttrain.data.prepared import Account, PreparedData
 
 
-class Lengths(PreparedData):
-    """Prepared data with lengths and pairs and no tokens: all that planning asks for."""
+def prepared(prompts: np.ndarray, answers: list[np.ndarray], images: np.ndarray) -> PreparedData:
+    """Data with lengths and pairs (best against each other answer), and no files: all that planning asks for."""
+    groups, counts = len(prompts), np.array([len(lengths) for lengths in answers])
+    length_starts = np.r_[0, np.cumsum(counts + 1)]
+    flat = np.insert(np.concatenate(answers), length_starts[:-1] - np.arange(groups), prompts)
+    loser = np.arange(len(flat)) - np.repeat(length_starts[:-1], counts + 1) - 1
+    losers = loser[loser > 0]
+    arrays = {
+        "tokens": np.broadcast_to(np.int32(0), flat.sum()),
+        "lengths": flat.astype(np.int32),
+        "pairs": np.stack([np.zeros_like(losers), losers], 1).astype(np.int32).ravel(),
+        "token_starts": np.r_[0, np.cumsum(np.add.reduceat(flat, length_starts[:-1]))],
+        "length_starts": length_starts,
+        "pair_starts": np.r_[0, np.cumsum(counts - 1)],
+        "rows": np.arange(groups, dtype=np.uint32),
+        "images": images.astype(np.uint32),
+        "counts": (counts - 1).astype(np.uint32),
+        "slots": np.arange(groups),
+        "bounds": np.zeros((groups, 2), np.uint32),
+        "member_starts": np.zeros(groups + 1, np.int64),
+        "members": np.zeros(0, np.uint32),
+    }
+    files, tokenizing = cast("Any", None), cast("Any", lambda rows: None)
+    return PreparedData(files, Account(rows=groups, groups=groups), arrays, tokenizing)
 
-    def __init__(self, prompts: np.ndarray, answers: list[np.ndarray], images: np.ndarray) -> None:
-        super().__init__(None, None)  # type: ignore[arg-type]
-        self.discard()
-        for prompt, lengths, image in zip(prompts.tolist(), answers, images.tolist()):
-            self._lengths.append(prompt)
-            self._lengths.extend(lengths.tolist())
-            self._length_starts.append(len(self._lengths))
-            for loser in range(1, len(lengths)):
-                self._pairs.extend((0, loser))
-            self._pair_starts.append(len(self._pairs) // 2)
-            self._rows.append(len(self._rows))
-            self._images.append(image)
-        self._order = np.arange(len(self._rows))
 
-
-def draw(groups: int, seed: int) -> Lengths:
+def draw(groups: int, seed: int) -> PreparedData:
     """So many groups of made-up LLaVA-1.5 lengths."""
     rng = np.random.default_rng(seed)
     images = (rng.random(groups) < 0.9).astype(int)
     prompts = 576 * images + 40 + np.exp(rng.normal(np.log(45), 0.6, groups)).astype(int)
     counts = rng.integers(2, 5, groups)
     flat = np.clip(np.exp(rng.normal(np.log(110), 0.7, counts.sum())), 4, 1024).astype(int)
-    return Lengths(prompts, np.split(flat, np.cumsum(counts)[:-1]), images)
+    return prepared(prompts, np.split(flat, np.cumsum(counts)[:-1]), images)
 
 
 @dataclass(frozen=True, kw_only=True)
