@@ -13,7 +13,10 @@ _EXCHANGES = 8  # at most so many for every rank
 
 
 def first_fit_decreasing(sized: list[tuple[int, T]], budget: int) -> list[list[T]]:
-    """Items in bins of at most `budget`: each, largest first, into the first bin that has room."""
+    """Items in bins of at most `budget`: each, largest first, into the first bin that has room.
+
+    An item above the budget has a bin of its own.
+    """
     bins: list[tuple[int, list[T]]] = []
     for size, item in sorted(sized, key=lambda entry: -entry[0]):
         for index, (room, items) in enumerate(bins):

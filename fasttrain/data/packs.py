@@ -1,7 +1,8 @@
 """Which groups make a step, and which completions run together in one forward pass.
 
 A step takes whole groups in a seeded order until it holds enough pairs. A step is cut into packs of at most
-`tokens_per_pack` tokens, for one rank or several; how it is cut never changes its loss or gradient.
+`tokens_per_pack` tokens, for one rank or several; how it is cut never changes its loss or gradient. Groups are put together
+up to `filled_to` tokens; one that has more runs alone, and only one above `tokens_per_pack` is split.
 """
 
 from __future__ import annotations
@@ -145,11 +146,14 @@ def plan_step(
     tokens_per_pack: int,
     share_prefix: bool,
     ranks: int = 1,
+    filled_to: int | None = None,
 ) -> Step:
     """Cut one step into packs, equally many on each rank; groups that are too long are split by completions.
 
-    One rank fills as few packs as it can. Several ranks get equal shares, in as few rounds as that takes.
+    One rank fills as few packs as it can. Several ranks get equal shares, in as few rounds as that takes. `filled_to` is
+    `tokens_per_pack` if not given.
     """
+    filled_to = filled_to or tokens_per_pack
     whole: list[tuple[int, Piece]] = []
     parts: list[list[Pack]] = []  # of each group that is too long
     split = set()
@@ -165,11 +169,9 @@ def plan_step(
             split.add(group)
     if ranks == 1:
         packs = [pack for packs in parts for pack in packs]
-        packs += [
-            Pack(tuple(pieces), share_prefix) for pieces in first_fit_decreasing(whole, tokens_per_pack)
-        ]
+        packs += [Pack(tuple(pieces), share_prefix) for pieces in first_fit_decreasing(whole, filled_to)]
     else:
-        packs = _deal(data, whole, parts, tokens_per_pack, share_prefix, ranks)
+        packs = _deal(data, whole, parts, filled_to, share_prefix, ranks)
     chosen = [data.lengths(group)[1 + data.pairs(group)[:, 0]] for group in groups.tolist()]
     pairs = sum(map(len, chosen))
     mean = sum(int(lengths.sum()) for lengths in chosen) / max(1, pairs)

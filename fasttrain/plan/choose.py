@@ -11,6 +11,10 @@ from fasttrain.config import DPOConfig
 # Where larger packs stop being faster, and below which matrix products starve
 _CEILING = {"cuda": 16384, "cpu": 2048}
 _FLOOR = {"cuda": 2048, "cpu": 512}
+# Up to here a group that is longer than packs need be runs whole all the same, if it fits: parts would run its prompt again
+_WHOLE = 16384
+# On a CPU groups are put together up to here: larger packs are no faster and take more memory (docs/performance.md)
+_FILLED_ON_CPU = 1024
 _STEP = 256
 
 
@@ -25,14 +29,23 @@ def choose_checkpointing(
     return not fits(smallest, False)
 
 
-def choose_tokens(config: DPOConfig, device: torch.device, fits: Callable[[int], bool]) -> int:
-    """The recipe's word, or the largest pack that fits, up to where larger ones stop being faster."""
+def choose_tokens(
+    config: DPOConfig, longest_group: int, device: torch.device, fits: Callable[[int], bool]
+) -> int:
+    """The recipe's word, or the largest pack that fits, up to where larger ones are no faster and split no group."""
     if config.train.tokens_per_pack != "auto":
         return int(config.train.tokens_per_pack)
-    tokens = _ceiling(device)
+    tokens = max(_ceiling(device), min(_WHOLE, -(-longest_group // _STEP) * _STEP))
     while tokens > 512 and not fits(tokens):
         tokens -= 1024 if tokens > 4096 else 256 if tokens > 1024 else 128
     return tokens
+
+
+def choose_filling(config: DPOConfig, tokens_per_pack: int, device: torch.device) -> int:
+    """Up to how many tokens groups are put together in a pack: all that it may have, or what a CPU is quickest with."""
+    if config.train.tokens_per_pack != "auto" or device.type != "cpu":
+        return tokens_per_pack
+    return min(tokens_per_pack, _FILLED_ON_CPU)
 
 
 def largest_pack(fits: Callable[[int], bool], most: int = 1 << 20) -> int:

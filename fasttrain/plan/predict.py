@@ -97,7 +97,7 @@ def predict(
     checkpointing = choose_checkpointing(
         config, histogram.longest, CUDA, lambda size, on: fits(max(size, sequence), on)
     )
-    tokens = choose_tokens(config, CUDA, lambda size: fits(size, checkpointing))
+    tokens = choose_tokens(config, histogram.longest, CUDA, lambda size: fits(size, checkpointing))
     work = measure_work(config, histogram, planned.shape, tokens, checkpointing, machine.gpus)
     plan = memory(max(tokens, sequence), checkpointing)
     moved = count_communication(

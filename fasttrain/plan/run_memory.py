@@ -116,8 +116,9 @@ class RunMemory:
                     f"warning: the longest prompt with one answer has {longest:,} tokens and is predicted not to fit in memory; no "
                     f"train.tokens_per_pack divides it: {_REMEDY[checkpointing]}"
                 )
+            longest, _ = self._data.longest()
             return checkpointing, choose_tokens(
-                self.config, self.device, lambda tokens: self.fits(tokens, checkpointing)
+                self.config, longest, self.device, lambda tokens: self.fits(tokens, checkpointing)
             )
         except CannotCount as error:
             wanted, tokens = train.gradient_checkpointing, train.tokens_per_pack

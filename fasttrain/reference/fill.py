@@ -86,9 +86,11 @@ def rounds(packs: Iterable[Pack], data: PreparedData) -> Iterator[Pack]:
 
 
 def greedy_packs(
-    data: PreparedData, missing: list[tuple[int, list[int]]], tokens_per_pack: int, shared: bool
-) -> Iterator[Pack]:
+    data: PreparedData, missing: list[tuple[int, list[int]]], tokens_per_pack: int, shared: bool,
+    filled_to: int | None = None,
+) -> Iterator[Pack]:  # fmt: skip
     """Next-fit in the given order; every decision depends only on the open pack, so any pack boundary is a fresh start."""
+    filled_to = filled_to or tokens_per_pack
     pieces: list[Piece] = []
     held = 0
     for number, completions in missing:
@@ -99,7 +101,7 @@ def greedy_packs(
             while taken < len(rest) and _cost(lengths, rest[: taken + 1], shared) <= tokens_per_pack:
                 taken += 1
             tokens = _cost(lengths, rest[:taken], shared)
-            if pieces and held + tokens > tokens_per_pack:
+            if pieces and held + tokens > filled_to:
                 yield Pack(tuple(pieces), shared)
                 pieces, held = [], 0
             pieces.append(Piece(number, tuple(rest[:taken])))
@@ -116,14 +118,14 @@ def _cost(lengths: np.ndarray, completions: list[int], shared: bool) -> int:
 @torch.no_grad()
 def fill(
     policy: Policy, data: PreparedData, maker: PackMaker, cache: ReferenceCache, missing: list[tuple[int, list[int]]], *,
-    tokens_per_pack: int, workers: int, tick: Callable[[int], object] = lambda n: None,
+    tokens_per_pack: int, workers: int, filled_to: int | None = None, tick: Callable[[int], object] = lambda n: None,
 ) -> FillReport:  # fmt: skip
     """Compute and store `missing` with the policy as it is now; UserError at a broken image."""
     start = time.perf_counter()
     total = data.completions()
     computed = tokens = 0
     policy.eval()
-    packs = rounds(greedy_packs(data, missing, tokens_per_pack, policy.shared), data)
+    packs = rounds(greedy_packs(data, missing, tokens_per_pack, policy.shared, filled_to), data)
     with contextlib.closing(load_packs(maker, packs, workers, policy.device.type == "cuda")) as batches:
         for batch in batches:
             ranks().share_mistake(_why_not(data, batch))

@@ -56,7 +56,16 @@ def _report(job: Job) -> Iterator[str]:
     order = job.order
     total = config.train.max_steps or order.total_steps(config.train.epochs)
     steps = [
-        plan_step(job.train, number, epoch, groups, job.tokens_per_pack, job.policy.shared, ranks().size)
+        plan_step(
+            job.train,
+            number,
+            epoch,
+            groups,
+            job.tokens_per_pack,
+            job.policy.shared,
+            ranks().size,
+            job.packs_filled_to,
+        )
         for number, epoch, groups in order.steps(1, min(total, _STEPS_LOOKED_AT))
     ]
     shared, unshared, flops = _work(job, steps)
@@ -64,7 +73,7 @@ def _report(job: Job) -> Iterator[str]:
     each = "packs each" if ranks().size == 1 else f"packs each on each of {ranks().size} ranks"
     yield (
         f"steps       {total:,} of at least {config.train.pairs_per_step} {job.loss.unit}, {np.mean(packs):.1f} {each} "
-        f"of up to {job.tokens_per_pack:,} tokens; prompts {'shared' if job.policy.shared else 'not shared'}"
+        f"filled up to {job.packs_filled_to:,} tokens; prompts {'shared' if job.policy.shared else 'not shared'}"
     )
     yield (
         f"tokens      {shared:,} a step; {_otherwise(job)} {unshared:,} ({unshared / max(1, shared):.2f} x); "

@@ -43,6 +43,7 @@ from fasttrain.model.load import (
 from fasttrain.model.lora import attach_lora, choose_trainable, images_train_alone, language_model
 from fasttrain.model.policy import Policy
 from fasttrain.model.routing import declares_routing
+from fasttrain.plan.choose import choose_filling
 from fasttrain.plan.device_memory import free_memory
 from fasttrain.plan.run_memory import RunMemory
 from fasttrain.progress import say, ticker
@@ -89,6 +90,7 @@ class Job:
     cache_path: Path
     memo: HashMemo
     tokens_per_pack: int
+    packs_filled_to: int
     checkpointing: bool
     workers: int
 
@@ -168,6 +170,7 @@ def build_job(config: DPOConfig, loss: Objective | None = None, began: Began | N
         cache_path=cache_folder(config.reference.cache) / f"{digest}.sqlite",
         memo=read.memo,
         tokens_per_pack=tokens,
+        packs_filled_to=choose_filling(config, tokens, read.device),
         checkpointing=checkpointing,
         workers=_workers(config, train),
     )

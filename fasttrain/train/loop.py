@@ -261,7 +261,16 @@ class Trainer:
     def _plan(self, data: PreparedData, number: int, epoch: float, groups: np.ndarray) -> Step:
         """This rank's share of a step."""
         job, here = self.job, ranks()
-        step = plan_step(data, number, epoch, groups, job.tokens_per_pack, job.policy.shared, here.size)
+        step = plan_step(
+            data,
+            number,
+            epoch,
+            groups,
+            job.tokens_per_pack,
+            job.policy.shared,
+            here.size,
+            job.packs_filled_to,
+        )
         return step.for_rank(here.rank)
 
     def _evaluate(self, engine: Engine, final: bool) -> dict[str, float]:
@@ -302,7 +311,7 @@ class Trainer:
         account, policy = self.job.train.account, self.job.policy
         return (
             f"training: {account.pairs:,} {self.loss.unit} in {account.groups:,} groups, steps {done + 1} to {total}, "
-            f"prompts {'shared' if policy.shared else 'not shared'}, {self.job.tokens_per_pack:,} tokens per pack"
+            f"prompts {'shared' if policy.shared else 'not shared'}, packs of {self.job.packs_filled_to:,} tokens"
         )
 
     def _finish_this_step(self) -> None:

@@ -37,7 +37,7 @@ def fill_references(job: Job, everything: bool = False) -> FillReport:
             reports.append(
                 fill(
                     job.policy, data, job.maker(data, with_reference=False), job.cache, missing,
-                    tokens_per_pack=job.tokens_per_pack, workers=job.workers, tick=progress.tick,
+                    tokens_per_pack=job.tokens_per_pack, filled_to=job.packs_filled_to, workers=job.workers, tick=progress.tick,
                 )
             )  # fmt: skip
         if data.account.groups != usable and groups is not None:

@@ -18,6 +18,7 @@ def run_facts(job: Job, total_steps: int, peak_flops: float, peak_source: str) -
         unit: job.train.account.pairs,
         "groups": job.train.account.groups,
         "tokens_per_pack": job.tokens_per_pack,
+        "packs_filled_to": job.packs_filled_to,
         "gradient_checkpointing": job.checkpointing,
         "share_prefix": job.policy.shared,
         **attention_facts(job.policy),

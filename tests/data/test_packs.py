@@ -137,6 +137,25 @@ def test_no_two_packs_of_whole_groups_would_fit_in_one(shape: Any, budget: int) 
     assert not fitting[1:] or fitting[0] + fitting[1] > budget
 
 
+@settings(deadline=None)
+@given(groups, budgets, budgets, st.booleans(), st.integers(1, 4))
+def test_packs_are_filled_up_to_less_than_they_may_have_and_split_no_group_for_it(
+    shape: Any, budget: int, fill: int, shared: bool, ranks: int
+) -> None:
+    """Where packs are filled to less than the budget, what is longer than that runs alone, and what is split stays the same."""
+    data, numbers, fill = data_of(shape), np.arange(len(shape)), min(budget, fill)
+    step = plan_step(data, 1, 0.5, numbers, budget, shared, ranks, fill)
+    assert step.split == plan(data, numbers, budget, shared).split
+    work = [pack for pack in step.packs if not pack.fill]
+    assert set(completions(work)) == {(n, c) for n in range(len(shape)) for c in range(len(shape[n][1]))}
+    for pack in work:
+        assert cost(data, pack) <= fill or len(pack.pieces) == 1
+    gone = [(number, list(range(len(shape[number][1])))) for number in range(len(shape))]
+    for pack in greedy_packs(data, gone, budget, shared, fill):
+        assert cost(data, pack) <= fill or len(pack.pieces) == 1
+        assert cost(data, pack) <= budget or completions([pack]).total() == 1
+
+
 # ---- several ranks -------------------------------------------------------------------------------------------------
 
 counts = st.integers(2, 9)

@@ -12,7 +12,7 @@ import torch
 from fasttrain.config import config_from_dict
 from fasttrain.model.flops import measure_shape
 from fasttrain.plan.allocated import peak_allocated
-from fasttrain.plan.choose import choose_checkpointing, choose_tokens, largest_pack
+from fasttrain.plan.choose import choose_checkpointing, choose_filling, choose_tokens, largest_pack
 from fasttrain.plan.histogram import GroupShape, Histogram
 from fasttrain.plan.memory import Activations, PackMix, plan_memory
 from fasttrain.plan.planned_model import build_planned_model, count_weights
@@ -150,9 +150,25 @@ def test_auto_checkpoints_only_when_a_pack_worth_running_does_not_fit() -> None:
     assert choose_checkpointing(auto, 900, CPU, lambda tokens, on: on or tokens <= 900) is False
     assert choose_checkpointing(auto, 901, CPU, lambda tokens, on: on or tokens <= 900) is True
     assert choose_checkpointing(fixed, 900, CPU, lambda tokens, on: on) is False
-    assert choose_tokens(fixed, CPU, lambda tokens: False) == 700
-    assert choose_tokens(auto, CPU, lambda tokens: True) == 2048
-    assert 900 < choose_tokens(auto, CPU, lambda tokens: tokens <= 1030) <= 1030
+    assert choose_tokens(fixed, 900, CPU, lambda tokens: False) == 700
+    assert choose_tokens(auto, 900, CPU, lambda tokens: True) == 2048
+    assert 900 < choose_tokens(auto, 900, CPU, lambda tokens: tokens <= 1030) <= 1030
+
+
+def test_auto_splits_no_group_that_fits() -> None:
+    """Its parts would run its prompt again."""
+    auto = recipe(LORA)
+    assert choose_tokens(auto, 5000, CPU, lambda tokens: True) == 5120
+    assert choose_tokens(auto, 10**6, CPU, lambda tokens: True) == 16384
+    assert 2900 < choose_tokens(auto, 5000, CPU, lambda tokens: tokens <= 3100) <= 3100
+
+
+def test_auto_puts_groups_together_up_to_less_on_a_cpu_than_a_pack_may_have() -> None:
+    auto, fixed = recipe(LORA), recipe(LORA, tokens_per_pack=4096)
+    assert choose_filling(auto, 5120, CPU) == 1024
+    assert choose_filling(auto, 300, CPU) == 300
+    assert choose_filling(fixed, 4096, CPU) == 4096
+    assert choose_filling(auto, 16384, torch.device("cuda")) == 16384
 
 
 @pytest.mark.parametrize("room", [0, 255, 256, 5000, 1 << 19])

@@ -68,7 +68,7 @@ def test_a_sequence_that_does_not_fit_whole_needs_checkpointing(
 def test_a_recipe_without_checkpointing_is_warned_of_a_sequence_that_needs_it(
     settle: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert settle(Lengths(4000, 3001), 3000, 9000, gradient_checkpointing=False) == (False, 2048)
+    assert settle(Lengths(4000, 3001), 3000, 9000, gradient_checkpointing=False) == (False, 2816)
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1 and "3,001 tokens" in told[0] and "train.gradient_checkpointing: true" in told[0]
 
