@@ -174,7 +174,7 @@ def _match(value: Any, option: Any) -> tuple[bool, Any]:
         return isinstance(value, bool), value
     if option is str:
         text = os.fsdecode(value) if isinstance(value, os.PathLike) else value
-        return isinstance(text, str), text
+        return isinstance(text, str) and _can_be_written(text), text
     if option in (int, float):
         return _match_number(value, option)
     if typing.get_origin(option) is list:
@@ -184,6 +184,14 @@ def _match(value: Any, option: Any) -> tuple[bool, Any]:
         matched = [_match(entry, item) for entry in value]
         return all(good for good, _ in matched), [entry for _, entry in matched]
     raise TypeError(f"no rule for {option}")
+
+
+def _can_be_written(text: str) -> bool:
+    """Whether a path can hold it and a UTF-8 file: YAML's escapes can spell NUL and lone surrogates."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _match_number(value: Any, option: type) -> tuple[bool, Any]:

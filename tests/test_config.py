@@ -238,6 +238,8 @@ def test_an_unknown_word_is_answered_with_the_closest_known_one(text: str, said:
         ("distributed: {zero_stage: 1}\n", "distributed.zero_stage: wanted null, 2 or 3, got 1"),
         ("lora: null\nreference: {cache: ''}\n", "reference.cache: wanted auto or a folder"),
         ("train: {seed: 1" + 400 * "0" + "}\n", "train.seed: wanted an integer"),
+        (r'train: {output: "C:\0runs"}', r"train.output: wanted text, got 'C:\x00runs'"),
+        (r'reference: {cache: "a\ud800b"}', r"reference.cache: wanted text, got 'a\ud800b'"),
     ],
 )
 def test_a_wrong_value_names_key_wanted_and_got(text: str, said: str, tmp_path: Path) -> None:
