@@ -309,6 +309,8 @@ class Trainer:
 
     def _account(self, total: int, done: int) -> str:
         account, policy = self.job.train.account, self.job.policy
+        if done >= total:
+            return f"nothing to train: the run stands at step {done} of {total}"
         return (
             f"training: {account.pairs:,} {self.loss.unit} in {account.groups:,} groups, steps {done + 1} to {total}, "
             f"prompts {'shared' if policy.shared else 'not shared'}, packs of {self.job.packs_filled_to:,} tokens"

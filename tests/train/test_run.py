@@ -283,6 +283,17 @@ def test_resume_with_another_recipe_is_refused_and_listed(tiny_text: Path, text:
         run(tiny_text, text, "loss.beta=0.2", "train.learning_rate=1e-3", "train.max_steps=9", resume=True)
 
 
+def test_resuming_a_finished_run_says_that_nothing_is_left(
+    tiny_text: Path, text: Path, run: Runner, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = run(tiny_text, text, "train.max_steps=3").metrics
+    capfd.readouterr()
+    after = run(tiny_text, text, "train.max_steps=2", resume=True)
+    said = capfd.readouterr().err
+    assert "nothing to train: the run stands at step 3 of 2" in said and "training:" not in said
+    assert after.metrics == before
+
+
 def test_old_checkpoints_go_and_the_newest_stay(tiny_text: Path, text: Path, run: Runner) -> None:
     result = run(tiny_text, text, "train.checkpoint_every=1", "train.keep_checkpoints=2", "train.max_steps=5")
     assert sorted(p.name for p in (result.folder / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
