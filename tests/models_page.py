@@ -25,9 +25,9 @@ NOTES = """## Fine print
 
 * **Image tokens.** A prompt has as many image tokens as the model's own processor gives images of their sizes, measured with blank
   images of these sizes, once for each different list of sizes. Images are never cut.
-* **torchvision is not needed.** Images go through transformers' PIL image processors. Processors that also take videos (Qwen-VL,
-  LLaVA-OneVision, SmolVLM, InternVL) need torchvision for the videos alone and are loaded without them where it is missing; what a
-  run saves in `final/` names them again. Pixtral's processor, of Mistral 3 too, imports torchvision for one function and gets it from
+* **torchvision is not needed.** Images go through transformers' PIL image processors. Processors that also take videos (Qwen-VL, GLM-V,
+  LLaVA-OneVision, LLaVA-NeXT-Video, SmolVLM, InternVL, Gemma 4, Ernie 4.5 VL) need torchvision for the videos alone and are loaded
+  without them where it is missing; what a run saves in `final/` names them again. Pixtral's processor, of Mistral 3 too, imports torchvision for one function and gets it from
   its PIL twin. Families without a PIL image processor (Llama 4, Cohere 2 Vision, LFM2-VL, Molmo 2, Kimi) need torchvision: one line says
   so. SmolVLM's processor needs `num2words`.
 * **Positions.** Where a family has positions on several axes (Qwen-VL), those of a prompt come from the model's own `get_rope_index`;
@@ -36,8 +36,11 @@ NOTES = """## Fine print
   keep their experts in one fused parameter per layer, which is no linear layer: `auto` leaves it alone and says so; name
   `experts.gate_up_proj` and `experts.down_proj` in a list to adapt it (peft's `target_parameters`; needs `lora.dropout: 0`).
   Mamba's `out_proj` and linears that peft takes for old names of fused experts (a shared expert's `gate_proj`) are left out too.
-* **train_projector** knows `multi_modal_projector`, `connector` and `visual.merger` with `visual.deepstack_merger_list`: those of every
-  family above, asked of each in the tests. It refuses a model that has none of them.
+* **train_projector** knows `multi_modal_projector`, `connector`, `visual.merger` with `visual.deepstack_merger_list`, and a model's
+  `aligner`, `projector`, `vision_projection`, `visual_embeddings_table`, `resampler_model` or `embed_vision`: those of every family
+  above, asked of each in the tests. It refuses a model that has none of them.
+* **Not taken with images**: encoder-decoders and models whose image part is no `vision_config` (Florence-2, Pix2Struct, Chameleon),
+  refused by name, and GOT-OCR 2, whose processor takes the images of one page only.
 * **Logits** are the model's own in transformers. Aya Vision's class applies no `logit_scale`, though its text configuration has one:
   TRL 1.16 applies it, so its figures differ there. Beside TRL's `DPOTrainer`, step by step, stand Llama, LLaVA-1.5, Qwen2.5-VL,
   LLaVA-NeXT, LLaVA-OneVision, Idefics3, InternVL, Gemma 3, Mistral 3, a Mixtral with its router's loss, and, unshared, Qwen3.5;

@@ -301,34 +301,42 @@ def pixtral(kind: str) -> Callable[[ModuleType], Parts]:
     return build
 
 
-def glm4v(tiny_models: ModuleType) -> Parts:
-    """GLM-4.1V: patches of any number, positions on three axes, norms after each layer's parts as well."""
-    import transformers
+def glm_v(kind: str, prefix: str, module: str, **text: Any) -> Callable[[ModuleType], Parts]:
+    """GLM-4.1V and its relatives: patches of any number, positions on three axes, norms after each layer's parts as well."""
 
-    marks = ("<|video|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
-    image = "<|begin_of_image|><|image|><|end_of_image|>"
-    tokenizer = tokenizer_with(tiny_models, "<|image|>", *marks, image=image)
-    id_of = tokenizer.convert_tokens_to_ids
-    text = tiny_models.language_config(
-        tokenizer, rope_parameters=rope(mrope_section=[2, 1, 1], partial_rotary_factor=0.5)
-    )
-    vision = {
-        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 7, "image_size": 56,
-        "out_hidden_size": 64,
-    }  # fmt: skip
-    config = transformers.Glm4vConfig(
-        text_config=text, vision_config=vision, image_token_id=id_of("<|image|>"), video_token_id=id_of("<|video|>"),
-        image_start_token_id=id_of("<|begin_of_image|>"), image_end_token_id=id_of("<|end_of_image|>"),
-        video_start_token_id=id_of("<|begin_of_video|>"), video_end_token_id=id_of("<|end_of_video|>"),
-    )  # fmt: skip
-    pixels = pil(
-        "glm4v", "Glm4vImageProcessorPil", patch_size=7, merge_size=2,
-        size={"shortest_edge": 28 * 28 * 2, "longest_edge": 56 * 56 * 2},
-    )  # fmt: skip
-    processor = image_only(
-        "glm4v", image_processor=pixels, tokenizer=tokenizer, chat_template=tokenizer.chat_template
-    )
-    return config, processor
+    def build(tiny_models: ModuleType) -> Parts:
+        import transformers
+
+        marks = (
+            "<|video|>",
+            "<|begin_of_image|>",
+            "<|end_of_image|>",
+            "<|begin_of_video|>",
+            "<|end_of_video|>",
+        )
+        image = "<|begin_of_image|><|image|><|end_of_image|>"
+        tokenizer = tokenizer_with(tiny_models, "<|image|>", *marks, image=image)
+        id_of = tokenizer.convert_tokens_to_ids
+        language = tiny_models.language_config(
+            tokenizer, rope_parameters=rope(mrope_section=[2, 1, 1], partial_rotary_factor=0.5), **text
+        )
+        vision = {
+            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 7, "image_size": 56,
+            "out_hidden_size": 64,
+        }  # fmt: skip
+        config = getattr(transformers, f"{prefix}Config")(
+            text_config=language, vision_config=vision, image_token_id=id_of("<|image|>"),
+            video_token_id=id_of("<|video|>"), image_start_token_id=id_of("<|begin_of_image|>"),
+            image_end_token_id=id_of("<|end_of_image|>"), video_start_token_id=id_of("<|begin_of_video|>"),
+            video_end_token_id=id_of("<|end_of_video|>"),
+        )  # fmt: skip
+        size = {"shortest_edge": 28 * 28 * 2, "longest_edge": 56 * 56 * 2}
+        pixels = pil(module.lower(), f"{module}ImageProcessorPil", patch_size=7, merge_size=2, size=size)
+        template = tokenizer.chat_template
+        return config, image_only(kind, image_processor=pixels, tokenizer=tokenizer, chat_template=template)
+
+    build.__doc__ = glm_v.__doc__
+    return build
 
 
 def mllama(tiny_models: ModuleType) -> Parts:
@@ -350,6 +358,285 @@ def mllama(tiny_models: ModuleType) -> Parts:
     processor = transformers.MllamaProcessor(
         image_processor=pixels, tokenizer=tokenizer, chat_template=tokenizer.chat_template
     )
+    return config, processor
+
+
+def vipllava(tiny_models: ModuleType) -> Parts:
+    """VipLLaVA: features of several of the tower's layers side by side."""
+    import transformers
+
+    tokenizer = tokenizer_with(tiny_models)
+    config = transformers.VipLlavaConfig(
+        text_config=transformers.LlamaConfig(**tiny_models.language_config(tokenizer)),
+        vision_config=transformers.CLIPVisionConfig(**VISION), vision_feature_layers=[-2, 1],
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), tie_word_embeddings=False,
+    )  # fmt: skip
+    pixels = pil(
+        "clip", "CLIPImageProcessorPil", size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+    )
+    processor = transformers.LlavaProcessor(
+        image_processor=pixels, tokenizer=tokenizer, patch_size=7, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+    return config, processor
+
+
+def llava_next_video(tiny_models: ModuleType) -> Parts:
+    """LLaVA-NeXT-Video: images, as NeXT's."""
+    import transformers
+
+    tokenizer = tokenizer_with(tiny_models, "<video>")
+    pinpoints = [[28, 56], [56, 28], [56, 56], [28, 84]]
+    id_of = tokenizer.convert_tokens_to_ids
+    config = transformers.LlavaNextVideoConfig(
+        text_config=transformers.LlamaConfig(**tiny_models.language_config(tokenizer, num_key_value_heads=4)),
+        vision_config=transformers.CLIPVisionConfig(**VISION), image_grid_pinpoints=pinpoints,
+        image_token_index=id_of("<image>"), video_token_index=id_of("<video>"), tie_word_embeddings=False,
+    )  # fmt: skip
+    pixels = pil(
+        "llava_next", "LlavaNextImageProcessorPil", image_grid_pinpoints=pinpoints, size={"shortest_edge": 28},
+        crop_size={"height": 28, "width": 28},
+    )  # fmt: skip
+    processor = image_only(
+        "llava_next_video", image_processor=pixels, tokenizer=tokenizer, patch_size=7,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+    return config, processor
+
+
+def idefics2(tiny_models: ModuleType) -> Parts:
+    """Idefics2: resampled features between tokens that neighbouring images share, a space before a word that follows."""
+    import transformers
+
+    tokenizer = tokenizer_with(tiny_models, "<fake_token_around_image>", "<end_of_utterance>")
+    # as its own template, nothing behind an image
+    template = tokenizer.chat_template.replace("'<image>\n'", "'<image>'")
+    assert template != tokenizer.chat_template
+    perceiver = {
+        "resampler_n_latents": 4, "resampler_depth": 2, "resampler_n_heads": 2, "resampler_head_dim": 16,
+        "num_key_value_heads": 1, "hidden_size": 64, "rms_norm_eps": 1e-6,
+    }  # fmt: skip
+    config = transformers.Idefics2Config(
+        text_config=transformers.MistralConfig(**tiny_models.language_config(tokenizer)),
+        vision_config={**VISION, "image_size": 56}, perceiver_config=perceiver,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tie_word_embeddings=False,
+    )  # fmt: skip
+    pixels = pil("idefics2", "Idefics2ImageProcessorPil", size={"shortest_edge": 28, "longest_edge": 56})
+    processor = transformers.Idefics2Processor(
+        image_processor=pixels, tokenizer=tokenizer, image_seq_len=4, chat_template=template
+    )
+    return config, processor
+
+
+def aria(tiny_models: ModuleType) -> Parts:
+    """Aria: a projector of queries before a mixture of experts."""
+    import transformers
+
+    tokenizer = tokenizer_with(tiny_models, image="<|img|>", image_token="<|img|>")
+    text = tiny_models.language_config(tokenizer, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1)
+    config = transformers.AriaConfig(
+        text_config=transformers.AriaTextConfig(**text),
+        vision_config={**VISION, "model_type": "idefics3_vision", "image_size": 980, "patch_size": 140},
+        image_token_index=tokenizer.convert_tokens_to_ids("<|img|>"), projector_patch_to_query_dict={"49": 4},
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    processor = transformers.AriaProcessor(
+        image_processor=pil("aria", "AriaImageProcessorPil"), tokenizer=tokenizer,
+        size_conversion={490: 4, 980: 4}, chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+    return config, processor
+
+
+def ovis2(tiny_models: ModuleType) -> Parts:
+    """Ovis2: tiles as mixtures of visual words, with indicators of rows and columns."""
+    import transformers
+
+    marks = ("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
+    tokenizer = tokenizer_with(tiny_models, *marks, "<IMG_ATOM>")
+    config = transformers.Ovis2Config(
+        text_config=transformers.Qwen2Config(**tiny_models.language_config(tokenizer)),
+        vision_config={**VISION, "hidden_stride": 2, "vocab_size": 24, "num_visual_indicator_tokens": 5},
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_ATOM>"),
+        visual_indicator_token_ids=tokenizer.convert_tokens_to_ids(list(marks)), vocab_size=len(tokenizer),
+        hidden_size=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    size = {"height": 28, "width": 28}
+    pixels = pil("ovis2", "Ovis2ImageProcessorPil", size=size, crop_to_patches=True, max_patches=3)
+    processor = transformers.Ovis2Processor(
+        image_processor=pixels, tokenizer=tokenizer, image_seq_length=4, chat_template=tokenizer.chat_template
+    )
+    return config, processor
+
+
+def janus(tiny_models: ModuleType) -> Parts:
+    """Janus: images that are read; the part that makes some stays as it is."""
+    import transformers
+
+    image = "<image_placeholder>"
+    names = {"image_token": image, "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
+    tokenizer = tokenizer_with(tiny_models, image=image, **names)
+    vision = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7,
+        "mlp_ratio": 2, "projection_dim": 64, "num_image_tokens": 16, "depth": 2,
+    }  # fmt: skip
+    painter = {
+        "embed_dim": 8, "num_embeddings": 16, "latent_channels": 8, "base_channels": 32, "channel_multiplier": [1, 1],
+        "num_res_blocks": 1, "projection_dim": 64, "image_token_embed_dim": 64, "num_patches": 4,
+    }  # fmt: skip
+    config = transformers.JanusConfig(
+        text_config=transformers.LlamaConfig(**tiny_models.language_config(tokenizer)), vision_config=vision,
+        vq_config=painter, image_token_id=tokenizer.convert_tokens_to_ids(image), tie_word_embeddings=False,
+    )  # fmt: skip
+    pixels = pil("janus", "JanusImageProcessorPil", size={"height": 28, "width": 28}, min_size=14)
+    processor = transformers.JanusProcessor(
+        image_processor=pixels,
+        tokenizer=tokenizer,
+        num_image_tokens=16,
+        chat_template=tokenizer.chat_template,
+    )
+    return config, processor
+
+
+def deepseek_vl(tiny_models: ModuleType) -> Parts:
+    """DeepSeek-VL: a SigLIP tower and an aligner."""
+    import transformers
+
+    image = "<image_placeholder>"
+    tokenizer = tokenizer_with(tiny_models, image=image, image_token=image)
+    config = transformers.DeepseekVLConfig(
+        text_config=transformers.LlamaConfig(**tiny_models.language_config(tokenizer)),
+        vision_config={**VISION, "model_type": "siglip_vision_model"},
+        image_token_id=tokenizer.convert_tokens_to_ids(image), tie_word_embeddings=False,
+    )  # fmt: skip
+    size = {"height": 28, "width": 28}
+    pixels = pil("deepseek_vl", "DeepseekVLImageProcessorPil", size=size, min_size=14)
+    processor = transformers.DeepseekVLProcessor(
+        image_processor=pixels,
+        tokenizer=tokenizer,
+        num_image_tokens=16,
+        chat_template=tokenizer.chat_template,
+    )
+    return config, processor
+
+
+def paligemma2(tiny_models: ModuleType) -> Parts:
+    """PaliGemma 2: the same around Gemma 2, with its softcaps."""
+    import transformers
+
+    config, processor = paligemma(tiny_models)
+    text = tiny_models.language_config(
+        processor.tokenizer, head_dim=16, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
+    )
+    config.text_config = transformers.Gemma2Config(**text)
+    return config, processor
+
+
+def gemma4(tiny_models: ModuleType) -> Parts:
+    """Gemma 4: patches of any number pooled, every other layer slides over 24 tokens."""
+    import transformers
+
+    names = {
+        "image_token": "<image_soft>", "boi_token": "<boi>", "eoi_token": "<eoi>", "audio_token": "<audio_soft>",
+        "boa_token": "<boa>", "eoa_token": "<eoa>", "video_token": "<|video|>",
+    }  # fmt: skip
+    tokenizer = tokenizer_with(tiny_models, image="<image_soft>", **names)
+    ids = {
+        f"{name}_id": tokenizer.convert_tokens_to_ids(text)
+        for name, text in names.items()
+        if "bo" not in name
+    }
+    text = tiny_models.language_config(
+        tokenizer, head_dim=16, global_head_dim=32, num_global_key_value_heads=1, sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"], vocab_size_per_layer_input=len(tokenizer),
+        hidden_size_per_layer_input=16, num_kv_shared_layers=0,
+    )  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 16, "patch_size": 7, "pooling_kernel_size": 2, "position_embedding_size": 64,
+    }  # fmt: skip
+    config = transformers.Gemma4Config(
+        text_config=text, vision_config=vision, audio_config=None, tie_word_embeddings=False, **ids
+    )
+    size = {"patch_size": 7, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+    processor = image_only(
+        "gemma4", feature_extractor=transformers.Gemma4AudioFeatureExtractor(), tokenizer=tokenizer,
+        image_processor=pil("gemma4", "Gemma4ImageProcessorPil", **size), chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+    return config, processor
+
+
+def video_llama_3(tiny_models: ModuleType) -> Parts:
+    """VideoLLaMA 3: patches of images of any size."""
+    import transformers
+
+    tokenizer = tokenizer_with(
+        tiny_models, "<|video_pad|>", image="<|image_pad|>", image_token="<|image_pad|>"
+    )
+    vision = {name: size for name, size in VISION.items() if name != "image_size"}
+    config = transformers.VideoLlama3Config(
+        text_config=transformers.Qwen2Config(**tiny_models.language_config(tokenizer)), vision_config=vision,
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"), tie_word_embeddings=False,
+    )  # fmt: skip
+    size = {"shortest_edge": 14 * 14, "longest_edge": 28 * 28}
+    pixels = pil("video_llama_3", "VideoLlama3ImageProcessorPil", patch_size=7, merge_size=1, size=size)
+    template = tokenizer.chat_template
+    return config, image_only(
+        "video_llama_3", image_processor=pixels, tokenizer=tokenizer, chat_template=template
+    )
+
+
+def ernie_vl(tiny_models: ModuleType) -> Parts:
+    """Ernie 4.5 VL: experts of its own for the tokens of images, positions on three axes."""
+    import transformers
+
+    names = {
+        "image_token": "<|IMAGE_PLACEHOLDER|>", "image_start_token": "<|IMAGE_START|>", "image_end_token": "<|IMAGE_END|>",
+        "video_token": "<|VIDEO_PLACEHOLDER|>", "video_start_token": "<|VIDEO_START|>", "video_end_token": "<|VIDEO_END|>",
+    }  # fmt: skip
+    tokenizer = tokenizer_with(
+        tiny_models, image="<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>", **names
+    )
+    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(text) for name, text in names.items()}
+    text = tiny_models.language_config(
+        tokenizer, rope_parameters=rope(mrope_section=[3, 3, 2]), moe_num_experts=4, moe_k=2,
+        moe_intermediate_size=[48, 32], moe_num_shared_experts=1, mlp_layer_types=["dense", "sparse"],
+    )  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 7, "spatial_merge_size": 2,
+    }  # fmt: skip
+    config = transformers.Ernie4_5_VLMoeConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=False, **ids
+    )
+    size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+    pixels = pil("ernie4_5_vl_moe", "Ernie4_5_VLMoeImageProcessorPil", patch_size=7, merge_size=2, size=size)
+    template = tokenizer.chat_template
+    return config, image_only(
+        "ernie4_5_vl_moe", image_processor=pixels, tokenizer=tokenizer, chat_template=template
+    )
+
+
+def lighton_ocr(tiny_models: ModuleType) -> Parts:
+    """LightOnOCR: patches of images of any size, merged, without marks of rows."""
+    import transformers
+
+    names = {
+        "image_token": "<|image_pad|>",
+        "image_break_token": "<|vision_pad|>",
+        "image_end_token": "<|vision_end|>",
+    }
+    tokenizer = tokenizer_with(tiny_models, image="<|image_pad|>", **names)
+    config = transformers.LightOnOcrConfig(
+        text_config=transformers.Qwen3Config(**tiny_models.language_config(tokenizer, head_dim=16)),
+        vision_config=transformers.PixtralVisionConfig(**{**VISION, "image_size": 56}), spatial_merge_size=2,
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"), tie_word_embeddings=False,
+    )  # fmt: skip
+    size = {"longest_edge": 56}
+    pixels = pil("pixtral", "PixtralImageProcessorPil", size=size, patch_size={"height": 7, "width": 7})
+    processor = transformers.LightOnOcrProcessor(
+        image_processor=pixels, tokenizer=tokenizer, patch_size=7, spatial_merge_size=2,
+        chat_template=tokenizer.chat_template,
+    )  # fmt: skip
     return config, processor
 
 
@@ -390,22 +677,50 @@ FAMILIES: dict[str, Callable[[ModuleType], Parts]] = {
         head_dim=16, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=2,
         linear_key_head_dim=16, linear_value_head_dim=16,
     ),
-    "GLM-4.1V": glm4v,
+    "Qwen3.5-MoE": qwen_vl(
+        "qwen3_5_moe", "Qwen3_5Moe",
+        {
+            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 7, "out_hidden_size": 64,
+            "num_position_embeddings": 64,
+        },
+        head_dim=16, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=2,
+        linear_key_head_dim=16, linear_value_head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48,
+        shared_expert_intermediate_size=48,
+    ),
+    "GLM-4.1V": glm_v("glm4v", "Glm4v", "Glm4v"),
+    "GLM-4.5V": glm_v(
+        "glm4v_moe", "Glm4vMoe", "Glm4v", n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=48,
+        n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1, head_dim=16,
+    ),
+    "GLM-OCR": glm_v("glm46v", "GlmOcr", "Glm46V", head_dim=16),
+    "VipLLaVA": vipllava,
     "LLaVA-NeXT": llava_next,
+    "LLaVA-NeXT-Video": llava_next_video,
     "LLaVA-OneVision": llava_onevision,
+    "Idefics2": idefics2,
     "Idefics3": idefics3("idefics3", "Idefics3", "idefics3"),
     "SmolVLM": idefics3("smolvlm", "SmolVLM", "smolvlm"),
     "InternVL": internvl,
     "Gemma 3": gemma3,
+    "Gemma 4": gemma4,
     "PaliGemma": paligemma,
+    "PaliGemma 2": paligemma2,
     "Pixtral": pixtral("Llava"),
     "Mistral 3": pixtral("Mistral3"),
     "Aya Vision": aya_vision,
     "Mllama": mllama,
+    "Aria": aria,
+    "Ovis2": ovis2,
+    "Janus": janus,
+    "DeepSeek-VL": deepseek_vl,
+    "VideoLLaMA 3": video_llama_3,
+    "Ernie 4.5 VL": ernie_vl,
+    "LightOnOCR": lighton_ocr,
 }  # fmt: skip
 
 # Why families that do not share prompts do not.
 UNSHARED = {
     "Mllama": "it sees images through cross-attention layers",
     "Qwen3.5": "it has layers of type linear_attention",
+    "Qwen3.5-MoE": "it has layers of type linear_attention",
 }

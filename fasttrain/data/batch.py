@@ -248,6 +248,7 @@ class _Builder:
             positions = self.family.positions(list(zip(self.prompts, lengths, self.images, strict=True)))
             if positions is not None:
                 inputs["position_ids"] = positions[:, None]
+            inputs.update(self.family.expert_types(np.concatenate(self.ids)))
         return [inputs]
 
     def _inputs_of_run(self, number: int) -> ImageInputs:

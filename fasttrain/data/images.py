@@ -199,6 +199,7 @@ _OF_TEXT = (
     "attention_mask",
     "token_type_ids",
     "mm_token_type_ids",
+    "moe_mm_token_type_ids",
     "cross_attention_mask",
     "labels",
 )

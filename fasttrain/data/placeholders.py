@@ -33,9 +33,22 @@ class Placeholders:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.token: str = processor.image_token
+        kind = type(processor).__name__
+        self._around = processor.fake_image_token if kind == "Idefics2Processor" else None
+        self._arrays = (
+            "np" if kind == "Ovis2Processor" else None
+        )  # it counts on arrays, which few others can always make
         self.fixed: Expansion | None = None
         self._of_sizes = functools.lru_cache(maxsize=65536)(self._expansions)
-        texts = [self._texts((size,))[0] for size in _PROBES]
+        try:
+            texts = [self._texts((size,))[0] for size in _PROBES]
+        except UserError:
+            raise
+        except Exception as error:  # noqa: BLE001 (it may be anything: what a processor wants besides text and images)
+            problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(
+                f"model.name: {type(processor).__name__} does not take a text and its images: {problem}"
+            ) from None
         self.feature_token = self._most_frequent(texts[0])
         self.feature_token_id: int = self.tokenizer.convert_tokens_to_ids(self.feature_token)
         if len(set(texts)) == 1:
@@ -65,7 +78,14 @@ class Placeholders:
         for piece, expansion in zip(pieces[1:], expansions, strict=True):
             out += [expansion.text, piece]
             runs += expansion.runs
-        return "".join(out), runs
+        return self._join("".join(out)), runs
+
+    def _join(self, expanded: str) -> str:
+        """What Idefics2's processor does around images: one token between two of them, a space before a word that follows."""
+        if self._around is None:
+            return expanded
+        between = expanded.replace(self._around * 2, self._around)
+        return re.sub(f"{re.escape(self._around)}(?=[^\\s<])", f"{self._around} ", between)
 
     def _expansions(self, sizes: tuple[tuple[int, int], ...]) -> tuple[Expansion, ...]:
         return tuple(self._collapse(text) for text in self._texts(sizes))
@@ -82,17 +102,19 @@ class Placeholders:
         images = [Image.new("RGB", size) for size in sizes]
         text = " ".join([self.token] * len(images))
         inputs = self.processor(
-            images=[images], text=[text], add_special_tokens=False, return_text_replacement_offsets=True
-        )
+            images=[images], text=[text], add_special_tokens=False, return_text_replacement_offsets=True,
+            return_tensors=self._arrays,
+        )  # fmt: skip
         if inputs.get("text_replacement_offsets"):
             return [entry["replacement"] for entry in inputs["text_replacement_offsets"][0]]
         return [self._text_of_ids(image) for image in images]
 
     def _text_of_ids(self, image: Any) -> str:
-        """For processors that do not tell what they replaced: their token ids for a placeholder, if all are one token."""
+        """For processors that do not tell what they replaced: their token ids for a placeholder, if all are one token, or that and
+        the one that Idefics2 has around images."""
         ids = self.processor(images=[[image]], text=[self.token], add_special_tokens=False)["input_ids"][0]
         tokens = self.tokenizer.convert_ids_to_tokens([i for i in ids if i != self.tokenizer.bos_token_id])
-        if not tokens or set(tokens) != {self.token}:
+        if not tokens or not {self.token} <= set(tokens) <= {self.token, self._around}:
             raise UserError(
                 f"model.name: wanted a processor that tells what it writes in place of an image, got {type(self.processor).__name__} "
                 f"with {len(tokens)} tokens and no account of them"
@@ -105,4 +127,8 @@ class Placeholders:
             getattr(self.tokenizer, "image_token_id", None),
         ]
         known = [self.token, *self.tokenizer.convert_ids_to_tokens([i for i in ids if i is not None])]
-        return max(known, key=text.count)
+        if any(token in text for token in known):
+            return max(known, key=text.count)
+        # Ovis 2 names its token nowhere
+        written = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return str(self.tokenizer.convert_ids_to_tokens(max(written, key=written.count)))

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 from fasttrain.errors import UserError
+from fasttrain.model.lora import language_model
 from fasttrain.model.positions import scales_by_longest
 from fasttrain_kernels import (
     AttentionCase,
@@ -116,7 +117,9 @@ def why_unshared(model: Any, longest: int) -> str | None:
         return f"it has layers of type {', '.join(sorted(other))}"
     if getattr(config, "cross_attention_layers", None):
         return "it sees images through cross-attention layers"
-    if not getattr(model, "_supports_attention_backend", False):
+    # Janus and DeepSeek-VL hand everything on to a decoder that takes them, and do not say so of themselves
+    takes = "_supports_attention_backend"
+    if not (getattr(model, takes, False) or getattr(language_model(model), takes, False)):
         return f"{type(model).__name__} does not take attention functions"
     if (
         getattr(config, "use_bidirectional_attention", None) == "vision"

@@ -76,7 +76,7 @@ class FamilyInputs:
 
     def sequence(self, ids: np.ndarray, images: ImageInputs | None, prompt: int) -> ImageInputs:
         """What the processor would return besides ids, mask and images for one ordinary sequence whose prompt is so long."""
-        inputs = self.token_types(ids)
+        inputs = {**self.token_types(ids), **self.expert_types(ids)}
         if self._both_ways == "prompt":  # its tokens are of type 0, and see each other
             inputs["token_type_ids"] = (torch.arange(len(ids)) >= prompt).long()[None]
         if images and "cross_attention_mask" in self._accepts:
@@ -102,6 +102,13 @@ class FamilyInputs:
             return {}
         types = self._processor.create_mm_token_type_ids([ids.tolist()])
         return {self._types_name: torch.tensor(types)}
+
+    def expert_types(self, ids: np.ndarray) -> ImageInputs:
+        """Which tokens go to the experts of images, (1, T), where a family has some (Ernie 4.5 VL)."""
+        name = "moe_mm_token_type_ids"
+        if name not in self._accepts:
+            return {}
+        return {name: torch.from_numpy(self._processor.create_moe_mm_token_type_ids(ids[None]))}
 
     def _name_of_types(self) -> str | None:
         if not getattr(self._processor, "return_mm_token_type_ids", False):

@@ -160,8 +160,9 @@ def load_processor(folder: Path, config: ModelConfig, has_images: bool) -> Any:
     with model_mistakes(f"load a {kind} from {folder}", folder, config), _quiet():
         if has_images:
             model_type = AutoConfig.from_pretrained(folder, **options).model_type
-            loader, options["backend"] = without_videos(model_type) or AutoProcessor, "pil"
-            if processor_name(folder) == PIXTRAL and not is_torchvision_available():
+            name = processor_name(folder)
+            loader, options["backend"] = without_videos(model_type, name) or AutoProcessor, "pil"
+            if name == PIXTRAL and not is_torchvision_available():
                 loader = pixtral_processor()
         return loader.from_pretrained(folder, **options)
 

@@ -18,25 +18,33 @@ from typing import Any
 PIXTRAL = "PixtralProcessor"
 
 
-def without_videos(model_type: str) -> Any | None:
-    """The model type's processor class without its video processor; None if it has none, or torchvision is installed."""
+def without_videos(model_type: str, named: str | None = None) -> Any | None:
+    """The model type's processor class, or where it has none the one that the files name, without its video processor; None
+    if it has none, or torchvision is installed."""
     import transformers
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
     from transformers.utils import is_torchvision_available
 
-    name = PROCESSOR_MAPPING_NAMES.get(model_type)
-    if name in (None, PIXTRAL) or is_torchvision_available():
+    name = PROCESSOR_MAPPING_NAMES.get(model_type) or named
+    found: Any = getattr(transformers, name or "", None)
+    if found is None or name == PIXTRAL or is_torchvision_available():
         return None
-    found: Any = getattr(transformers, name)
     attributes = found.get_attributes()
     if "video_processor" not in attributes:
         return None
     place = attributes.index("video_processor")
     kept = [attribute for attribute in attributes if attribute != "video_processor"]
 
-    class Images(found):  # type: ignore[misc]
-        # what templates and settings ask a video processor for
-        video_processor = SimpleNamespace(num_frames=None, fps=None, merge_size=None)
+    class Parts(transformers.ProcessorMixin):
+        """What the class hands its parts to: the one that is missing, None, is dropped, wherever it stands."""
+
+        def __init__(self, *parts: Any, **named: Any) -> None:
+            named.pop("video_processor", None)
+            super().__init__(*parts[:place], *parts[place + 1 :], **named)
+
+    class Images(found, Parts):  # type: ignore[misc]
+        # what templates and settings ask a video processor for; Ernie's saves the font of its
+        video_processor = SimpleNamespace(num_frames=None, fps=None, merge_size=None, font="")
 
         @classmethod
         def get_attributes(cls) -> list[str]:

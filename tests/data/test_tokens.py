@@ -454,3 +454,18 @@ def test_an_image_has_as_many_tokens_as_the_processor_gives_its_size(
 def scored_ids(chat: ChatTokenizer, answer: str) -> list[int]:
     prompt = chat.prompt(QUESTION, "x")
     return list(chat.completion(QUESTION, prompt, answer, "x"))
+
+
+def test_a_processor_that_takes_images_in_a_way_of_its_own_is_one_line(
+    vision_chat: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = vision_chat().processor
+
+    def refuse(self: Any, *given: Any, **named: Any) -> Any:
+        raise ValueError("Nested images are only supported\nwith `multi_page`")  # as GOT-OCR 2's
+
+    monkeypatch.setattr(type(processor), "__call__", refuse)
+    with pytest.raises(
+        UserError, match=r"LlavaProcessor does not take a text .*: Nested images are only supported with"
+    ):
+        ChatTokenizer(processor, [processor.tokenizer.eos_token_id])

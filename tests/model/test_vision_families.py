@@ -65,6 +65,49 @@ def test_sharing_prompts_with_images_gives_the_losses_of_ordinary_sequences(
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # of arrays made of tensors
+# but PaliGemma's, which puts its own <s> and newline around what a chat template has written
+@pytest.mark.parametrize(
+    "name", [name for name in tiny_families.FAMILIES if not name.startswith("PaliGemma")]
+)
+def test_ids_and_inputs_are_those_of_the_processor_called_with_the_whole_text(
+    name: str, build: Callable[[str], Path], tiny_models: ModuleType, tmp_path: Path
+) -> None:
+    import numpy as np
+    import torch
+    import transformers
+    from PIL import Image
+
+    from fasttrain.config import ModelConfig
+    from fasttrain.data.pairs import IMAGE
+    from fasttrain.data.tokens import ChatTokenizer
+    from fasttrain.model.families import FamilyInputs
+    from fasttrain.model.load import load_processor, stop_token_ids
+
+    folder = build(name)
+    processor = load_processor(folder, ModelConfig(name=str(folder)), True)
+    with torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(folder)
+        family = FamilyInputs(transformers.AutoModelForImageTextToText.from_config(config), processor)
+    chat = ChatTokenizer(processor, stop_token_ids(processor, folder))
+    files = [tiny_models.draw_image(tmp_path / f"{number}.png", number) for number in range(3)]
+    images = [Image.open(file).convert("RGB") for file in files]
+    say = (("text", "what is it?"),)
+    messages = (("user", (IMAGE, IMAGE, *say)), ("assistant", say), ("user", (IMAGE, *say)))
+    prompt = chat.prompt(messages, "x", [image.size for image in images])
+    answer = chat.completion(messages, prompt, "blue green left", "x")
+    ids = np.concatenate([prompt.ids, answer])
+    pixels = chat.pixels([file.read_bytes() for file in files])
+    ours = {**pixels, **family.sequence(ids, pixels, len(prompt.ids))}
+    text = prompt.text + chat.tokenizer.decode(answer)
+    theirs = dict(processor(images=[images], text=[text], add_special_tokens=False, return_tensors="pt"))
+    assert ids.tolist() == theirs.pop("input_ids")[0].tolist()
+    del theirs["attention_mask"]
+    assert ours.keys() == theirs.keys()
+    for argument, value in theirs.items():
+        assert torch.equal(ours[argument].to(value.dtype), value), argument
+
+
 @pytest.mark.parametrize("name", tiny_families.FAMILIES)
 def test_every_family_has_a_projector_that_train_projector_finds(name: str, tiny_models: ModuleType) -> None:
     import torch
@@ -72,18 +115,20 @@ def test_every_family_has_a_projector_that_train_projector_finds(name: str, tiny
 
     from fasttrain.config import LoraConfig
     from fasttrain.model.head import install_head
-    from fasttrain.model.lora import attach_lora, choose_trainable, in_projector
+    from fasttrain.model.lora import attach_lora, choose_trainable, in_projector, language_model
 
     config, _ = tiny_families.FAMILIES[name](tiny_models)
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(config)
     install_head(model)
-    adapted = attach_lora(model, LoraConfig(rank=2, alpha=4, targets=["q_proj"]), train_projector=True)
+    adapted = attach_lora(model, LoraConfig(rank=2, alpha=4, targets="auto"), train_projector=True)
     choose_trainable(model, adapted, train_projector=True)
     trained = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
     assert trained and all(in_projector(n) for n in trained)
     towers = ("vision_tower", "vision_model.encoder", "visual.blocks", "language_model", "text_model")
     assert not any(tower in n for n in trained for tower in towers)
+    decoder = {id(parameter) for parameter in language_model(model).parameters()}
+    assert all(id(p) in decoder for n, p in model.named_parameters() if "lora_" in n)
 
 
 @pytest.mark.parametrize(
