@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 112}
+# sizes by the names of GPT-2's successors
+OWN_WORDS = {"n_embd": 64, "n_layer": 2, "n_head": 4}
 
 # model class prefix -> changes to the common configuration, and a part of the warning where it cannot share
 FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
@@ -37,7 +39,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
     ),
     "GPTNeoX": ({}, None),
     "OPT": ({"word_embed_proj_dim": 64, "ffn_dim": 112}, None),
-    "GPT2": ({"n_embd": 64, "n_layer": 2, "n_head": 4}, None),
+    "GPT2": (OWN_WORDS, None),
     "Gemma2": ({"head_dim": 16, "attn_logit_softcapping": 2.0, "sliding_window": 12}, None),
     "Phi3 longrope": (
         {
@@ -146,6 +148,94 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
         },
         "it has layers of type linear_attention",
     ),
+    "Olmo3": ({"sliding_window": 11, "layer_types": ["sliding_attention", "full_attention"]}, None),
+    "Starcoder2": ({"sliding_window": 11}, None),
+    "Ernie4_5": ({"head_dim": 16}, None),
+    "HunYuanDenseV1": ({"head_dim": 16}, None),
+    "Glm4Moe": (
+        {
+            "head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+        None,
+    ),
+    "Cohere2": (
+        {"sliding_window": 11, "layer_types": ["sliding_attention", "full_attention"], "logit_scale": 0.25},
+        None,
+    ),
+    "Apertus": ({}, None),
+    "SeedOss": ({"head_dim": 16}, None),
+    "Arcee": ({}, None),
+    "BitNet": ({}, None),
+    "GPTJ": ({**OWN_WORDS, "rotary_dim": 8}, None),
+    "GPTBigCode": (OWN_WORDS, None),
+    "Persimmon": ({}, None),
+    "Helium": ({"head_dim": 16}, None),
+    "NanoChat": ({}, None),
+    "DiffLlama": ({}, None),
+    "Doge": ({}, "DogeAttention asks for attention with a mask or dropout"),
+    "StableLm": ({}, "does not take attention functions"),
+    "Bloom": ({"n_layer": 2, "n_head": 4, "hidden_size": 64}, "does not take attention functions"),
+    "Mpt": (
+        {"d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2},
+        "does not take attention functions",
+    ),
+    "Lfm2": (
+        {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        "it has layers of type conv",
+    ),
+    "Bamba": (
+        {
+            "mamba_n_heads": 4,
+            "mamba_d_head": 32,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 16,
+            "attn_layer_indices": [1],
+        },
+        "it has layers of type linear_attention",
+    ),
+    "Jamba": (
+        {
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 8,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 2,
+            "use_mamba_kernels": False,
+        },
+        "it has layers of type linear_attention",
+    ),
+    "Zamba2": (
+        {
+            "mamba_d_state": 8,
+            "n_mamba_heads": 4,
+            "mamba_headdim": 32,
+            "mamba_ngroups": 1,
+            "chunk_size": 16,
+            "layers_block_type": ["mamba", "hybrid"],
+            "num_mem_blocks": 1,
+        },
+        "it has layers of type hybrid, linear_attention",
+    ),
+    "RecurrentGemma": (
+        {"lru_width": 64, "attention_window_size": 16, "block_types": ["recurrent", "attention"]},
+        "it has layers of type linear_attention",
+    ),
+    "MiniMax": (
+        {
+            "num_local_experts": 4,
+            "head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            "block_size": 16,
+        },
+        "it has layers of type linear_attention",
+    ),
 }
 
 
@@ -158,9 +248,10 @@ def build(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         family = name.split()[0]
         tokenizer = tiny_models.build_tokenizer(tiny_models.CHATML, eos="<|im_end|>")
         common = tiny_models.language_config(tokenizer)
-        if name in ("GPTNeoX", "OPT", "GPT2", "Falcon"):
+        named_otherwise = ("GPT2", "GPTJ", "GPTBigCode", "Bloom", "Mpt")
+        if name in ("GPTNeoX", "OPT", "Falcon", *named_otherwise):
             ids = {key: value for key, value in common.items() if key.endswith("_id") or key == "vocab_size"}
-            common = ids | ({} if name == "GPT2" else SMALL)
+            common = ids | ({} if name in named_otherwise else SMALL)
         text = "TextConfig" if name in ("Gemma3 text", "Gemma3n", "Gemma4", "Llama4") else "Config"
         settings = FAMILIES[name][0] if name in FAMILIES else {}
         config = getattr(transformers, f"{family}{text}")(**(common | settings | changes))
