@@ -9,6 +9,7 @@ import signal
 import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
+from types import TracebackType
 from typing import Any
 
 from fasttrain.errors import UserError
@@ -32,6 +33,15 @@ def start_worker(_: int) -> None:
     """The parent decides when work ends; a signal to the whole process group must not kill its workers first."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _unless_parent_is_gone
+
+
+def _unless_parent_is_gone(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """For multiprocessing's thread in a worker, which is cut short in handing a tensor over when the parent is interrupted."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 _LIVE: weakref.WeakSet[Any] = weakref.WeakSet()
