@@ -150,6 +150,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         paths_as_text(self)
+        for name, paths in (("data.train", self.train), ("data.eval", self.eval)):
+            require(not (isinstance(paths, list) and "" in paths), name, "paths, none of them empty", paths)
+        require(self.eval != "", "data.eval", "a path, several, or null", self.eval)
         require(self.max_length >= 2, "data.max_length", "an integer of at least 2", self.max_length)
         require(
             self.limit_pairs is None or self.limit_pairs >= 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,19 @@ def test_an_unknown_word_is_answered_with_the_closest_known_one(text: str, said:
 )
 def test_a_wrong_value_names_key_wanted_and_got(text: str, said: str, tmp_path: Path) -> None:
     assert said in mistake(text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"train": [""]}, "data.train: wanted paths, none of them empty, got ['']"),
+        ({"train": "a", "eval": ["b", ""]}, "data.eval: wanted paths, none of them empty, got ['b', '']"),
+        ({"train": "a", "eval": ""}, "data.eval: wanted a path, several, or null, got ''"),
+    ],
+)
+def test_an_empty_path_is_no_working_folder(data: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        config_from_dict({"model": {"name": "m"}, "data": data})
 
 
 def test_model_and_pairs_must_be_given() -> None:
