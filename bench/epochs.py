@@ -47,7 +47,12 @@ def run_fasttrain(folder: Path, epochs: int) -> list[float]:
     """The command, with a cache that is empty."""
     raw = recipe(folder / "model", folder / "pairs.jsonl", folder, RANK, PAIRS_PER_STEP)
     raw["lora"] = {"init_from": str(folder / "adapter")}
-    raw["data"].pop("workers")  # as the program chooses
+    for section, name in (
+        ("data", "workers"),
+        ("train", "tokens_per_pack"),
+        ("train", "gradient_checkpointing"),
+    ):
+        raw[section].pop(name)  # as the program chooses
     raw["train"] |= {
         "epochs": epochs,
         "learning_rate": LEARNING_RATE,
