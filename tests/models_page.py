@@ -55,6 +55,8 @@ NOTES = """## Fine print
   DPOTrainer and in vLLM's chat either. transformers' processors put one in front of such a chat, and LLaVA was trained with one;
   `model.bos: tokenizer` does as they do, token for token. A note says which models are concerned. `fasttrain answer` and `eval`
   ask an adapter as its run was trained; for merged models there is `--bos`.
+  PaliGemma has no chat template of its own, and its processor puts `<bos>` behind the images and a newline behind the question: write both
+  into the template, for here, too, a prompt is what the template says.
 * **Own code.** A model whose Python code comes with it is loaded with `model.trust_remote_code: true` only. `fasttrain answer`, `eval` and
   the merge of an adapter folder take `--trust-remote-code`, and nothing from the adapter's folder; a study's answers go by its recipe.
 * **Reference cache.** With weights that are not fp32 the key also holds how attention was computed (the shared backend, or unshared):
