@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from fasttrain.evaluate.judging import JudgeOptions
+from fasttrain_data.calls.dispatch import CallLimits
+
 Row = dict[str, Any]
 
 
@@ -25,6 +28,11 @@ def write_rows() -> Callable[[Path, Sequence[Row]], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def rows_of() -> Callable[[Path], list[Row]]:
+    return lambda path: [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @dataclass
@@ -118,6 +126,18 @@ def judge_double() -> Iterator[OpenAIDouble]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.fixture
+def options() -> Callable[..., JudgeOptions]:
+    """Options that ask a double, with two attempts and no waiting between them unless `limits` says otherwise."""
+
+    def make(double: Any, **more: Any) -> JudgeOptions:
+        limits = CallLimits(in_flight=4, attempts=2, backoff_s=0.0)
+        given = {"model": "judge-1", "api": "openai", "base_url": double.url, "limits": limits, "quiet": True}
+        return JudgeOptions(**given | more)
+
+    return make
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -40,25 +39,21 @@ def data(tmp_path: Path, write_rows: Callable[..., Path]) -> Path:
     return folder
 
 
-def options(double: Any, **more: Any) -> JudgeOptions:
-    limits = more.pop("limits", CallLimits(in_flight=4, attempts=2, backoff_s=0.0))
-    given = {"model": "judge-1", "api": "openai", "base_url": double.url, "quiet": True, **more}
-    return JudgeOptions(limits=limits, **given)
-
-
 def number_of(body: dict[str, Any]) -> int:
     return int(body["messages"][-1]["content"].split()[1].rstrip("."))
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def run(data: Path, tmp_path: Path, judge: JudgeOptions) -> dict[str, Any]:
     return judge_benchmark("mt-bench", data, tmp_path / "m.jsonl", tmp_path / "out", judge)
 
 
-def test_every_fault_has_its_status_and_none_counts(data: Path, tmp_path: Path, judge_double: Any) -> None:
+def test_every_fault_has_its_status_and_none_counts(
+    data: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    options: Callable[..., JudgeOptions],
+    rows_of: Callable[[Path], list[dict[str, Any]]],
+) -> None:
     faults = {0: 429, 1: 500, 2: "hang up", 3: "blocked", 4: "empty", 5: "cut", 6: 400, 7: "not json"}
     judge_double.say = lambda body: "Long words before the end. Rating: [[8]]"
     judge_double.fault = lambda body, attempt: faults.get(number_of(body))
@@ -74,7 +69,7 @@ def test_every_fault_has_its_status_and_none_counts(data: Path, tmp_path: Path, 
 
 
 def test_passing_faults_are_tried_again_and_leave_no_trace(
-    data: Path, tmp_path: Path, judge_double: Any
+    data: Path, tmp_path: Path, judge_double: Any, options: Callable[..., JudgeOptions]
 ) -> None:
     judge_double.fault = lambda body, attempt: (
         (429, 500, "hang up", None)[number_of(body) % 4] if not attempt else None
@@ -85,7 +80,7 @@ def test_passing_faults_are_tried_again_and_leave_no_trace(
 
 
 def test_a_rerun_asks_nothing_and_retries_only_what_may_pass(
-    data: Path, tmp_path: Path, judge_double: Any
+    data: Path, tmp_path: Path, judge_double: Any, options: Callable[..., JudgeOptions]
 ) -> None:
     judge_double.fault = lambda body, attempt: {0: 500, 1: "blocked"}.get(number_of(body))
     first = run(data, tmp_path, options(judge_double))
@@ -101,7 +96,11 @@ def test_a_rerun_asks_nothing_and_retries_only_what_may_pass(
 
 
 def test_a_refused_key_ends_the_run_in_one_line_without_the_key(
-    data: Path, tmp_path: Path, judge_double: Any, monkeypatch: pytest.MonkeyPatch
+    data: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    options: Callable[..., JudgeOptions],
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     message = {"error": {"message": "Incorrect API key provided: sk-very-secret"}}
@@ -115,7 +114,9 @@ def test_a_refused_key_ends_the_run_in_one_line_without_the_key(
     assert (tmp_path / "out" / "judge.journal.jsonl").read_text() == ""
 
 
-def test_a_refusal_of_the_judge_is_a_blocked_answer(data: Path, tmp_path: Path, judge_double: Any) -> None:
+def test_a_refusal_of_the_judge_is_a_blocked_answer(
+    data: Path, tmp_path: Path, judge_double: Any, options: Callable[..., JudgeOptions]
+) -> None:
     message = {"role": "assistant", "content": None, "refusal": "I cannot rate this."}
     reply = {"model": "judge-a", "choices": [{"message": message, "finish_reason": "stop"}]}
     judge_double.fault = lambda body, attempt: (200, reply) if number_of(body) == 3 else None
@@ -123,7 +124,7 @@ def test_a_refusal_of_the_judge_is_a_blocked_answer(data: Path, tmp_path: Path, 
 
 
 def test_a_spent_account_stops_early_and_the_rest_is_marked_quota(
-    data: Path, tmp_path: Path, judge_double: Any
+    data: Path, tmp_path: Path, judge_double: Any, options: Callable[..., JudgeOptions]
 ) -> None:
     spent = {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}
     judge_double.fault = lambda body, attempt: (429, spent) if number_of(body) >= 5 else None
@@ -134,7 +135,9 @@ def test_a_spent_account_stops_early_and_the_rest_is_marked_quota(
     assert "exceeded your current quota" in scores["judge"]["stopped"]
 
 
-def test_a_server_that_wants_other_names_gets_them(data: Path, tmp_path: Path, judge_double: Any) -> None:
+def test_a_server_that_wants_other_names_gets_them(
+    data: Path, tmp_path: Path, judge_double: Any, options: Callable[..., JudgeOptions]
+) -> None:
     def fault(body: dict[str, Any], attempt: int) -> Any:
         if "max_tokens" in body:
             return 400, {"error": {"message": "Unsupported parameter: use 'max_completion_tokens' instead."}}
@@ -150,7 +153,7 @@ def test_a_server_that_wants_other_names_gets_them(data: Path, tmp_path: Path, j
 
 
 def test_the_cost_cap_stops_before_it_is_passed_and_counts_earlier_runs(
-    data: Path, tmp_path: Path, judge_double: Any
+    data: Path, tmp_path: Path, judge_double: Any, options: Callable[..., JudgeOptions]
 ) -> None:
     prices = tmp_path / "prices.yaml"
     prices.write_text("prices: [{model: judge-1, from: 2020-01-01, input: 100.0, output: 1000.0}]\n")
@@ -166,12 +169,16 @@ def test_the_cost_cap_stops_before_it_is_passed_and_counts_earlier_runs(
     assert run(data, tmp_path, judge)["n"] == 6 and judge_double.bodies == []
 
 
-def test_a_cost_cap_without_a_price_is_refused(data: Path, tmp_path: Path, judge_double: Any) -> None:
+def test_a_cost_cap_without_a_price_is_refused(
+    data: Path, tmp_path: Path, judge_double: Any, options: Callable[..., JudgeOptions]
+) -> None:
     with pytest.raises(UserError, match="--max-cost: wanted a price for judge-1"):
         run(data, tmp_path, options(judge_double, max_cost_usd=1.0))
 
 
-def test_the_forecast_counts_calls_without_making_one(data: Path, tmp_path: Path, judge_double: Any) -> None:
+def test_the_forecast_counts_calls_without_making_one(
+    data: Path, tmp_path: Path, judge_double: Any, options: Callable[..., JudgeOptions]
+) -> None:
     judge = options(judge_double)
     forecast = forecast_judging("mt-bench", data, tmp_path / "m.jsonl", tmp_path / "out", judge)
     assert (forecast.calls, forecast.calls_in_journal, forecast.usd) == (QUESTIONS, 0, None)
@@ -182,7 +189,12 @@ def test_the_forecast_counts_calls_without_making_one(data: Path, tmp_path: Path
 
 
 def test_a_limit_counts_questions_and_not_answers(
-    data: Path, tmp_path: Path, judge_double: Any, write_rows: Callable[..., Path]
+    data: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    write_rows: Callable[..., Path],
+    options: Callable[..., JudgeOptions],
+    rows_of: Callable[[Path], list[dict[str, Any]]],
 ) -> None:
     """Of the first five, two have no answer: three are judged, none from beyond."""
     answers = [row for row in rows_of(tmp_path / "m.jsonl") if row["question_id"] not in (1, 3)]
@@ -200,7 +212,11 @@ def test_a_limit_counts_questions_and_not_answers(
 
 
 def test_another_server_is_another_judge_and_the_apis_own_needs_no_address(
-    data: Path, tmp_path: Path, judge_double: Any, monkeypatch: pytest.MonkeyPatch
+    data: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    options: Callable[..., JudgeOptions],
 ) -> None:
     run(data, tmp_path, options(judge_double))
 
@@ -231,7 +247,11 @@ def test_a_journal_without_servers_goes_on_at_the_apis_own() -> None:
 
 
 def test_two_versions_of_a_judge_in_one_score_are_warned_of(
-    data: Path, tmp_path: Path, judge_double: Any, capsys: pytest.CaptureFixture[str]
+    data: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    capsys: pytest.CaptureFixture[str],
+    options: Callable[..., JudgeOptions],
 ) -> None:
     versions = iter(["judge-a"] * 5 + ["judge-b"] * 7)
     judge_double.version = lambda: next(versions)
@@ -251,7 +271,12 @@ def test_two_versions_of_a_judge_in_one_score_are_warned_of(
     ],
 )
 def test_wrong_options_are_named(
-    more: dict[str, Any], message: str, data: Path, tmp_path: Path, judge_double: Any
+    more: dict[str, Any],
+    message: str,
+    data: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    options: Callable[..., JudgeOptions],
 ) -> None:
     with pytest.raises(UserError) as error:
         run(data, tmp_path, options(judge_double, **more))
@@ -266,7 +291,7 @@ def test_openai_itself_wants_a_key(data: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_gemini_judges_and_its_faults_are_named(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Callable[..., JudgeOptions]
 ) -> None:
     monkeypatch.setenv("GEMINI_API_KEY", "double-key")
     faults = {0: "blocked_prompt", 1: "blocked_answer", 2: "max_tokens_thinking", 3: "empty", 4: "recitation"}
@@ -303,7 +328,12 @@ def test_gemini_judges_and_its_faults_are_named(
 
 
 def test_a_killed_judging_loses_at_most_the_calls_in_flight(
-    data: Path, tmp_path: Path, judge_double: Any, write_rows: Callable[..., Path]
+    data: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    write_rows: Callable[..., Path],
+    options: Callable[..., JudgeOptions],
+    rows_of: Callable[[Path], list[dict[str, Any]]],
 ) -> None:
     questions, in_flight = 120, 4
     rows = [{"question_id": n, "category": "stem", "turns": [f"question {n}."]} for n in range(questions)]

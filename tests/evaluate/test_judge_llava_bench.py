@@ -12,19 +12,9 @@ import pytest
 
 from fasttrain.errors import UserError
 from fasttrain.evaluate.judging import JudgeOptions, judge_benchmark
-from fasttrain_data.calls.dispatch import CallLimits
 
 # the system message of llava/eval/eval_gpt_review_bench.py in github.com/haotian-liu/LLaVA
 OFFICIAL = "You are a helpful and precise assistant for checking the quality of the answer."
-
-
-def options(double: Any, **more: Any) -> JudgeOptions:
-    limits = CallLimits(in_flight=4, attempts=2, backoff_s=0.0)
-    return JudgeOptions(model="judge-1", api="openai", base_url=double.url, limits=limits, quiet=True, **more)
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -67,7 +57,11 @@ def llava(tmp_path: Path, write_rows: Callable[..., Path]) -> Path:
 
 
 def test_llava_bench_score_is_the_ratio_of_the_two_means_without_parse_failures(
-    llava: Path, tmp_path: Path, judge_double: Any
+    llava: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    options: Callable[..., JudgeOptions],
+    rows_of: Callable[[Path], list[dict[str, Any]]],
 ) -> None:
     replies = {
         0: "8 6\nwhy",
@@ -110,7 +104,12 @@ def test_llava_bench_score_is_the_ratio_of_the_two_means_without_parse_failures(
 
 
 def test_llava_bench_reads_the_real_coco_set_with_captions_boxes_and_rules(
-    shared_data: Path, tmp_path: Path, judge_double: Any, write_rows: Callable[..., Path]
+    shared_data: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    write_rows: Callable[..., Path],
+    options: Callable[..., JudgeOptions],
+    rows_of: Callable[[Path], list[dict[str, Any]]],
 ) -> None:
     folder = shared_data / "llava"
     questions = rows_of(folder / "qa90_questions.jsonl")
@@ -132,7 +131,11 @@ def test_llava_bench_reads_the_real_coco_set_with_captions_boxes_and_rules(
 
 
 def test_judgments_made_under_another_system_message_are_asked_anew(
-    llava: Path, tmp_path: Path, judge_double: Any, monkeypatch: pytest.MonkeyPatch
+    llava: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    options: Callable[..., JudgeOptions],
 ) -> None:
     judge_double.say = lambda body: "8 4" if body["messages"][0]["content"] == OFFICIAL else "8 8"
     words = ("llava-bench", llava, tmp_path / "answers.jsonl", tmp_path / "out", options(judge_double))
@@ -161,7 +164,12 @@ def test_judgments_made_under_another_system_message_are_asked_anew(
     ],
 )
 def test_broken_llava_files_are_named(
-    break_it: Callable[[Path], Any], message: str, llava: Path, tmp_path: Path, judge_double: Any
+    break_it: Callable[[Path], Any],
+    message: str,
+    llava: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    options: Callable[..., JudgeOptions],
 ) -> None:
     break_it(llava)
     with pytest.raises(UserError) as error:

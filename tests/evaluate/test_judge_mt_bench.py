@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 from fasttrain.errors import UserError
 from fasttrain.evaluate.judging import JudgeOptions, judge_benchmark
 from fasttrain.evaluate.judging.told import score_lines
-from fasttrain_data.calls.dispatch import CallLimits
 
 CATEGORIES = ("writing", "math", "stem")
 
@@ -81,17 +79,12 @@ def data(tmp_path: Path, write_rows: Callable[..., Path]) -> Path:
     return folder
 
 
-def options(double: Any, **more: Any) -> JudgeOptions:
-    limits = CallLimits(in_flight=4, attempts=2, backoff_s=0.0)
-    return JudgeOptions(model="judge-1", api="openai", base_url=double.url, limits=limits, quiet=True, **more)
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_each_turn_gets_the_prompt_of_its_category_and_its_reference(
-    data: Path, tmp_path: Path, judge_double: Any, write_rows: Callable[..., Path]
+    data: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    write_rows: Callable[..., Path],
+    options: Callable[..., JudgeOptions],
 ) -> None:
     answers = write_rows(
         tmp_path / "m.jsonl", answer_rows("m", lambda n, turn: f"answer {n}.{turn} {{braces}}")
@@ -115,7 +108,12 @@ def test_each_turn_gets_the_prompt_of_its_category_and_its_reference(
 
 
 def test_scores_are_means_over_turns_and_a_reply_without_rating_is_dropped(
-    data: Path, tmp_path: Path, judge_double: Any, write_rows: Callable[..., Path]
+    data: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    write_rows: Callable[..., Path],
+    options: Callable[..., JudgeOptions],
+    rows_of: Callable[[Path], list[dict[str, Any]]],
 ) -> None:
     answers = write_rows(tmp_path / "m.jsonl", answer_rows("vicuna", lambda n, turn: "x" * (10 * n + turn)))
 
@@ -156,7 +154,7 @@ def test_scores_are_means_over_turns_and_a_reply_without_rating_is_dropped(
 
 
 def test_published_means_come_out_of_their_sums(
-    tmp_path: Path, judge_double: Any, write_rows: Callable[..., Path]
+    tmp_path: Path, judge_double: Any, write_rows: Callable[..., Path], options: Callable[..., JudgeOptions]
 ) -> None:
     """160 judgments with one failure and a sum of 1392.5: 8.7579, and 8.6969 when the -1 is kept (PAPER.md 8)."""
     data = tmp_path / "data"
@@ -178,7 +176,12 @@ def test_published_means_come_out_of_their_sums(
 
 
 def test_pairs_are_judged_in_both_orders_and_disagreement_is_a_tie(
-    data: Path, tmp_path: Path, judge_double: Any, write_rows: Callable[..., Path]
+    data: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    write_rows: Callable[..., Path],
+    options: Callable[..., JudgeOptions],
+    rows_of: Callable[[Path], list[dict[str, Any]]],
 ) -> None:
     ours = write_rows(tmp_path / "ours.jsonl", answer_rows("ours", lambda n, turn: f"ours-{n}.{turn}"))
     theirs = write_rows(
@@ -222,7 +225,11 @@ def test_pairs_are_judged_in_both_orders_and_disagreement_is_a_tie(
 
 
 def test_repeated_answers_count_once_and_the_last_one_counts(
-    data: Path, tmp_path: Path, judge_double: Any, write_rows: Callable[..., Path]
+    data: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    write_rows: Callable[..., Path],
+    options: Callable[..., JudgeOptions],
 ) -> None:
     rows = answer_rows("m", lambda n, turn: "old") + answer_rows("m", lambda n, turn: "newer", range(2, 4))
     answers = write_rows(tmp_path / "m.jsonl", rows)
@@ -232,7 +239,11 @@ def test_repeated_answers_count_once_and_the_last_one_counts(
 
 
 def test_missing_answers_are_refused_unless_partial(
-    data: Path, tmp_path: Path, judge_double: Any, write_rows: Callable[..., Path]
+    data: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    write_rows: Callable[..., Path],
+    options: Callable[..., JudgeOptions],
 ) -> None:
     answers = write_rows(tmp_path / "m.jsonl", answer_rows("m", lambda n, turn: "x", range(1, 4)))
     with pytest.raises(UserError, match=r"m\.jsonl: wanted an answer to each of 6 questions, got none to 3"):
@@ -243,7 +254,11 @@ def test_missing_answers_are_refused_unless_partial(
 
 
 def test_answers_to_no_question_are_counted_and_a_limit_takes_the_first(
-    data: Path, tmp_path: Path, judge_double: Any, write_rows: Callable[..., Path]
+    data: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    write_rows: Callable[..., Path],
+    options: Callable[..., JudgeOptions],
 ) -> None:
     rows = answer_rows("m", lambda n, turn: "x") + [{"question_id": 999, "choices": [{"turns": ["x", "y"]}]}]
     answers = write_rows(tmp_path / "m.jsonl", rows)
@@ -291,6 +306,7 @@ def test_a_broken_file_is_named_in_one_line(
     tmp_path: Path,
     judge_double: Any,
     write_rows: Callable[..., Path],
+    options: Callable[..., JudgeOptions],
 ) -> None:
     answers = write_rows(tmp_path / "m.jsonl", answer_rows("m", lambda n, turn: "x"))
     break_it(data, answers)
@@ -301,7 +317,12 @@ def test_a_broken_file_is_named_in_one_line(
 
 
 def test_the_real_files_ask_160_questions(
-    shared_data: Path, tmp_path: Path, judge_double: Any, write_rows: Callable[..., Path]
+    shared_data: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    write_rows: Callable[..., Path],
+    options: Callable[..., JudgeOptions],
+    rows_of: Callable[[Path], list[dict[str, Any]]],
 ) -> None:
     folder = shared_data / "mt_bench"
     questions = rows_of(folder / "mt_bench__question.jsonl")

@@ -14,7 +14,6 @@ import pytest
 
 from fasttrain.errors import UserError
 from fasttrain.evaluate.judging import JudgeOptions, judge_benchmark
-from fasttrain_data.calls.dispatch import CallLimits
 
 MM_VET = {
     "v1_0": {
@@ -34,15 +33,6 @@ MM_VET = {
 }
 
 
-def options(double: Any, **more: Any) -> JudgeOptions:
-    limits = CallLimits(in_flight=4, attempts=2, backoff_s=0.0)
-    return JudgeOptions(model="judge-1", api="openai", base_url=double.url, limits=limits, quiet=True, **more)
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.fixture
 def mm_vet(tmp_path: Path) -> Path:
     folder = tmp_path / "mm-vet"
@@ -55,7 +45,11 @@ def mm_vet(tmp_path: Path) -> Path:
 
 
 def test_mm_vet_asks_again_warmer_after_a_bad_reply_and_gives_zero_after_five(
-    mm_vet: Path, tmp_path: Path, judge_double: Any
+    mm_vet: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    options: Callable[..., JudgeOptions],
+    rows_of: Callable[[Path], list[dict[str, Any]]],
 ) -> None:
     seen: Counter[str] = Counter()
 
@@ -100,7 +94,7 @@ def test_mm_vet_asks_again_warmer_after_a_bad_reply_and_gives_zero_after_five(
 
 
 def test_mm_vet_leaves_out_what_the_judge_never_answered(
-    mm_vet: Path, tmp_path: Path, judge_double: Any
+    mm_vet: Path, tmp_path: Path, judge_double: Any, options: Callable[..., JudgeOptions]
 ) -> None:
     judge_double.say = lambda body: "1.0"
     judge_double.fault = lambda body, attempt: (
@@ -113,7 +107,7 @@ def test_mm_vet_leaves_out_what_the_judge_never_answered(
 
 
 def test_mm_vet_takes_the_benchmarks_own_prompt_from_the_data_folder(
-    mm_vet: Path, tmp_path: Path, judge_double: Any
+    mm_vet: Path, tmp_path: Path, judge_double: Any, options: Callable[..., JudgeOptions]
 ) -> None:
     (mm_vet / "mm-vet-prompt.txt").write_text("Own few-shot text with {braces}.\n")
     judge_double.say = lambda body: "1.0"
@@ -147,7 +141,7 @@ def ranking(first: str) -> str:
 
 
 def test_alpaca_eval_win_rate_undoes_the_shuffled_order(
-    alpaca: Path, tmp_path: Path, judge_double: Any
+    alpaca: Path, tmp_path: Path, judge_double: Any, options: Callable[..., JudgeOptions]
 ) -> None:
     places: Counter[bool] = Counter()
 
@@ -187,7 +181,7 @@ def test_alpaca_eval_win_rate_undoes_the_shuffled_order(
 
 
 def test_alpaca_eval_shows_a_judge_that_looks_at_places(
-    alpaca: Path, tmp_path: Path, judge_double: Any
+    alpaca: Path, tmp_path: Path, judge_double: Any, options: Callable[..., JudgeOptions]
 ) -> None:
     judge_double.say = lambda body: ranking("model_1")
     out = tmp_path / "out"
@@ -196,7 +190,11 @@ def test_alpaca_eval_shows_a_judge_that_looks_at_places(
 
 
 def test_alpaca_eval_pairs_instructions_whatever_is_missing_and_in_whatever_order(
-    alpaca: Path, tmp_path: Path, judge_double: Any
+    alpaca: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    options: Callable[..., JudgeOptions],
+    rows_of: Callable[[Path], list[dict[str, Any]]],
 ) -> None:
     """A model that lacks the first answer, against a reference file turned round: its results keep their names."""
     judge_double.say = lambda body: ranking("model_1")
@@ -222,7 +220,7 @@ def test_alpaca_eval_pairs_instructions_whatever_is_missing_and_in_whatever_orde
 
 
 def test_alpaca_eval_takes_a_chat_prompt_from_the_data_folder(
-    alpaca: Path, tmp_path: Path, judge_double: Any
+    alpaca: Path, tmp_path: Path, judge_double: Any, options: Callable[..., JudgeOptions]
 ) -> None:
     (alpaca / "alpaca_eval.txt").write_text(
         "<|im_start|>system\nRank.\n<|im_end|>\n<|im_start|>user\n"
@@ -256,7 +254,13 @@ def test_alpaca_eval_takes_a_chat_prompt_from_the_data_folder(
     ],
 )
 def test_broken_mm_vet_files_are_named(
-    bench: str, break_it: Callable[[Path], Any], message: str, mm_vet: Path, tmp_path: Path, judge_double: Any
+    bench: str,
+    break_it: Callable[[Path], Any],
+    message: str,
+    mm_vet: Path,
+    tmp_path: Path,
+    judge_double: Any,
+    options: Callable[..., JudgeOptions],
 ) -> None:
     break_it(tmp_path)
     with pytest.raises(UserError) as error:
