@@ -206,7 +206,7 @@ def test_different_judges_are_warned_of(write_eval: Callable[..., Path]) -> None
             "alpaca-eval",
             {"reference": "davinci"},
             {"reference": "gpt-4"},
-            "(a: against davinci; b: against gpt-4)",
+            "(a: against davinci, ",
         ),
         (
             "mt-bench",
@@ -214,6 +214,9 @@ def test_different_judges_are_warned_of(write_eval: Callable[..., Path]) -> None
             {"mode": "pairwise", "baseline": "base"},
             "(a: against sft; b: against base)",
         ),
+        ("alpaca-eval", {"judge_prompt": "f0"}, {"judge_prompt": "f1"}, "the judge's prompt has hash f1"),
+        ("mm-vet", {"judge_prompt": "f0"}, {"judge_prompt": "f1"}, "(a: the judge's prompt has hash f0; b: "),
+        ("mm-vet", {"judge_prompt": "f0"}, {"judge_prompt": "f0"}, None),
         ("llava-bench", {"judge_system": "Be precise."}, {}, "(a: the judge told Be precise.; b: "),
         ("llava-bench", {}, {}, None),
     ],

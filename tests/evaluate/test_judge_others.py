@@ -237,6 +237,30 @@ def test_alpaca_eval_takes_a_chat_prompt_from_the_data_folder(
 
 
 @pytest.mark.parametrize(
+    ("bench", "answers", "prompt", "reply"),
+    [
+        ("mm-vet", "model-x.json", "Mark it.", "1.0"),
+        ("alpaca-eval", "outputs.json", "Rank {instruction}: {output_1} or {output_2}?", ranking("model_1")),
+    ],
+)
+def test_scores_tell_judge_prompts_apart(
+    bench: str, answers: str, prompt: str, reply: str, mm_vet: Path, alpaca: Path, tmp_path: Path,
+    judge_double: Any, options: Callable[..., JudgeOptions],
+) -> None:  # fmt: skip
+    judge_double.say = lambda body: reply
+    data = {"mm-vet": mm_vet, "alpaca-eval": alpaca}[bench]
+
+    def hash_under(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text)
+        judge = options(judge_double, prompt=tmp_path / name)
+        return str(judge_benchmark(bench, data, tmp_path / answers, tmp_path / "out", judge)["judge_prompt"])
+
+    assert (
+        hash_under("a.txt", prompt) == hash_under("b.txt", prompt) != hash_under("c.txt", f"Well. {prompt}")
+    )
+
+
+@pytest.mark.parametrize(
     ("bench", "break_it", "message"),
     [
         ("mm-vet", lambda t: (t / "mm-vet" / "mm-vet.json").unlink(), "wanted the questions as mm-vet.json"),

@@ -61,9 +61,11 @@ def _confusion(result: Result) -> tuple[float, ...]:
     return (float(label and said), float(said and not label), float(label and not said))
 
 
-def _said(words: str, name: str) -> Callable[[dict[str, Any]], str]:
-    """The setting that scores.json holds under a name; files of earlier versions may not have it."""
-    return lambda scores: f"{words} {scores.get(name, 'what the file does not say')}"
+def _said(*settings: tuple[str, str]) -> Callable[[dict[str, Any]], str]:
+    """(words, name): what scores.json holds under each name; files of earlier versions may not have it."""
+    return lambda scores: ", ".join(
+        f"{words} {scores.get(name, 'what the file does not say')}" for words, name in settings
+    )
 
 
 def _rotations(scores: dict[str, Any]) -> str:
@@ -75,6 +77,7 @@ def _divide(above: Floats, below: Floats) -> Floats:
     return np.divide(above, below, out=np.full_like(below, np.nan), where=below > 0)
 
 
+_JUDGE_PROMPT = ("the judge's prompt has hash", "judge_prompt")
 BENCHMARKS = {
     "mt-bench": Benchmark(title="MT-Bench", best=10, decimals=2, parts=_mark, score=_mean(1)),
     "mt-bench-pairs": Benchmark(
@@ -83,16 +86,23 @@ BENCHMARKS = {
         decimals=1,
         parts=_mark,
         score=_mean(100),
-        setting=_said("against", "baseline"),
+        setting=_said(("against", "baseline")),
     ),
-    "mm-vet": Benchmark(title="MM-Vet", best=100, decimals=1, parts=_mark, score=_mean(100)),
+    "mm-vet": Benchmark(
+        title="MM-Vet",
+        best=100,
+        decimals=1,
+        parts=_mark,
+        score=_mean(100),
+        setting=_said(_JUDGE_PROMPT),
+    ),
     "llava-bench": Benchmark(
         title="LLaVA-Bench, % of reference",
         best=100,
         decimals=1,
         parts=lambda result: (result.score or 0.0, float(result.extra["reference_score"])),
         score=_ratio,
-        setting=_said("the judge told", "judge_system"),
+        setting=_said(("the judge told", "judge_system")),
     ),
     "pope": Benchmark(
         title="POPE, mean F1",
@@ -119,6 +129,6 @@ BENCHMARKS = {
         decimals=1,
         parts=_mark,
         score=_mean(100),
-        setting=_said("against", "reference"),
+        setting=_said(("against", "reference"), _JUDGE_PROMPT),
     ),
 }

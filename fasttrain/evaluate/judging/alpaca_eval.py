@@ -87,6 +87,7 @@ class AlpacaEval:
         scored = [result.score for result in results if result.score is not None]
         win_rate = outcome.mean_score(results, 100)
         return outcome.shared_scores("alpaca-eval", self.model, win_rate, results) | {
+            "judge_prompt": content_hash(self.prompt),
             "win_rate": win_rate,
             "standard_error": _standard_error(scored),
             "wins": scored.count(1.0),

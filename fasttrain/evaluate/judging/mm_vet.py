@@ -20,6 +20,7 @@ from fasttrain.evaluate.judging.parsing import correctness_of
 from fasttrain.evaluate.judging.request import JudgeRequest
 from fasttrain.evaluate.results import Result, write_results
 from fasttrain_data.errors import UserError
+from fasttrain_data.ids import content_hash
 from fasttrain_data.jsonl import write_text
 
 TRIES, WARMER, HOTTEST = 5, 0.5, 2.0
@@ -112,6 +113,7 @@ class MMVet:
         total = outcome.mean_score(results, 100)
         scores = outcome.shared_scores("mm-vet", self.model, total, results)
         return scores | {
+            "judge_prompt": content_hash(self.prompt),
             "capabilities": {name: _of(group) for name, group in _by_capability(results).items()},
             "combinations": {name: _of(group) for name, group in _by_combination(results).items()},
             "asked_again": sum(item.tries > 1 for item in self.items),
