@@ -51,10 +51,23 @@ class Task:
         if self.tried.exists() and _read(self.tried)["found"] != _modified_ns(self.output):
             return False  # a later attempt left another output
         said, now = _read(self.note), self.read()
-        if said["command"] != self.shown and said["command"] not in _as_typed(self.shown, self.folder):
+        if not self._is_command(said["command"], said.get("folder")):
             return False
         # notes of earlier versions do not tell what was read; paths are the command's, by whatever name
         return list(said.get("inputs", now).values()) == list(now.values())
+
+    def is_same(self, attempt: Attempt) -> bool:
+        """Whether it was at this command with these files."""
+        same_files = list(attempt.inputs.values()) == list(self.read().values())
+        return same_files and self._is_command(attempt.command, attempt.folder)
+
+    def _is_command(self, noted: str, folder: str | None) -> bool:
+        """Whether a note's command is this one, `folder` being the study's when the note was written."""
+        if noted == self.shown or noted in _as_typed(self.shown, self.folder):
+            return True
+        if folder is None or self.folder is None or not self.note.resolve().is_relative_to(self.folder):
+            return False  # what lies outside may be another study's
+        return _moved(noted, folder, str(self.folder)) == self.command
 
     def read(self) -> dict[str, str]:
         """A hash of each input's content, as the note keeps it."""
@@ -81,13 +94,14 @@ class Attempt:
     """A command that runs, or ended without success. seconds: over all attempts at the same result; None if not known.
 
     found: when the output was modified last before the first attempt since the task's note; None if there was none. As
-    long as the output is that one, the note tells the truth of it.
+    long as the output is that one, the note tells the truth of it. folder: the study's then.
     """
 
     command: str
     inputs: dict[str, str]
     seconds: float | None
     found: int | None
+    folder: str | None = None
 
 
 def begin(task: Task) -> Attempt:
@@ -100,11 +114,12 @@ def begin(task: Task) -> Attempt:
     before = Attempt(**_read(task.tried)) if task.tried.exists() else None
     found = before.found if before else _modified_ns(task.output)
     seconds: float | None = 0.0
-    if before and (before.command, before.inputs) == (command, inputs):
+    if before and task.is_same(before):
         seconds = before.seconds
     elif found is not None and not task.note.exists():
         seconds = None  # made outside the study, as by a scheduler: to go on with it takes no time
-    attempt = Attempt(command=command, inputs=inputs, seconds=seconds, found=found)
+    folder = None if task.folder is None else str(task.folder)
+    attempt = Attempt(command=command, inputs=inputs, seconds=seconds, found=found, folder=folder)
     write_json(task.tried, asdict(attempt))
     return attempt
 
@@ -119,7 +134,7 @@ def keep_time(task: Task, attempt: Attempt, seconds: float) -> Attempt:
 
 def succeed(task: Task, attempt: Attempt, *, incomplete: bool) -> None:
     """Note which command made the output, from which files, in what time."""
-    note = {"command": attempt.command, "inputs": attempt.inputs, "seconds": attempt.seconds}
+    note = {name: getattr(attempt, name) for name in ("command", "inputs", "seconds", "folder")}
     write_json(task.note, note | ({"incomplete": True} if incomplete else {}))
     task.tried.unlink()
 
@@ -127,6 +142,16 @@ def succeed(task: Task, attempt: Attempt, *, incomplete: bool) -> None:
 def _read(path: Path) -> dict[str, Any]:
     said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return said
+
+
+def _moved(command: str, folder: str, now: str) -> tuple[str, ...]:
+    """The command's words with the paths in a folder that has another name now; settings hold them as JSON."""
+
+    def renamed(word: str) -> str:
+        before, after = (json.dumps(path)[1:-1] if '="' in word else path for path in (folder, now))
+        return re.sub(rf'(?<![^="]){re.escape(before)}(?![^/"])', lambda found: after, word)
+
+    return tuple(renamed(word) for word in shlex.split(command))
 
 
 def _as_typed(command: str, folder: Path | None) -> list[str]:

@@ -11,12 +11,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fasttrain.errors import UserError
 from fasttrain.study.execute import execute
-from fasttrain.study.notes import Task
+from fasttrain.study.notes import Task, begin, keep_time, succeed
+from fasttrain.study.spec import load_study
+from fasttrain.study.tasks import tasks_of
 
 COUNT = "path.write_text(path.read_text() + 'x' if path.exists() else 'x')"
 
@@ -100,6 +103,40 @@ def test_notes_of_earlier_versions_with_paths_as_they_were_typed_are_believed(
     assert task.is_done() == (root != "other")
     (home / "pairs.jsonl").write_text("others")
     assert not task.is_done()
+
+
+@pytest.mark.parametrize(("output", "kept"), [("out", True), ("../out", False)])
+def test_a_study_that_was_moved_keeps_what_is_done_and_the_time_of_what_was_stopped(
+    output: str, kept: bool, study_file: Any, tmp_path: Path
+) -> None:
+    """With the folder that it lies in; notes outside may be those of a study in a folder of the earlier name."""
+    for name in ("my exp", "é"):
+        (tmp_path / name).mkdir()
+    before, after = tmp_path / "my exp" / "a", tmp_path / "é" / "a's"
+    study = study_file(output=output, models={"small": "./model", "big": "hub/big"})
+    before.mkdir()
+    for path in [*tmp_path.glob("*.jsonl"), *tmp_path.glob("*.yaml")]:
+        path.rename(before / path.name)
+    (before / "model").mkdir()
+    first, *others, last = tasks_of(load_study(before / study.name))
+    for task in (first, *others):
+        for path in (task.output, task.note):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        attempt = begin(task)
+        task.output.touch()
+        succeed(task, keep_time(task, attempt, 7.0), incomplete=False)
+    keep_time(last, begin(last), 1000.0)
+    assert [task.is_done() for task in (first, *others, last)] == [True] * (1 + len(others)) + [False]
+
+    before.rename(after)
+    if not kept:
+        (before.parent / "out").rename(after.parent / "out")
+    first, *others, last = tasks_of(load_study(after / study.name))
+    # what names nothing in the folder is the same command wherever it lies
+    assert {task.is_done() for task in (first, *others)} == {kept}
+    assert begin(last).seconds == (1000.0 if kept else 0.0)
+    (after / "recipe.yaml").write_text("train: {max_steps: 4}\n")
+    assert not any(task.is_done() for task in others if task.kind == "train")
 
 
 def test_a_refused_change_leaves_what_is_known_of_the_result(tmp_path: Path, python_tasks: None) -> None:
