@@ -1,5 +1,6 @@
 """Sources of questions: formats, repairs, duplicates, overlap, sampling, the account."""
 
+import itertools
 import json
 import random
 
@@ -9,7 +10,7 @@ from fasttrain_data.errors import UserError
 from fasttrain_data.questions.build import QuestionSettings, build_questions
 from fasttrain_data.questions.duplicates import image_key
 from fasttrain_data.questions.readers import Draft, Unusable, read_drafts
-from fasttrain_data.questions.sample import BottomK, share_out
+from fasttrain_data.questions.sample import BottomK, Shuffled, share_out
 from fasttrain_data.questions.text import clean_text, normal_form, similarity, trigrams
 
 
@@ -370,6 +371,42 @@ def test_what_a_stratum_turns_out_not_to_have_the_others_give(folder, write_rows
     assert len(read_rows(folder / "q.jsonl")) == 42
 
 
+def test_a_limit_is_met_however_many_bad_images_are_drawn_before(folder, write_rows, read_rows):
+    rows = [{"question": f"What is {number}?", "image": "img/broken.png"} for number in range(300)]
+    for number in range(0, 300, 20):
+        rows[number]["image"] = f"img/{number // 20 % 6}.png"
+    source = write_rows(folder / "s.jsonl", rows)
+    found = []
+    for limit in (5, 12, 15, 16):
+        account = build_questions([str(source)], folder / "q.jsonl", QuestionSettings(limit=limit, seed=3))
+        found.append({row["id"] for row in read_rows(folder / "q.jsonl")})
+    assert [len(ids) for ids in found] == [5, 12, 15, 15]
+    assert all(smaller <= larger for smaller, larger in itertools.pairwise(found))
+    assert account.notes == [
+        "sampled s.jsonl: 15 of 300",
+        "wanted 16 questions (--limit), got 15: no more can be used",
+    ]
+    build_questions(
+        [str(write_rows(folder / "s.jsonl", rows[::-1]))],
+        folder / "q.jsonl",
+        QuestionSettings(limit=5, seed=3),
+    )
+    assert {row["id"] for row in read_rows(folder / "q.jsonl")} == found[0]
+
+
+def test_strata_are_drawn_in_a_seeded_order_that_is_not_the_rows():
+    drawn = []
+    for seed, keys in ((7, range(400)), (7, range(399, -1, -1)), (8, range(400))):
+        items = Shuffled(seed)
+        for key in keys:
+            items.add("even" if key % 2 == 0 else "odd \udcff", str(key), {"key": key})
+        assert items.sizes["even"] == items.sizes["odd \udcff"] == 200
+        drawn.append([item["key"] for item in items.draw("even")])
+        items.close()
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert sorted(drawn[0]) == list(range(0, 400, 2)) != drawn[0]
+
+
 def test_rows_of_the_paper_can_be_cut_out(folder, write_rows, read_rows):
     source = write_rows(folder / "s.jsonl", [{"question": f"What is {number}?"} for number in range(9)])
     build_questions([str(source)], folder / "q.jsonl", QuestionSettings(rows=(3, 5)))
@@ -507,15 +544,3 @@ def test_only_rows_with_images_need_an_image_root(folder, write_rows):
     )
     account = build_questions([str(source)], folder / "out" / "q.jsonl", QuestionSettings())
     assert (account.total_kept(), account.notes) == (1, [])
-
-
-def test_a_limit_that_is_not_met_though_more_was_there_is_said(tmp_path, write_rows, command, monkeypatch):
-    monkeypatch.setattr("fasttrain_data.questions.build._SPARE", 2)
-    rows = [{"question": f"Which is number {n}?", "image": f"{n}.png"} for n in range(40)]
-    for row in rows:
-        (tmp_path / row["image"]).write_bytes(b"no image")
-    rows += [{"question": f"Which letter is the {n}th?"} for n in range(20)]
-    source = write_rows(tmp_path / "s.jsonl", rows)
-    code, stdout, _ = command("questions", source, "-o", tmp_path / "q.jsonl", "--limit", "10")
-    assert code == 0
-    assert "wanted 10 questions (--limit), got " in stdout

@@ -13,7 +13,11 @@ from fasttrain_data.commands.options import EXISTING_FILE, RowRange, image_root_
 @click.command("questions", short_help="Read image questions from data files.")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @output_option
-@click.option("--limit", type=click.IntRange(1), help="How many questions in all; default: every usable one.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    help="How many questions in all, a seeded sample; default: every usable one.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
 @click.option(
     "--stratify",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,12 +17,9 @@ from fasttrain_data.image_files import BadImage, find_image, read_image
 from fasttrain_data.jsonl import check_output, whole_rows
 from fasttrain_data.questions.duplicates import Duplicates, Overlap
 from fasttrain_data.questions.readers import COORDINATES, Draft, Turns, read_drafts, split_source
-from fasttrain_data.questions.sample import BottomK, share_out
+from fasttrain_data.questions.sample import Shuffled, share_out
 from fasttrain_data.records import Question, now, tool_version
 from fasttrain_data.spill import SeenKeys
-
-# Sampled in excess, to replace what turns out to be no image or a duplicate by content.
-_SPARE = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,31 +224,28 @@ def _sample(
 ) -> list[_Candidate]:
     """A seeded sample of `limit` admitted candidates in file order, shared evenly over the strata.
 
-    A candidate that is not admitted is replaced by the next one of its stratum, or of the others when that has none left.
+    Each stratum gives the first of its seeded order that are admitted, however far that is; what it does not
+    have the others give.
     """
-    heaps: dict[str, BottomK[_Candidate]] = {}
-    for candidate in candidates:
-        heap = heaps.setdefault(_stratum(candidate, settings), BottomK(limit + _SPARE, settings.seed))
-        heap.offer(content_hash(candidate.draft.images, candidate.draft.question), candidate)
-    admitted = {name: filter(entrance.admit, heap.ordered()) for name, heap in heaps.items()}
-    chosen: dict[str, list[_Candidate]] = {name: [] for name in heaps}
-    available = {name: heap.offered for name, heap in heaps.items()}
-    short = True
-    while short:
-        short = False
-        for name, share in share_out(limit, available).items():
-            chosen[name] += itertools.islice(admitted[name], share - len(chosen[name]))
-            if len(chosen[name]) < share:
-                available[name], short = len(chosen[name]), True
-    for name, heap in heaps.items():
-        account.notes.append(f"sampled {name}: {len(chosen[name]):,} of {heap.offered:,}")
+    with contextlib.closing(Shuffled(settings.seed)) as drawn:
+        for candidate in candidates:
+            key = content_hash(candidate.draft.images, candidate.draft.question)
+            drawn.add(_stratum(candidate, settings), key, candidate)
+        admitted = {name: filter(entrance.admit, drawn.draw(name)) for name in drawn.sizes}
+        chosen: dict[str, list[_Candidate]] = {name: [] for name in drawn.sizes}
+        available = dict(drawn.sizes)
+        short = True
+        while short:
+            short = False
+            for name, share in share_out(limit, available).items():
+                chosen[name] += itertools.islice(admitted[name], share - len(chosen[name]))
+                if len(chosen[name]) < share:
+                    available[name], short = len(chosen[name]), True
+    for name, size in drawn.sizes.items():
+        account.notes.append(f"sampled {name}: {len(chosen[name]):,} of {size:,}")
     found = sum(map(len, chosen.values()))
-    cut = [name for name, heap in heaps.items() if heap.offered > limit + _SPARE]
-    if found < limit and cut:
-        account.notes.append(
-            f"wanted {limit:,} questions (--limit), got {found:,}: of {', '.join(cut)} only {limit + _SPARE:,} drawn "
-            "questions were looked at, and the others of them cannot be used; ask for more to have more looked at"
-        )
+    if found < limit:
+        account.notes.append(f"wanted {limit:,} questions (--limit), got {found:,}: no more can be used")
     return sorted(itertools.chain(*chosen.values()), key=lambda candidate: candidate.number)
 
 

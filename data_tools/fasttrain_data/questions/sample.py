@@ -1,11 +1,14 @@
-"""Seeded stratified sampling in one pass: the k smallest of a seeded hash, per stratum."""
+"""Seeded sampling: items in the order of a seeded hash, the smallest of them or all, and shares of strata."""
 
 from __future__ import annotations
 
 import heapq
-from typing import Generic, TypeVar
+import pickle
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
 
 from fasttrain_data.ids import content_hash
+from fasttrain_data.spill import Spill
 
 Item = TypeVar("Item")
 
@@ -35,6 +38,32 @@ class BottomK(Generic[Item]):
     def ordered(self) -> list[Item]:
         """The kept items, smallest hash first."""
         return [item for _, _, item in sorted(self._heap, key=lambda entry: -entry[0])]
+
+
+class Shuffled(Spill):
+    """Any number of items, kept on disk, to be drawn from each stratum in the order of a seeded hash of their keys.
+
+    How far a stratum will be drawn from need not be known before: a sample is the first ones that are good.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__("CREATE TABLE items (stratum INTEGER, hash BLOB, item BLOB)")
+        self.seed = seed
+        self.sizes: dict[str, int] = {}
+        self._numbers: dict[str, int] = {}  # of strata: SQLite takes no name that is not Unicode
+
+    def add(self, stratum: str, key: str, item: Any) -> None:
+        self.sizes[stratum] = self.sizes.get(stratum, 0) + 1
+        number = self._numbers.setdefault(stratum, len(self._numbers))
+        entry = (number, bytes.fromhex(content_hash(self.seed, key)), pickle.dumps(item))
+        self.database.execute("INSERT INTO items VALUES (?, ?, ?)", entry)
+
+    def draw(self, stratum: str) -> Iterator[Any]:
+        """Its items, smallest hash first; of equal ones the earlier first. To be called when all items are there."""
+        self.database.execute("CREATE INDEX IF NOT EXISTS drawn ON items (stratum, hash)")
+        drawn = "SELECT item FROM items WHERE stratum = ? ORDER BY hash, rowid"
+        rows = self.database.execute(drawn, (self._numbers[stratum],))
+        return (pickle.loads(item) for (item,) in rows)
 
 
 def share_out(total: int, available: dict[str, int]) -> dict[str, int]:
