@@ -34,6 +34,8 @@ def read_rows(path: Path, bad: Callable[[BadRow], object] | None = None) -> Iter
         raise UserError(f"{path}: wanted a file, got {'a folder' if path.is_dir() else 'nothing there'}")
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if head.startswith(b"\x1f\x8b"):
+        raise UserError(f"{path}: wanted JSON, got a gzip file: unpack it first")
     rows = array_rows(path) if head.startswith(b"[") else _line_rows(path, bad)
     for place, row in rows:
         if isinstance(row, dict):

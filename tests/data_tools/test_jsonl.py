@@ -1,6 +1,7 @@
 """Reading and writing of JSON rows."""
 
 import datetime
+import gzip
 import json
 import math
 import random
@@ -28,6 +29,13 @@ def test_json_lines_under_a_json_suffix_are_read_as_lines(tmp_path):
     path = tmp_path / "lines.json"
     path.write_text('{"a": 1}\n\n{"a": 2}\n')
     assert list(jsonl.read_rows(path)) == [("line 1", {"a": 1}), ("line 3", {"a": 2})]
+
+
+def test_a_compressed_file_is_called_one(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a": 1}\n'))
+    with pytest.raises(UserError, match="wanted JSON, got a gzip file: unpack it first"):
+        next(jsonl.read_rows(path))
 
 
 @pytest.mark.parametrize(

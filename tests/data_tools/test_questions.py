@@ -544,3 +544,12 @@ def test_only_rows_with_images_need_an_image_root(folder, write_rows):
     )
     account = build_questions([str(source)], folder / "out" / "q.jsonl", QuestionSettings())
     assert (account.total_kept(), account.notes) == (1, [])
+
+
+def test_a_tilde_that_no_shell_expands_is_the_home_folder(tmp_path, write_rows, command, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "in" / "s.jsonl", [{"question": "Why?"}])
+    code, _, stderr = command("questions", "plain:~/in/s.jsonl", "--out=~/q.jsonl", "--image-root=~/in")
+    assert (code, stderr) == (0, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "q.jsonl"]

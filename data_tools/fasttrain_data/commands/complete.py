@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fasttrain_data.commands.options import EXISTING_FILE, image_root_option, output_option
+from fasttrain_data.commands.options import EXISTING_FILE, UserPath, image_root_option, output_option
 from fasttrain_data.errors import EXIT_TYPED_FAILURES
 
 
@@ -23,7 +23,7 @@ from fasttrain_data.errors import EXIT_TYPED_FAILURES
 @click.option(
     "-a",
     "--adapter",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=UserPath(exists=True, file_okay=False),
     help="LoRA adapter of a local model.",
 )
 @click.option("--revision", help="Hub revision of a local model.")

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from fasttrain_data.commands.options import image_root_option, output_option
+from fasttrain_data.commands.options import UserPath, image_root_option, output_option
 
-_ANY = click.Path(exists=True, path_type=Path)
+_ANY = UserPath(exists=True)
 _FORMATS = "trl, llama-factory, ms-swift, mllm-dpo, rlaif-v, vlfeedback, llava-next, helpsteer, helpsteer3, ultrafeedback"
 _format_option = click.option(
     "--format", "form", help=f"Layout of the file; default: by its first row. One of {_FORMATS}."

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import click
 
-EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-ANY_PATH = click.Path(path_type=Path)
+
+class UserPath(click.Path):
+    """A path whose leading ~ is the home folder: shells leave it as it is in `--image-root=~/data`."""
+
+    def __init__(self, **checks: bool) -> None:
+        super().__init__(path_type=Path, **checks)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)  # noqa: PTH111 (Path's own raises)
+
+
+EXISTING_FILE = UserPath(exists=True, dir_okay=False)
+ANY_PATH = UserPath()
 
 output_option = click.option("-o", "--out", "output", type=ANY_PATH, required=True, help="File to write.")
 image_root_option = click.option(
     "--image-root",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=UserPath(file_okay=False),
     help="Folder that relative image paths start from. Default: the folder of the file that names them.",
 )
 

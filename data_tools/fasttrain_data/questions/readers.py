@@ -6,6 +6,7 @@ Described in their data cards; field names are theirs.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -93,12 +94,12 @@ def split_source(spec: str) -> tuple[str | None, Path]:
     """A command-line source `FORMAT:PATH` or `PATH`."""
     form, colon, rest = spec.partition(":")
     if colon and form in READERS:
-        return form, Path(rest)
+        return form, Path(os.path.expanduser(rest))  # noqa: PTH111 (no shell expands ~ behind a colon)
     if colon and not Path(spec).exists() and re.fullmatch(r"[a-z-]{2,}", form):
         raise UserError(
             f"{spec}: wanted one of the formats {', '.join(READERS)} before the colon, got {form}"
         )
-    return None, Path(spec)
+    return None, Path(os.path.expanduser(spec))  # noqa: PTH111
 
 
 def _read_scigraphqa(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
