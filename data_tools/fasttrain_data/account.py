@@ -24,6 +24,7 @@ class Account:
         self.dropped: dict[str, Counter[str]] = {}
         self.notes: list[str] = []
         self._listing = listing
+        self.first_detail = ""
 
     def keep(self, group: str, count: int = 1) -> None:
         self.kept[group] += count
@@ -33,6 +34,7 @@ class Account:
 
     def drop(self, group: str, reason: str, where: str, detail: str = "") -> None:
         self.dropped.setdefault(group, Counter())[reason] += 1
+        self.first_detail = self.first_detail or detail
         if self._listing is not None:
             row: dict[str, Any] = {"where": where, "reason": reason}
             if detail:
@@ -46,12 +48,16 @@ class Account:
     def total_kept(self) -> int:
         return self.kept.total()
 
-    def check_any_kept(self, source: Path, wanted: str) -> None:
+    def check_any_kept(self, source: object, wanted: str) -> None:
         """UserError with the reasons if nothing was kept; to be called before the output takes its name."""
         if not self.total_kept():
-            counts: Counter[str] = sum(self.dropped.values(), Counter())
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
-            raise UserError(f"{source}: wanted at least one {wanted}, got none ({reasons or 'no rows'})")
+            raise self.nothing_left(source, wanted)
+
+    def nothing_left(self, source: object, wanted: str, hint: str = "") -> UserError:
+        """The mistake that everything was left out, with the reasons; no listing is written then."""
+        counts: Counter[str] = sum(self.dropped.values(), Counter())
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+        return UserError(f"{source}: wanted at least one {wanted}, got none ({reasons or 'no rows'}){hint}")
 
     def lines(self) -> Iterator[str]:
         """The account as indented text, one group after the other."""

@@ -10,7 +10,6 @@ from fasttrain_data.account import Account, account_of
 from fasttrain_data.calls.failures import CallFailed
 from fasttrain_data.calls.journal import Journal, journal_path
 from fasttrain_data.completions.samples import Drawn, Sample, Sampler, SampleSettings, samples_of
-from fasttrain_data.errors import UserError
 from fasttrain_data.ids import content_hash
 from fasttrain_data.image_files import BadImage, ImageFile, ImageNames, find_image, read_image
 from fasttrain_data.jsonl import Row, check_output, read_rows, whole_rows
@@ -74,12 +73,8 @@ def complete(
                     result.completions += 1
             seen.close()
             if not result.completions:
-                why = ", ".join(
-                    f"{n:,} {why}" for counter in account.dropped.values() for why, n in counter.items()
-                )
-                raise UserError(
-                    f"{questions}: wanted at least one completion, got none ({why or 'no questions'})"
-                )
+                first = f"; the first: {account.first_detail}" if account.first_detail else ""
+                raise account.nothing_left(questions, "completion", first)
     if note := names.note(output):
         account.notes.append(note)
     return result
@@ -142,7 +137,9 @@ def _count_failures(entries: list[Row], question: Question, account: Account) ->
             failed += 1
             account.drop("samples", entry["status"], where, entry.get("detail", ""))
         elif not entry["text"].strip():
-            account.drop("samples", "empty text", where)
+            account.drop(
+                "samples", "empty text", where, f"finish reason {entry.get('finish_reason') or 'none'}"
+            )
         else:
             account.keep("samples")
     return failed

@@ -91,7 +91,7 @@ def make_pairs(annotations: Path, output: Path, settings: PairSettings) -> PairC
                 (write_held_out if aside else write)(pair.row())
         note_sizes(account, sizes, settings)
         if not counts.pairs:
-            raise nothing_left(annotations, "pair", account)
+            raise account.nothing_left(annotations, "pair")
     if note := names.note(output):
         account.notes.append(note)
     return counts
@@ -165,11 +165,6 @@ def _pairs_of(
         account.drop("prompts", why_no_pair(scores), where, first.question)
     for choice in choices:
         yield _pair(first, answers, choice, rule, settings)
-
-
-def nothing_left(annotations: Path, wanted: str, account: Account) -> UserError:
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in account.dropped.get("prompts", {}).items())
-    return UserError(f"{annotations}: wanted at least one {wanted}, got none ({reasons or 'no rows'})")
 
 
 def why_no_pair(scores: Sequence[float]) -> str:

@@ -24,7 +24,6 @@ from fasttrain_data.pairs.build import (
     held_out_path,
     is_held_out,
     note_sizes,
-    nothing_left,
     prompt_messages,
     scored_answers,
     why_no_pair,
@@ -243,4 +242,4 @@ def _nothing(annotations: Path, take: Take, account: Account, settings: Demonstr
             f"{annotations}: wanted answers of the source dataset, got none: name the file that holds them with "
             "--questions questions.jsonl, or learn the model's own with --take random"
         )
-    return nothing_left(annotations, "row", account)
+    return account.nothing_left(annotations, "row")

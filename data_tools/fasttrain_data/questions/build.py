@@ -84,7 +84,10 @@ def build_questions(sources: Sequence[str], output: Path, settings: QuestionSett
             if None in candidate.hashes:
                 account.change(candidate.path.name, "kept without its image")
         if not account.total_kept():
-            raise UserError(_nothing_left(sources, account))
+            hint = ""
+            if account.total_dropped("missing image"):
+                hint = "; give the folder of the images with --image-root, or keep them with --missing-images keep"
+            raise account.nothing_left(", ".join(sources), "usable question", hint)
     if note := roots.note():
         account.notes.append(note)
     return account
@@ -276,16 +279,3 @@ def _record(candidate: _Candidate, settings: QuestionSettings) -> Question:
         tool=tool_version(),
         created=now(),
     )
-
-
-def _nothing_left(sources: Sequence[str], account: Account) -> str:
-    missing = account.total_dropped("missing image")
-    hint = (
-        "; give the folder of the images with --image-root, or keep them with --missing-images keep"
-        if missing
-        else ""
-    )
-    why = ", ".join(
-        f"{count:,} {reason}" for counter in account.dropped.values() for reason, count in counter.items()
-    )
-    return f"{', '.join(sources)}: wanted at least one usable question, got none ({why or 'no rows'}){hint}"
