@@ -1,9 +1,11 @@
 """Limits, retries and the journal: the machinery under every stage that pays for calls."""
 
+import email.utils
 import json
 import os
 import random
 import threading
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -288,10 +290,28 @@ def test_mistakes_in_key_or_model_are_fatal(code, message, details):
     assert failure_of(code, message, details).fatal
 
 
+@pytest.mark.parametrize(
+    ("told", "delay_s"),
+    [
+        ("Fri, 31 Dec 1999 23:59:59 GMT", None),
+        ("0", None),
+        ("-3", None),
+        ("soon", None),
+        ("0.5", 0.5),
+        ("1e30", 86_400),
+        ("inf", 86_400),
+        ("nan", None),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 86_400),
+    ],
+)
+def test_a_told_delay_is_a_time_that_can_be_waited(told, delay_s):
+    """0 and a date gone by leave the wait, and the number of attempts, to us: no server is called on and on at once."""
+    assert failure_of(503, "x", [], {"Retry-After": told}).delay_s == delay_s
+
+
 def test_a_retry_after_date_counts_from_now():
-    failure = failure_of(503, "x", [], {"Retry-After": "Fri, 31 Dec 1999 23:59:59 GMT"})
-    assert failure.delay_s == 0.0
-    assert failure_of(503, "x", [], {"Retry-After": "soon"}).delay_s is None
+    soon = email.utils.formatdate(time.time() + 100, usegmt=True)
+    assert failure_of(503, "x", [], {"Retry-After": soon}).delay_s == pytest.approx(100, abs=3)
 
 
 def test_the_key_is_blotted_out():

@@ -10,6 +10,8 @@ from typing import Any
 
 from fasttrain_data.records import Status
 
+_LONGEST_DELAY_S = 86_400.0  # a daily quota comes back sooner, and timers overflow at some length
+
 
 class CallFailed(Exception):
     """status: what a row is marked with if the call stays without reply.
@@ -41,9 +43,8 @@ def failure_of(
 ) -> CallFailed:
     """The failure behind an HTTP error of a Google-style API: `details` are its error.details, in whatever form."""
     details = _objects(details)
-    delay_s = retry_info_s(details)
-    if delay_s is None and headers:
-        delay_s = retry_after_s(headers)
+    told_s = retry_info_s(details) or retry_after_s(headers or {})
+    delay_s = min(told_s, _LONGEST_DELAY_S) if told_s else None  # 0 and a date gone by tell nothing
     text = f"{code}: {message}"
     if code == 429:
         if _is_daily(details, message):
