@@ -188,3 +188,23 @@ def test_an_odd_reply_is_read_as_text_or_is_a_malformed_sample(
     assert rows["How?"]["tokens"] == 5
     if text is not None:
         assert (rows["Why?"]["text"], rows["Why?"].get("tokens")) == (text, None)
+
+
+@pytest.mark.parametrize(
+    ("status", "reply"),
+    [
+        (200, {"error": {"message": "no such key: server-key-of-mine"}}),
+        (500, {"error": {"message": "x" * 290 + " server-key-of-mine"}}),
+    ],
+)
+def test_an_error_that_repeats_the_key_is_told_and_kept_without_it(
+    questions, tmp_path, command, openai_server, monkeypatch, status, reply
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "server-key-of-mine")
+    openai_server.plan = lambda body, attempt: (status, reply)
+    arguments = ("--server", openai_server.url, "--attempts", "1", "--samples", "1")
+    code, _, stderr = command("complete", questions, "-o", tmp_path / "c.jsonl", "-m", "served", *arguments)
+    assert (code, "got none (3 " in stderr, "; the first: " in stderr) == (2, True, True)
+    told = stderr + (tmp_path / "c.journal.jsonl").read_text()
+    assert "[key]" in told or "xxx [" in told
+    assert "server-k" not in told

@@ -38,9 +38,9 @@ def post_chat(client: Any, url: str, body: dict[str, Any], key: str | None) -> d
         raise CallFailed(
             "server_error", without_key(f"connection failed: {error}", key), retry=True
         ) from None
+    text = without_key(response.text, key)  # before it is cut: of a key cut in two a part would stay
     if response.status_code != 200:
-        message, code = _error_of(response.text)
-        message = without_key(message, key)
+        message, code = _error_of(text)
         if response.status_code == 429 and code == "insufficient_quota":
             raise CallFailed("quota", f"429: {message}", stop=True)
         raise failure_of(response.status_code, message, [], dict(response.headers))
@@ -49,7 +49,7 @@ def post_chat(client: Any, url: str, body: dict[str, Any], key: str | None) -> d
         message = reply["choices"][0]["message"]
         message["content"] = _text_of(message.get("content"))
     except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):
-        raise CallFailed("malformed", f"unreadable reply: {response.text[:200]!r}", retry=True) from None
+        raise CallFailed("malformed", f"unreadable reply: {text[:200]!r}", retry=True) from None
     _keep_text(reply, "model", "system_fingerprint")
     _keep_text(reply["choices"][0], "finish_reason")
     reply["usage"] = _whole_counts(reply.get("usage"))
