@@ -535,3 +535,32 @@ def test_a_paid_reply_is_in_the_journal_whatever_its_judgement_does(
         monkeypatch.undo()
         _, [row], _, _ = annotate(double, path)
         assert (row["status"], len(double.calls)) == ("malformed", 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"usageMetadata": {"promptTokenCount": "100", "candidatesTokenCount": "many"}}, "ok"),
+        ({"modelVersion": 7}, "ok"),
+        ({"candidates": [{"content": "words"}]}, "malformed"),
+        ({"candidates": [{"content": {"parts": [{"text": "[" * 3000}]}}]}, "malformed"),
+    ],
+)
+def test_a_paid_reply_in_a_form_that_the_sdk_refuses_is_kept_and_not_paid_for_again(
+    completions, annotate, read_rows, tmp_path, change, status
+):
+    with GeminiDouble() as double:
+        calls, answer = [], double.answer
+
+        def changed(*request):
+            calls.append(answer(*request)[1] | change)
+            return 200, calls[-1]
+
+        double.answer = changed
+        path = completions(prompts=1)
+        for _ in range(2):
+            code, [row], _, _ = annotate(double, path)
+            assert (code, row["status"]) == (3 if status != "ok" else 0, status)
+    [call] = calls
+    [entry] = read_rows(tmp_path / "annotations.journal.jsonl")
+    assert entry["raw"] == call

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 
 from fasttrain_data.annotations.reply import Reply
 from fasttrain_data.annotations.request import JudgeRequest, reply_schema, system_instruction
-from fasttrain_data.annotations.sdk_genai import GenaiJudge, genai_failure
+from fasttrain_data.annotations.sdk_genai import GenaiJudge, genai_failure, reply_from_json
 from fasttrain_data.calls.failures import CallFailed, failure_of, whole_number
 from fasttrain_data.errors import UserError
 from fasttrain_data.jsonl import Row
@@ -151,43 +150,3 @@ def read_result(row: Row) -> Reply | CallFailed:
     if response is None:
         return CallFailed("server_error", "the results have neither a response nor an error for this call")
     return reply_from_json(response)
-
-
-def reply_from_json(response: Any) -> Reply:
-    """A GenerateContentResponse in the REST API's JSON as a Reply.
-
-    The SDK's models refuse fields they do not know yet. The reply is paid for, so whatever form it has is kept.
-    """
-    body = _object(response)
-    usage = _object(body.get("usageMetadata"))
-    version = body.get("modelVersion")
-    what = f"unreadable reply: {json.dumps(response)[:200]}"
-    unreadable = None if isinstance(response, dict) else what
-    text = finish = block = None
-    try:
-        candidate = (body.get("candidates") or [{}])[0]
-        parts = (candidate.get("content") or {}).get("parts") or []
-        texts = [part["text"] for part in parts if part.get("text") is not None and not part.get("thought")]
-        text = "".join(texts) if texts else None
-        finish = candidate.get("finishReason")
-        block = (body.get("promptFeedback") or {}).get("blockReason")
-    except (AttributeError, KeyError, TypeError):
-        unreadable = what
-    return Reply(
-        text=text,
-        finish_reason=None if finish is None else str(finish),
-        block_reason=None if block is None else str(block),
-        model_version=version if isinstance(version, str) else None,
-        usage={
-            "prompt": whole_number(usage.get("promptTokenCount")),
-            "output": whole_number(usage.get("candidatesTokenCount")),
-            "thoughts": whole_number(usage.get("thoughtsTokenCount")),
-            "cached": whole_number(usage.get("cachedContentTokenCount")),
-        },
-        raw=body or {"response": response},
-        unreadable=unreadable,
-    )
-
-
-def _object(value: Any) -> Row:
-    return value if isinstance(value, dict) else {}

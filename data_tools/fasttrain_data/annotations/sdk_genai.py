@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
@@ -10,6 +11,7 @@ from fasttrain_data.annotations.reply import Reply
 from fasttrain_data.annotations.request import JudgeRequest, reply_schema, system_instruction
 from fasttrain_data.calls.failures import CallFailed, failure_of, whole_number, without_key
 from fasttrain_data.errors import UserError
+from fasttrain_data.jsonl import Row
 
 
 def open_client(endpoint: Endpoint) -> Any:
@@ -45,29 +47,42 @@ class GenaiJudge:
         self.client = open_client(endpoint)
 
     def ask(self, request: JudgeRequest) -> Reply:
-        import httpx2
-        from google.genai import errors, types
+        from google.genai import types
 
         images = [
             types.Part.from_bytes(data=image.content, mime_type=image.mime_type) for image in request.images
         ]
-        parts = images + [types.Part(text=text) for text in request.texts()]
-        try:
-            response = self.client.models.generate_content(
-                model=request.model,
-                contents=[types.Content(role="user", parts=parts)],
-                config=types.GenerateContentConfig(
-                    system_instruction=system_instruction(),
-                    temperature=request.temperature,
-                    seed=request.seed,
-                    max_output_tokens=request.max_output_tokens,
-                    response_mime_type="application/json",
-                    response_json_schema=reply_schema(len(request.answers)),
-                ),
-            )
-        except (errors.APIError, httpx2.HTTPError, ValueError) as error:
-            raise genai_failure(error, self.api_key) from None
-        return reply_from_genai(response)
+        return generate(
+            self.client,
+            self.api_key,
+            request.model,
+            images + [types.Part(text=text) for text in request.texts()],
+            system_instruction=system_instruction(),
+            temperature=request.temperature,
+            seed=request.seed,
+            max_output_tokens=request.max_output_tokens,
+            response_mime_type="application/json",
+            response_json_schema=reply_schema(len(request.answers)),
+        )
+
+
+def generate(client: Any, key: str, model: str, parts: list[Any], **config: Any) -> Reply:
+    """One call, one attempt: the reply to a user's turn of so many parts; CallFailed when none came.
+
+    The reply is taken as JSON, not as the SDK's types: those refuse what they do not know, and it is paid for.
+    """
+    import httpx2
+    from google.genai import errors, types
+
+    try:
+        response = client.models.generate_content(
+            model=model,
+            contents=[types.Content(role="user", parts=parts)],
+            config=types.GenerateContentConfig(should_return_http_response=True, **config),
+        )
+        return reply_from_json(json.loads(response.sdk_http_response.body))
+    except (errors.APIError, httpx2.HTTPError, ValueError, RecursionError) as error:
+        raise genai_failure(error, key) from None
 
 
 def genai_failure(error: Exception, key: str) -> CallFailed:
@@ -89,31 +104,41 @@ def genai_failure(error: Exception, key: str) -> CallFailed:
     return CallFailed("server_error", without_key(f"{what}: {error}", key)[:300], retry=True)
 
 
-def reply_from_genai(response: Any) -> Reply:
-    """A GenerateContentResponse as a Reply."""
-    candidate = (response.candidates or [None])[0]
-    feedback, usage = response.prompt_feedback, response.usage_metadata
-    parts = (candidate.content.parts or []) if candidate and candidate.content else []
-    texts = [part.text for part in parts if part.text is not None and not part.thought]
-    raw = response.model_dump(
-        mode="json",
-        exclude_none=True,
-        exclude={"sdk_http_response", "automatic_function_calling_history", "parsed"},
-    )
+def reply_from_json(response: Any) -> Reply:
+    """A GenerateContentResponse in the REST API's JSON as a Reply.
+
+    Whatever form it has is kept.
+    """
+    body = _object(response)
+    usage = _object(body.get("usageMetadata"))
+    version = body.get("modelVersion")
+    what = f"unreadable reply: {json.dumps(response)[:200]}"
+    unreadable = None if isinstance(response, dict) else what
+    text = finish = block = None
+    try:
+        candidate = (body.get("candidates") or [{}])[0]
+        parts = (candidate.get("content") or {}).get("parts") or []
+        texts = [part["text"] for part in parts if part.get("text") is not None and not part.get("thought")]
+        text = "".join(texts) if texts else None
+        finish = candidate.get("finishReason")
+        block = (body.get("promptFeedback") or {}).get("blockReason")
+    except (AttributeError, KeyError, TypeError):
+        unreadable = what
     return Reply(
-        text="".join(texts) if texts else None,
-        finish_reason=_name(candidate.finish_reason) if candidate else None,
-        block_reason=_name(feedback.block_reason) if feedback else None,
-        model_version=response.model_version,
+        text=text,
+        finish_reason=None if finish is None else str(finish),
+        block_reason=None if block is None else str(block),
+        model_version=version if isinstance(version, str) else None,
         usage={
-            "prompt": (usage.prompt_token_count or 0) if usage else 0,
-            "output": (usage.candidates_token_count or 0) if usage else 0,
-            "thoughts": (usage.thoughts_token_count or 0) if usage else 0,
-            "cached": (usage.cached_content_token_count or 0) if usage else 0,
+            "prompt": whole_number(usage.get("promptTokenCount")),
+            "output": whole_number(usage.get("candidatesTokenCount")),
+            "thoughts": whole_number(usage.get("thoughtsTokenCount")),
+            "cached": whole_number(usage.get("cachedContentTokenCount")),
         },
-        raw=raw,
+        raw=body or {"response": response},
+        unreadable=unreadable,
     )
 
 
-def _name(value: Any) -> str | None:
-    return None if value is None else str(getattr(value, "value", value))
+def _object(value: Any) -> Row:
+    return value if isinstance(value, dict) else {}

@@ -46,24 +46,19 @@ class GeminiClient:
         self.notes: set[str] = set()
 
     def ask(self, request: JudgeRequest) -> Reply:
-        import httpx2
-        from google.genai import errors, types
+        from google.genai import types
 
-        from fasttrain_data.annotations.sdk_genai import genai_failure, reply_from_genai
+        from fasttrain_data.annotations.sdk_genai import generate
 
-        try:
-            response = self._client.models.generate_content(
-                model=request.model,
-                contents=[types.Content(role="user", parts=[types.Part(text=request.prompt)])],
-                config=types.GenerateContentConfig(
-                    system_instruction=request.system,
-                    temperature=request.temperature,
-                    max_output_tokens=request.max_output_tokens,
-                ),
-            )
-        except (errors.APIError, httpx2.HTTPError, ValueError) as error:
-            raise genai_failure(error, self._key) from None
-        return reply_from_genai(response)
+        return generate(
+            self._client,
+            self._key,
+            request.model,
+            [types.Part(text=request.prompt)],
+            system_instruction=request.system,
+            temperature=request.temperature,
+            max_output_tokens=request.max_output_tokens,
+        )
 
     def close(self) -> None:
         self._client.close()
