@@ -41,7 +41,7 @@ def path(tmp_path, write_rows, draw):
 def run(double, path, **changes):
     limits = CallLimits(backoff_s=0.01, attempts=3)
     settings = AnnotateSettings(
-        model="gemini-3.8-flash", **{"batch": True, "poll_s": 0.0, "limits": limits, **changes}
+        **{"model": "gemini-3.8-flash", "batch": True, "poll_s": 0.0, "limits": limits, **changes}
     )
     judge = GenaiJudge(Endpoint(api_key=double.api_key, base_url=double.url, timeout_s=20))
     return annotate(path, path.with_name("a.jsonl"), settings, judge, quiet=True)
@@ -297,3 +297,39 @@ def test_an_answer_that_cannot_be_read_is_kept_with_its_cost(candidates):
 def test_the_legacy_sdk_has_no_batch_api():
     with pytest.raises(UserError, match="--batch"):
         AnnotateSettings(model="m", sdk="google-generativeai", batch=True)
+
+
+def test_results_of_calls_that_are_planned_no_more_are_kept_and_count_under_the_cap(path, monkeypatch):
+    def die(self, name):
+        raise Killed
+
+    with GeminiDouble(batch_polls=2) as double:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(BatchApi, "get", die)
+            run(double, path, votes=3)
+        with pytest.raises(
+            UserError, match=r"--model: wanted gemini-3.8-flash, of which a batch is under way"
+        ):
+            run(double, path, model="gemini-2.5-flash")
+        fewer = run(double, path, votes=1)
+        again = run(double, path, votes=3)
+        assert fewer.statuses == again.statuses == Counter(ok=20)
+        assert fewer.spent_usd == again.spent_usd > 0
+        assert set(double.billed().values()) == {1}
+
+
+@pytest.mark.parametrize(
+    "junk", [b'{"key": null, "response": {}}', b'{"key": "of another"}', b"[]", b'{"key', b"\xff"]
+)
+def test_a_damaged_line_keeps_no_other_result_of_its_batch_out(path, monkeypatch, junk):
+    download = BatchApi.download
+
+    def damaged(self, file, target):
+        there = download(self, file, target)
+        lines = target.read_bytes().splitlines()
+        target.write_bytes(b"\n".join([junk, b"", *lines[1:]]))
+        return there
+
+    with GeminiDouble() as double, monkeypatch.context() as patch:
+        patch.setattr(BatchApi, "download", damaged)
+        assert run(double, path).statuses == Counter(ok=19, server_error=1)

@@ -12,17 +12,16 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from fasttrain_data.annotations.batch_api import BATCH_ENDED, BatchApi, BatchJob, read_result, rest_request
-from fasttrain_data.annotations.ledger import Ledger
+from fasttrain_data.annotations.ledger import ABOUT_CALL, Ledger
 from fasttrain_data.annotations.plan import PlannedCall
 from fasttrain_data.annotations.reply import Reply
 from fasttrain_data.calls.failures import CallFailed
-from fasttrain_data.errors import UserError
-from fasttrain_data.jsonl import LineFile, read_lines, write_text
+from fasttrain_data.errors import BadRow, UserError
+from fasttrain_data.jsonl import Row, parse_line, write_text
 from fasttrain_data.progress import Progress
-from fasttrain_data.spill import OffsetIndex, SeenKeys
+from fasttrain_data.spill import SeenKeys
 
 # The API takes input files of 2 GB.
 MAX_FILE_BYTES = 1_500_000_000
@@ -145,34 +144,50 @@ class BatchRun:
         """Write every call of an ended batch to the journal: its reply, or what went wrong."""
         results = self._output.with_name(f".{self._output.stem}.{name}.results.jsonl")
         problem = job.error or f"the batch ended as {job.state} without this call's result"
-        index = OffsetIndex()
         self._ledger.live_batches.discard(name)  # its calls are open again until they are settled below
         try:
             results.touch()
             if job.file is not None and not self._api.download(job.file, results):
                 results.write_bytes(b"")
                 problem = f"the server does not have the batch's results {job.file} any more"
-            missing = CallFailed("server_error", problem)
-            for at, _, row in read_lines(results):
-                index.put(str(row.get("key")), at)
-            with LineFile(results) as lines:
-                for call in self._open_calls():
-                    if self._batch_of(call) == name:
-                        found = index.get(call.key)
-                        self._settle(call, missing if found is None else read_result(lines.row_at(found)))
+            with results.open("rb") as lines:
+                for line in lines:
+                    self._take_line(name, line)
+            for call in self._open_calls():
+                if (entry := self._waiting(call.key, name)) is not None:
+                    self._settle(entry, CallFailed("server_error", problem))
         finally:
-            index.close()
             results.unlink(missing_ok=True)
 
-    def _settle(self, call: PlannedCall, result: Reply | CallFailed) -> None:
-        # A reply of a status in --retry leaves its call open as much as a failure does.
-        self._settled.add(call.key)
-        if isinstance(result, CallFailed):
-            self._ledger.write_failure(call, result)
-        else:
-            self._ledger.write_reply(call, result)
+    def _take_line(self, name: str, line: bytes) -> None:
+        """A result into the journal, though its call be planned no more: it is paid for.
 
-    def _batch_of(self, call: PlannedCall) -> str | None:
+        A damaged line, or one of a call that is not ours, must not keep the other results out.
+        """
+        try:
+            row = parse_line(line, name, "results")
+            entry = self._waiting(row["key"], name)
+        except (BadRow, KeyError, TypeError, ValueError):
+            return
+        if entry is None:
+            return
+        if entry["model"] != self._ledger.settings.model:
+            raise UserError(
+                f"--model: wanted {entry['model']}, of which a batch is under way: finish it first"
+            )
+        self._settle(entry, read_result(row))
+
+    def _settle(self, submitted: Row, result: Reply | CallFailed) -> None:
+        # A reply of a status in --retry leaves its call open as much as a failure does.
+        self._settled.add(submitted["key"])
+        about = {field: submitted[field] for field in ABOUT_CALL}
+        if isinstance(result, CallFailed):
+            self._ledger.write_failure(about, result)
+        else:
+            self._ledger.write_reply(about, result)
+
+    def _waiting(self, key: str, name: str) -> Row | None:
+        """The journal's entry of a call that waits for the results of this batch."""
         assert self._ledger.journal is not None
-        entry: dict[str, Any] = self._ledger.journal.get(call.key) or {}
-        return entry.get("batch")
+        entry = self._ledger.journal.get(key)
+        return entry if entry is not None and entry.get("batch") == name else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from fasttrain_data.annotations.budget import Budget, Measured
 from fasttrain_data.annotations.plan import PlannedCall
@@ -75,12 +74,14 @@ class Ledger:
     def write_submitted(self, call: PlannedCall, batch: str) -> None:
         """Note that a call is about to go out in a batch."""
         most_usd = self.budget.most_of(call.request)
-        self._append(
-            call, {**self._about(call), "status": SUBMITTED, "batch": batch, "reserved_usd": most_usd}
-        )
+        about = self._about(about_call(call))
+        self._append({**about, "status": SUBMITTED, "batch": batch, "reserved_usd": most_usd})
 
-    def write_reply(self, call: PlannedCall, reply: Reply, latency_s: float | None = None) -> Row:
-        """Judge a paid reply and put it into the journal, where it goes whatever becomes of its judgement."""
+    def write_reply(self, call: Row, reply: Reply, latency_s: float | None = None) -> Row:
+        """Judge a paid reply and put it into the journal, where it goes whatever becomes of its judgement.
+
+        call: as `about_call` tells it.
+        """
         cost_usd = self.budget.cost_of(reply.usage)
         entry = {
             **self._about(call),
@@ -95,13 +96,13 @@ class Ledger:
             "raw": reply.raw,
         }
         try:
-            verdict = judge_reply(reply, len(call.order))
+            verdict = judge_reply(reply, len(call["order"]))
             entry["status"], entry["detail"] = verdict.status, verdict.detail
             entry["scores"] = [list(row) for row in verdict.scores] or None
             entry["reasons"] = list(verdict.reasons) or None
         finally:
-            self._append(call, entry)
-        self.budget.settle(call.key, cost_usd)
+            self._append(entry)
+        self.budget.settle(call["key"], cost_usd)
         output = reply.usage["output"] + reply.usage["thoughts"]
         self.measured.add(reply.usage["prompt"], output)
         self.totals.replies += 1
@@ -112,30 +113,26 @@ class Ledger:
             self.versions.add(reply.model_version)
         return entry
 
-    def write_failure(self, call: PlannedCall, failure: CallFailed) -> Row:
+    def write_failure(self, call: Row, failure: CallFailed) -> Row:
         """Note a call that stayed without reply; it costs nothing and may be tried again."""
         entry = {**self._about(call), "status": failure.status, "detail": failure.message[:500]}
         if not failure.fatal:  # a wrong key says nothing about this call
-            self._append(call, entry)
-        self.budget.settle(call.key, None)
+            self._append(entry)
+        self.budget.settle(call["key"], None)
         self.totals.failures += 1
         return entry
 
-    def _about(self, call: PlannedCall) -> dict[str, Any]:
-        return {**about_call(call), "model": self.settings.model, "created": now()}
+    def _about(self, call: Row) -> Row:
+        return {**call, "model": self.settings.model, "created": now()}
 
-    def _append(self, call: PlannedCall, entry: Row) -> None:
+    def _append(self, entry: Row) -> None:
         assert self.journal is not None
-        self.journal.append(call.key, {key: value for key, value in entry.items() if value is not None})
+        self.journal.append(entry["key"], {key: value for key, value in entry.items() if value is not None})
 
 
-def about_call(call: PlannedCall) -> dict[str, Any]:
+ABOUT_CALL = ("key", "question_id", "vote", "recheck", "order", "order_seed")
+
+
+def about_call(call: PlannedCall) -> Row:
     """What a call is, without its texts and images."""
-    return {
-        "key": call.key,
-        "question_id": call.question_id,
-        "vote": call.vote,
-        "recheck": call.recheck,
-        "order": list(call.order),
-        "order_seed": call.order_seed,
-    }
+    return {field: getattr(call, field) for field in ABOUT_CALL} | {"order": list(call.order)}

@@ -161,9 +161,9 @@ class _Run:
 
         def done(call: PlannedCall, result: Any) -> None:
             if isinstance(result, CallFailed):
-                self.ledger.write_failure(call, result)
+                self.ledger.write_failure(about_call(call), result)
             else:
-                self.ledger.write_reply(call, *result)
+                self.ledger.write_reply(about_call(call), *result)
             progress.add(1, f"{self.ledger.budget.spent_usd:.2f} USD" if self.ledger.budget.price else "")
             self.ledger.check_versions()
 
