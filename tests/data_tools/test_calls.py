@@ -213,6 +213,27 @@ def test_an_interruption_waits_for_the_calls_that_are_paid():
     assert sorted(results) == [0, 1, 2, 3]
 
 
+def test_a_second_interruption_loses_no_paid_call_either(capsys):
+    released = [threading.Event(), threading.Event()]
+    results = []
+
+    def work(job):
+        if job:
+            released[job > 1].wait(5)
+        return job
+
+    def done(job, result):
+        results.append(result)
+        if job < 2:
+            released[job].set()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Dispatcher(work, done, CallLimits(in_flight=4)).run(iter(range(100)))
+    assert sorted(results) == [0, 1, 2, 3]
+    assert capsys.readouterr().err == "waiting for 3 calls in flight: they are paid for\n"
+
+
 def test_a_failing_server_does_not_pull_every_job_into_memory():
     pulled = []
 

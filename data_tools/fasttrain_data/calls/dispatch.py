@@ -7,6 +7,7 @@ import heapq
 import itertools
 import queue
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -83,22 +84,33 @@ class Dispatcher(Generic[JobType]):
         """Work through `jobs`. `stopped` tells afterwards which failure, if any, ended it early.
 
         When the caller is interrupted, calls in flight are waited for and handed to `done` before the
-        interruption goes on: they are paid for.
+        interruption goes on: they are paid for. Interrupting again changes nothing about that.
         """
-        with ThreadPoolExecutor(self._limits.in_flight, thread_name_prefix="call") as pool:
-            try:
-                while True:
-                    wait_s = self._start_what_may(jobs, pool)
-                    if not self._running and (wait_s is None or self._stopping.is_set()):
-                        return
-                    self._take_results(wait_s)
-            except BaseException:
-                self._interrupted = True
-                self.stop()
-                while self._running:
-                    with contextlib.suppress(Exception):  # the first one is on its way up
-                        self._take_results(None)
-                raise
+        try:
+            with ThreadPoolExecutor(self._limits.in_flight, thread_name_prefix="call") as pool:
+                self._run(jobs, pool)
+        finally:
+            # What came after a second interruption, while the pool waited for its threads.
+            while not self._finished.empty():
+                with contextlib.suppress(Exception):
+                    self._settle(*self._finished.get_nowait())
+
+    def _run(self, jobs: Iterator[JobType], pool: ThreadPoolExecutor) -> None:
+        try:
+            while True:
+                wait_s = self._start_what_may(jobs, pool)
+                if not self._running and (wait_s is None or self._stopping.is_set()):
+                    return
+                self._take_results(wait_s)
+        except BaseException:
+            self._interrupted = True
+            self.stop()
+            if self._running:
+                print(f"waiting for {self._running} calls in flight: they are paid for", file=sys.stderr)
+            while self._running:
+                with contextlib.suppress(Exception):  # the first one is on its way up
+                    self._take_results(None)
+            raise
 
     def _start_what_may(self, jobs: Iterator[JobType], pool: ThreadPoolExecutor) -> float | None:
         """Start calls until a limit is reached; seconds until the next may start, None if none waits for time."""
