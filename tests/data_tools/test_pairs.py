@@ -186,7 +186,7 @@ def test_fractional_margins_do_not_fall_to_rounding():
     assert parse_score("nemotron").span() == pytest.approx((-1.32, 7.88))
 
 
-@pytest.mark.parametrize("text", ["hccc", "h=", "q=1", "h=1,c", "h=0"])
+@pytest.mark.parametrize("text", ["hccc", "h=", "q=1", "h=1,c", "h=0", "h=nan", "h=1,c=-inf"])
 def test_a_wrong_score_rule_is_named(text):
     with pytest.raises(UserError, match="--score: wanted"):
         parse_score(text)
@@ -234,3 +234,16 @@ def test_the_command_reports_lengths_and_names_a_bad_row(tmp_path, write_rows, c
     )
     code, _, stderr = command("pair", path, "-o", tmp_path / "p.jsonl", "--score", "h=0.5")
     assert "spans 0.00 to 2.00" in stderr
+
+
+def test_a_blank_answer_is_on_no_side_of_a_pair(pair):
+    """The trainer and `export` refuse a file with one."""
+    blank = [answer("", h=0, c=0), answer(" \n", h=4, c=4, co=4)]
+    pairs, counts = pair(
+        annotation("one", *blank, answer("good", h=4), answer("bad", h=0)),
+        annotation("two", *blank, answer("alone")),
+        annotation("three", *blank),
+    )
+    assert pairs == [("good", "bad")]
+    assert counts.account.changed == {"prompts": {"blank answers left out": 6}}
+    assert counts.account.dropped == {"prompts": {"one answer only": 1, "blank answers only": 1}}

@@ -62,7 +62,7 @@ def make_pairs(annotations: Path, output: Path, settings: PairSettings) -> PairC
     UserError for a mistake in file or settings, and when not a single pair comes out.
     """
     rule = parse_score(settings.score)
-    if settings.margin <= 0:
+    if not settings.margin > 0:  # nan is no margin either
         raise UserError(f"--margin: wanted more than 0, got {settings.margin}")
     check_output(output, annotations)
     names = ImageNames.between(annotations, output, settings.image_root)
@@ -123,7 +123,7 @@ def grouped(annotations: Path) -> Iterator[tuple[str, list[Annotation]]]:
 def scored_answers(
     where: str, group: list[Annotation], settings: PromptSettings, account: Account
 ) -> list[Scored] | None:
-    """The prompt's different answers, all scored; None (and counted) if that cannot be had."""
+    """The prompt's different answers that are not blank, all scored; None (and counted) if that cannot be had."""
     failed = [row.status for row in group if row.status != "ok"]
     if len(failed) == len(group):
         account.drop("prompts", f"not annotated: {failed[0]}", where, group[0].question)
@@ -132,8 +132,13 @@ def scored_answers(
     for row in group:
         if row.status == "ok":
             for answer in row.completions:
-                if answers.setdefault(answer.text, answer) is not answer:
+                if not answer.text.strip():
+                    account.change("prompts", "blank answers left out")
+                elif answers.setdefault(answer.text, answer) is not answer:
                     account.change("prompts", "answers annotated more than once, first scores taken")
+    if not answers:
+        account.drop("prompts", "blank answers only", where, group[0].question)
+        return None
     if any(answer.scores() is None for answer in answers.values()):
         account.drop("prompts", "incomplete: an answer without scores", where, group[0].question)
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fasttrain_data.errors import UserError
@@ -44,9 +45,9 @@ def parse_score(text: str) -> ScoreRule:
         key, equals, value = part.strip().partition("=")
         attribute = _SHORT.get(key, key)
         try:
-            if not equals or attribute not in weights:
+            if not equals or attribute not in weights or not math.isfinite(weight := float(value)):
                 raise ValueError
-            weights[attribute] = float(value)
+            weights[attribute] = weight
         except ValueError:
             known = ", ".join([*NAMED, "h=..,c=..,co=..,cx=..,v=.."])
             raise UserError(f"--score: wanted {known}, got {text!r}") from None
