@@ -7,6 +7,7 @@ fields without a default; `image` is read as a one-element `images`.
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -287,7 +288,9 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+@cache
 def tool_version() -> str:
+    """Of every record: looking it up reads and parses the package's metadata."""
     from importlib.metadata import version
 
     return f"fasttrain-data {version('fasttrain-dpo')}"
