@@ -564,3 +564,20 @@ def test_a_paid_reply_in_a_form_that_the_sdk_refuses_is_kept_and_not_paid_for_ag
     [call] = calls
     [entry] = read_rows(tmp_path / "annotations.journal.jsonl")
     assert entry["raw"] == call
+
+
+def test_why_prompts_failed_is_said_by_status(completions, annotate):
+    with GeminiDouble(faults=lambda key, attempt: "forbidden" if attempt else "bad_request") as double:
+        code, rows, stdout, _ = annotate(double, completions(prompts=3))
+    assert (code, {row["status"] for row in rows}) == (3, {"refused_request"})
+    assert "3  refused_request, the first: 400: Request contains an invalid argument." in stdout
+
+
+@pytest.mark.parametrize("option", ["--max-cost", "--rpm", "--timeout", "--temperature"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_number_that_is_none_is_refused(completions, annotate, option, value):
+    """`--max-cost nan` was no cap at all."""
+    with GeminiDouble() as double:
+        code, _, _, stderr = annotate(double, completions(prompts=1), option, value)
+    assert (code, double.calls) == (2, [])
+    assert f"Invalid value for '{option}': wanted a finite number, got {value}" in stderr

@@ -31,9 +31,13 @@ from fasttrain_data.spill import SeenKeys
 
 @dataclass
 class AnnotateResult:
-    """statuses: how many prompts ended with which. spent_usd: the whole journal; totals: this run."""
+    """statuses: how many prompts ended with which; details: what was said of the first with each.
+
+    spent_usd: the whole journal; totals: this run.
+    """
 
     statuses: Counter[str] = field(default_factory=Counter)
+    details: dict[str, str] = field(default_factory=dict)
     totals: Totals = field(default_factory=Totals)
     spent_usd: float = 0.0
     stopped: str | None = None
@@ -216,6 +220,7 @@ class _Run:
                     record = assemble(prompt, images, entries, self.settings)
                 write(record.row())
                 result.statuses[record.status] += 1
+                result.details.setdefault(record.status, record.detail or "")
                 result.flags.update(record.flags)
         result.spent_usd = self.ledger.budget.spent_usd
         if note := self.names.note(self.output):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fasttrain_data.commands.options import EXISTING_FILE, image_root_option, output_option
+from fasttrain_data.commands.options import EXISTING_FILE, Number, image_root_option, output_option
 from fasttrain_data.errors import EXIT_TYPED_FAILURES
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _RETRIED = "quota, rate_limited, server_error, timeout"
 )
 @click.option(
     "--recheck",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     default=0.0,
     show_default=True,
     help="Share of the prompts asked once more in another order, for agreement statistics only.",
@@ -54,12 +54,12 @@ _RETRIED = "quota, rate_limited, server_error, timeout"
     show_default=True,
     help="All answers of a prompt in one call, or one call per answer.",
 )
-@click.option("--temperature", type=float, default=0.0, show_default=True)
+@click.option("--temperature", type=Number(0), default=0.0, show_default=True)
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Decides the order answers are shown in."
 )
 @click.option("--max-output-tokens", type=click.IntRange(64), default=8192, show_default=True)
-@click.option("--rpm", type=click.FloatRange(0, min_open=True), help="Requests per minute, at most.")
+@click.option("--rpm", type=Number(0, min_open=True), help="Requests per minute, at most.")
 @click.option("--tpm", type=click.IntRange(1), help="Tokens per minute, at most, by estimate.")
 @click.option(
     "--in-flight",
@@ -71,7 +71,7 @@ _RETRIED = "quota, rate_limited, server_error, timeout"
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     default=120.0,
     show_default=True,
     help="Seconds.",
@@ -80,7 +80,7 @@ _RETRIED = "quota, rate_limited, server_error, timeout"
 @click.option(
     "--backoff",
     "backoff_s",
-    type=click.FloatRange(0),
+    type=Number(0),
     default=1.0,
     show_default=True,
     help="First wait in seconds, doubled; a server that names a delay is obeyed instead.",
@@ -100,7 +100,7 @@ _RETRIED = "quota, rate_limited, server_error, timeout"
 @click.option(
     "--poll",
     "poll_s",
-    type=click.FloatRange(0),
+    type=Number(0),
     default=30.0,
     show_default=True,
     help="Seconds between looks at a batch.",
@@ -108,7 +108,7 @@ _RETRIED = "quota, rate_limited, server_error, timeout"
 @click.option(
     "--max-cost",
     "max_cost_usd",
-    type=click.FloatRange(0),
+    type=Number(0),
     metavar="USD",
     help="No call that could take the journal's total beyond this.",
 )
@@ -184,7 +184,8 @@ def _print_result(result: AnnotateResult, output: Path) -> int:
     for flag, count in result.flags.most_common():
         click.echo(f"  flagged {count:>8,}  {flag}")
     for status, count in result.statuses.most_common():
-        click.echo(f"  {count:>8,}  {status}")
+        detail = result.details[status]
+        click.echo(f"  {count:>8,}  {status}" + (f", the first: {detail}" if detail else ""))
     for note in result.notes:
         click.echo(note)
     if result.stopped:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fasttrain_data.commands.options import EXISTING_FILE, UserPath, image_root_option, output_option
+from fasttrain_data.commands.options import EXISTING_FILE, Number, UserPath, image_root_option, output_option
 from fasttrain_data.errors import EXIT_TYPED_FAILURES
 
 
@@ -52,8 +52,8 @@ from fasttrain_data.errors import EXIT_TYPED_FAILURES
 @click.option(
     "--samples", type=click.IntRange(1), default=4, show_default=True, help="Completions per question."
 )
-@click.option("--temperature", type=click.FloatRange(0), default=0.7, show_default=True)
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--temperature", type=Number(0), default=0.7, show_default=True)
+@click.option("--top-p", type=Number(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=1024, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
@@ -63,11 +63,11 @@ from fasttrain_data.errors import EXIT_TYPED_FAILURES
     show_default=True,
     help="Requests to the server at the same time.",
 )
-@click.option("--rpm", type=click.FloatRange(0, min_open=True), help="Requests to the server per minute.")
+@click.option("--rpm", type=Number(0, min_open=True), help="Requests to the server per minute.")
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     default=300.0,
     show_default=True,
     help="Seconds.",
@@ -76,7 +76,7 @@ from fasttrain_data.errors import EXIT_TYPED_FAILURES
 @click.option(
     "--backoff",
     "backoff_s",
-    type=click.FloatRange(0),
+    type=Number(0),
     default=1.0,
     show_default=True,
     help="First wait in seconds, doubled.",

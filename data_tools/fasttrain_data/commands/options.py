@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,16 @@ image_root_option = click.option(
     type=UserPath(file_okay=False),
     help="Folder that relative image paths start from. Default: the folder of the file that names them.",
 )
+
+
+class Number(click.FloatRange):
+    """A finite number in a range: nan is in every range, and as a cap or a pace it is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"wanted a finite number, got {value}", param, ctx)
+        return number
 
 
 class RowRange(click.ParamType):

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fasttrain_data.commands.options import EXISTING_FILE, image_root_option, output_option
+from fasttrain_data.commands.options import EXISTING_FILE, Number, image_root_option, output_option
 from fasttrain_data.errors import UserError
 
 
@@ -60,14 +60,14 @@ from fasttrain_data.errors import UserError
 )
 @click.option(
     "--held-out",
-    type=click.FloatRange(0, 0.9),
+    type=Number(0, 0.9),
     default=0.0,
     show_default=True,
     help="Share of the prompts whose rows go to OUT.heldout.jsonl.",
 )
 @click.option(
     "--flip",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     help="Share of the pairs, drawn by seed, whose two labels are swapped: label noise, to study it. Held-out pairs stay.",
 )
 @image_root_option

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fasttrain_data.commands.options import EXISTING_FILE, RowRange, image_root_option, output_option
+from fasttrain_data.commands.options import EXISTING_FILE, Number, RowRange, image_root_option, output_option
 
 
 @click.command("questions", short_help="Read image questions from data files.")
@@ -37,7 +37,7 @@ from fasttrain_data.commands.options import EXISTING_FILE, RowRange, image_root_
 )
 @click.option(
     "--near",
-    type=click.FloatRange(0.1, 1),
+    type=Number(0.1, 1),
     default=0.8,
     show_default=True,
     help="Word-trigram similarity from which two questions about one image are the same; 1: only equal ones.",
