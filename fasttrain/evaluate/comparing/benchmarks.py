@@ -79,14 +79,16 @@ def _divide(above: Floats, below: Floats) -> Floats:
 
 _JUDGE_PROMPT = ("the judge's prompt has hash", "judge_prompt")
 BENCHMARKS = {
-    "mt-bench": Benchmark(title="MT-Bench", best=10, decimals=2, parts=_mark, score=_mean(1)),
+    "mt-bench": Benchmark(
+        title="MT-Bench", best=10, decimals=2, parts=_mark, score=_mean(1), setting=_said(_JUDGE_PROMPT)
+    ),
     "mt-bench-pairs": Benchmark(
         title="MT-Bench pairs, % won",
         best=100,
         decimals=1,
         parts=_mark,
         score=_mean(100),
-        setting=_said(("against", "baseline")),
+        setting=_said(("against", "baseline"), _JUDGE_PROMPT),
     ),
     "mm-vet": Benchmark(
         title="MM-Vet",
@@ -102,7 +104,7 @@ BENCHMARKS = {
         decimals=1,
         parts=lambda result: (result.score or 0.0, float(result.extra["reference_score"])),
         score=_ratio,
-        setting=_said(("the judge told", "judge_system")),
+        setting=_said(("the judge told", "judge_system"), _JUDGE_PROMPT),
     ),
     "pope": Benchmark(
         title="POPE, mean F1",

@@ -15,6 +15,7 @@ from fasttrain.evaluate.judging.parsing import score_pair_leniently, score_pair_
 from fasttrain.evaluate.judging.request import JudgeRequest
 from fasttrain.evaluate.results import Result, write_results
 from fasttrain_data.errors import BadRow, UserError
+from fasttrain_data.ids import content_hash
 from fasttrain_data.jsonl import Row, dump_row, read_rows, write_text
 
 TEMPERATURE, OUTPUT_TOKENS = 0.2, 1024
@@ -113,6 +114,7 @@ class LlavaBench:
         categories = dict.fromkeys(result.category for result in results)
         return scores | {
             "judge_system": SYSTEM,
+            "judge_prompt": content_hash(self.rules),
             "reference_mean": outcome.mean([pair[0] for pair in pairs]),
             "model_mean": outcome.mean([pair[1] for pair in pairs]),
             "categories": {

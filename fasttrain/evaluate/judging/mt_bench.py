@@ -16,6 +16,7 @@ from fasttrain.evaluate.judging.parsing import rating_of
 from fasttrain.evaluate.judging.request import JudgeRequest
 from fasttrain.evaluate.results import Result, write_results
 from fasttrain_data.errors import BadRow, UserError
+from fasttrain_data.ids import content_hash
 from fasttrain_data.jsonl import dump_row, read_rows, write_text
 
 NEED_REFERENCE = frozenset({"math", "reasoning", "coding"})
@@ -138,6 +139,7 @@ class MTBench:
         scores = outcome.shared_scores("mt-bench", self.answers.model, outcome.mean_score(results), results)
         kept = [-1.0 if result.score is None else result.score for result in results]
         return scores | {
+            "judge_prompt": prompts_hash(self.templates),
             "turn_1": outcome.mean_score(first),
             "turn_2": outcome.mean_score(second),
             "categories": {
@@ -187,6 +189,11 @@ def read_templates(data: Path) -> dict[str, Template]:
     if missing := [name for name in wanted if name not in templates]:
         raise UserError(f"{path}: wanted the prompt {missing[0]!r}, got {', '.join(sorted(templates))}")
     return templates
+
+
+def prompts_hash(templates: dict[str, Template]) -> str:
+    """Equal where the judge is told the same."""
+    return content_hash({name: [template.system, template.prompt] for name, template in templates.items()})
 
 
 def read_answers(path: Path) -> Answers:

@@ -14,6 +14,7 @@ from fasttrain.evaluate.judging.mt_bench import (
     Answers,
     Turn,
     judge_request,
+    prompts_hash,
     read_answers,
     read_templates,
     read_turns,
@@ -124,6 +125,7 @@ class MTBenchPairs:
         scores = outcome.shared_scores("mt-bench", self.answers.model, adjusted, results)
         return scores | {
             "mode": "pairwise",
+            "judge_prompt": prompts_hash(self.templates),
             "baseline": self.baseline.model,
             "win": wins,
             "loss": losses,
