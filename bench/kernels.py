@@ -253,7 +253,10 @@ def main() -> None:
         count = options.rows or (2080 if device.type == "cuda" else 290)
         rows += measure(shape, count, DTYPES[dtype], device, options.repeats, variants, rate)
     text = markdown(
-        rows, missing, environment(device, dtype, rate, bandwidth), " ".join(["python", *sys.argv])
+        rows,
+        missing,
+        environment(device, dtype, rate, bandwidth),
+        " ".join(["python", "bench/kernels.py", *sys.argv[1:]]),
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix(".md").write_text(text)

@@ -13,13 +13,15 @@ import pytest
 
 
 @pytest.fixture
-def script(repository: Path, fresh_cache: Path) -> Callable[..., str]:
-    """What a script prints; it must end well."""
+def script(repository: Path, fresh_cache: Path, tmp_path: Path) -> Callable[..., str]:
+    """What a script prints; it must end well. It runs where the files that it writes by default leave nothing behind."""
 
     def run(name: str, *arguments: object) -> str:
         command = [sys.executable, str(repository / "bench" / f"{name}.py"), *map(str, arguments)]
         environment = os.environ | {"FASTTRAIN_CACHE": str(fresh_cache), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=300, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
