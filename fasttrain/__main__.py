@@ -1,5 +1,5 @@
 """`python -m fasttrain`."""
 
-from fasttrain.cli import main
+from fasttrain.command import main
 
 main()

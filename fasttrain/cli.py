@@ -12,6 +12,7 @@ import click
 
 from fasttrain import __version__
 from fasttrain.answering.command import answer_command
+from fasttrain.command import before_imports
 from fasttrain.errors import SharedMistake, UserError
 from fasttrain.evaluate.command import eval_command
 from fasttrain.rank_watch import fail_all, is_consequence
@@ -104,6 +105,7 @@ def _train(
     if resume and overwrite:
         raise UserError("--resume and --overwrite: wanted one of them, got both")
     config = load_config(recipe, overrides)
+    before_imports(config)
     from fasttrain.train.loop import OBJECTIVES, train
 
     loss = OBJECTIVES[command](config.loss)
@@ -135,6 +137,7 @@ def reference(recipe: str, overrides: tuple[str, ...]) -> None:
     from fasttrain.config import load_config
 
     config = load_config(recipe, overrides)
+    before_imports(config)
     from fasttrain.train.engine import join_ranks, make_engine
     from fasttrain.train.first_step import check_sharing
     from fasttrain.train.job import build_job
@@ -375,7 +378,7 @@ _HOW_TO_GO_ON = {"dpo": _WITH_RESUME, "sft": _WITH_RESUME} | dict.fromkeys(
 
 
 def main() -> None:
-    """Entry point: one line and exit code 2 for a user's mistake, 130 for Ctrl-C, no traceback for either."""
+    """The command in any process: one line and exit code 2 for a user's mistake, 130 for Ctrl-C, no traceback for either."""
     try:
         code = cli(standalone_mode=False, prog_name="fasttrain")
     except SharedMistake as error:

@@ -134,6 +134,7 @@ class HashMemo:
     def __call__(self, path: Path, compute: Callable[[Path], str] = hash_file) -> str:
         resolved = path.resolve()
         stat = resolved.stat()
+        self.elsewhere(resolved)
         row = self._new.get(str(resolved)) or self._stored(str(resolved))
         if row and row[1:] == (stat.st_size, stat.st_mtime_ns):
             return str(row[0])
@@ -142,6 +143,9 @@ class HashMemo:
         if len(self._new) >= 1000:
             self.save()
         return digest
+
+    def elsewhere(self, file: Path) -> None:
+        """Wait while another process of this program hashes the file; `hash_ahead` puts its own in place."""
 
     def knows(self, path: Path) -> bool:
         """Whether the file's hash is remembered and the file has not changed since."""

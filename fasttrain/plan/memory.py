@@ -5,6 +5,7 @@ The one source of `train.tokens_per_pack: auto`, `train.gradient_checkpointing: 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,10 @@ class Activations:
             kept=line(a.kept, b.kept), peak=line(a.peak, b.peak), images=line(a.images, b.images)
         )
 
+    def counted(self, tokens: int, checkpointing: bool) -> PassBytes:
+        """Counted bytes of the smallest pack of mean groups that has at least so many tokens."""
+        return self._count(max(1, math.ceil(tokens / self.mix.tokens)), checkpointing)[1]
+
     def _count(self, groups: int, checkpointing: bool) -> tuple[PassSize, PassBytes]:
         if (groups, checkpointing) not in self._counted:
             model, size = self.planned.model, self.mix.pack(groups)
@@ -127,15 +132,18 @@ class PackMix:
 
 def plan_memory(
     config: DPOConfig, planned: PlannedModel, activations: Activations, tokens: int, checkpointing: bool, *,
-    stage: int | None, ranks: int, device: torch.device,
+    stage: int | None, ranks: int, device: torch.device, counted: bool = False,
 ) -> MemoryPlan:  # fmt: skip
-    """Memory of one rank that runs packs of `tokens` tokens. Stage None and 0 are one whole copy per rank."""
+    """Memory of one rank that runs packs of `tokens` tokens. Stage None and 0 are one whole copy per rank.
+
+    counted: from one pass of that size or a little more, not from lines between passes of a few sizes.
+    """
     weights, size = planned.weights, planned.dtype.itemsize
     sharded_state = ranks if stage in (2, 3) else 1
     sharded_weights = ranks if stage == 3 else 1
     moment = 2 * (1 + 4 / 256) if config.train.optimizer == "adamw_8bit" else 8
     trained = weights.trained
-    held = activations.at(tokens, checkpointing)
+    held = (activations.counted if counted else activations.at)(tokens, checkpointing)
     gathered = _gathered(planned, size) if stage == 3 else 0
     if config.model.quantize:  # one matrix at a time is widened for its product
         gathered += weights.largest_matrix * size

@@ -58,17 +58,17 @@ class RunMemory:
         sharded = self.config.distributed.zero_stage is not None
         return Activations(self.planned, mean_group(self._data, self._model_config), self.device, sharded)
 
-    def predict(self, tokens: int, checkpointing: bool) -> MemoryPlan:
+    def predict(self, tokens: int, checkpointing: bool, counted: bool = False) -> MemoryPlan:
         """Memory of one rank by part; CannotCount for a model that does not run without values."""
         stage = self.config.distributed.zero_stage
         return plan_memory(
             self.config, self.planned, self._activations, tokens, checkpointing, stage=stage, ranks=self.ranks,
-            device=self.device,
+            device=self.device, counted=counted,
         )  # fmt: skip
 
-    def fits(self, tokens: int, checkpointing: bool) -> bool:
+    def fits(self, tokens: int, checkpointing: bool, counted: bool = False) -> bool:
         """Whether what is not loaded yet fits in what is free."""
-        plan = self.predict(tokens, checkpointing)
+        plan = self.predict(tokens, checkpointing, counted)
         state = plan.gradients + plan.masters + plan.moments
         passing = plan.peak - plan.state
         return state + passing * (CPU_FRAGMENTATION if self.device.type == "cpu" else 1) <= _SHARE * self.free
@@ -102,14 +102,26 @@ class RunMemory:
     def _checkpoints(self, longest_group: int) -> bool:
         return choose_checkpointing(self.config, longest_group, self.device, self.fits)
 
+    def _all_fits(self) -> tuple[bool, int] | None:
+        """The settings of a machine with room for the largest pack that may be wanted: one pass is counted, not three."""
+        train = self.config.train
+        checkpointing = False if train.gradient_checkpointing == "auto" else train.gradient_checkpointing
+        group, sequence = self._data.longest()
+        tokens = choose_tokens(self.config, group, self.device, lambda tokens: True)
+        return (
+            (checkpointing, tokens) if self.fits(max(tokens, sequence), checkpointing, counted=True) else None
+        )
+
     def settings(self, before: tuple[bool, int] | None = None) -> tuple[bool, int]:
         """Gradient checkpointing and tokens per pack, with `auto` decided: as `before` the run was resumed, while that fits."""
         train = self.config.train
         if train.gradient_checkpointing != "auto" and train.tokens_per_pack != "auto":
             return train.gradient_checkpointing, int(train.tokens_per_pack)
         try:
-            if before is not None and self.fits(before[1], before[0]):
+            if before is not None and self.fits(before[1], before[0], counted=True):
                 return before
+            if (most := self._all_fits()) is not None:
+                return most
             checkpointing = self._choose_checkpointing()
             if longest := self._too_long(checkpointing):
                 say(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fasttrain.data import sources
 from fasttrain.data.groups import PairFiles
-from fasttrain.data.sources import ArrowRows, BadRow, open_source
+from fasttrain.data.sources import ArrowRows, BadRow, JsonLines, open_source
 from fasttrain.errors import UserError
 
 ROWS = [{"prompt": f"q{n}", "chosen": "größer", "rejected": "b", "score": n} for n in range(5)]
@@ -301,3 +303,20 @@ def test_columns_that_no_pair_needs_never_make_a_row_bad(tmp_path: Path) -> None
     rows = [row for row in source.rows(0, 2) if isinstance(row, dict)]
     assert [row["prompt"] for row in rows] == ["Why?", "How?"]
     assert ["beyond" in row for row in rows] == [True, False]
+
+
+@pytest.mark.parametrize("piece", [1, 3, 64])
+def test_lines_that_are_not_blank_are_found_wherever_pieces_of_the_file_end(
+    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_PIECE", piece)
+    draw = random.Random(piece)
+    for _ in range(200):
+        content = bytes(draw.choices(b"\n\n \t\r\x0b\x0c{}a\xff\x85", k=draw.randint(1, 60)))
+        with write(tmp_path / "p.jsonl", content).open("rb") as file:
+            lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+        found = JsonLines(tmp_path / "p.jsonl")
+        assert list(found._lines) == [number for number, _ in lines], content
+        assert [content[start:].split(b"\n")[0] for start in found._offsets] == [
+            line.rstrip(b"\n") for _, line in lines
+        ]

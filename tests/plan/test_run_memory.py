@@ -47,7 +47,7 @@ def settle() -> Callable[..., tuple[bool, int]]:
         config = config_from_dict({"model": {"name": "unused"}, "lora": {}, "data": data, "train": train})
         absent: Any = None
         memory = RunMemory(config, absent, absent, lengths, torch.device("cpu"), free=0)  # type: ignore[arg-type]
-        memory.fits = lambda tokens, on: tokens <= (checkpointed if on else plain)  # type: ignore[method-assign]
+        memory.fits = lambda tokens, on, counted=False: tokens <= (checkpointed if on else plain)  # type: ignore[method-assign]
         return memory.settings()
 
     return run
@@ -78,3 +78,17 @@ def test_late_tokens_are_made_only_where_they_decide(settle: Callable[..., Any])
     assert settle(short, 2048, 9000) == (False, 2048)
     assert settle(forced, 100, 9000) == (True, 2048)
     assert short.tokenized == forced.tokenized == 0
+
+
+@pytest.mark.parametrize(
+    ("gradient_checkpointing", "tokens_per_pack"), [("auto", "auto"), (True, "auto"), ("auto", 700)]
+)
+@pytest.mark.parametrize("group", [900, 5000])
+def test_where_all_fits_one_pass_is_counted_and_the_settings_are_those_of_a_narrower_machine(
+    gradient_checkpointing: Any, tokens_per_pack: Any, group: int, settle: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    train = {"gradient_checkpointing": gradient_checkpointing, "tokens_per_pack": tokens_per_pack}
+    ample = settle(Lengths(group, 800), 10**9, 10**9, **train)
+    monkeypatch.setattr(RunMemory, "_all_fits", lambda self: None)
+    assert ample == settle(Lengths(group, 800), 10**9, 10**9, **train)
