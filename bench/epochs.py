@@ -25,6 +25,8 @@ from typing import Any
 from step import HERE, SAME_LOSS, environment
 from step_cases import BETA, Case, recipe, write_case, write_model
 
+from fasttrain.command import TUNABLES
+
 PAIRS_PER_STEP, RANK, LEARNING_RATE = 8, 16, 1e-4
 
 
@@ -43,8 +45,8 @@ def write_fresh_adapter(model: Path, folder: Path) -> Path:
     return folder / "adapter"
 
 
-def run_fasttrain(folder: Path, epochs: int) -> list[float]:
-    """The command, with a cache that is empty."""
+def fasttrain_command(folder: Path, epochs: int) -> list[str]:
+    """What a user runs, on a recipe that leaves to the program what it may choose."""
     raw = recipe(folder / "model", folder / "pairs.jsonl", folder, RANK, PAIRS_PER_STEP)
     raw["lora"] = {"init_from": str(folder / "adapter")}
     for section, name in (
@@ -52,7 +54,7 @@ def run_fasttrain(folder: Path, epochs: int) -> list[float]:
         ("train", "tokens_per_pack"),
         ("train", "gradient_checkpointing"),
     ):
-        raw[section].pop(name)  # as the program chooses
+        raw[section].pop(name)
     raw["train"] |= {
         "epochs": epochs,
         "learning_rate": LEARNING_RATE,
@@ -60,12 +62,11 @@ def run_fasttrain(folder: Path, epochs: int) -> list[float]:
         "warmup_ratio": 0.0,
     }
     (folder / "recipe.json").write_text(json.dumps(raw))  # JSON is YAML
-    subprocess.run(
-        [sys.executable, "-m", "fasttrain", "dpo", "-c", str(folder / "recipe.json")],
-        env=os.environ | {"FASTTRAIN_CACHE": str(folder / "cache")}, check=True,
-    )  # fmt: skip
-    lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [sys.executable, "-m", "fasttrain", "dpo", "-c", str(folder / "recipe.json")]
+
+
+def trl_command(folder: Path, epochs: int) -> list[str]:
+    return [sys.executable, str(Path(__file__).resolve()), "--trl", str(folder), "--epochs", str(epochs)]
 
 
 def run_trl(folder: Path, epochs: int) -> list[float]:
@@ -95,23 +96,23 @@ def run_trl(folder: Path, epochs: int) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-RUNS = {"fasttrain": run_fasttrain, "trl": run_trl}
+COMMANDS = {"fasttrain": fasttrain_command, "trl": trl_command}
+
+
+def _losses(name: str, folder: Path) -> list[float]:
+    if name == "trl":
+        found: list[float] = json.loads((folder / "trl.json").read_text())
+        return found
+    lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["loss"] for line in lines]
 
 
 def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One trainer's whole run in a process: seconds by the clock and of the processor, peak memory, losses."""
-    command = [
-        sys.executable,
-        str(Path(__file__).resolve()),
-        "--run",
-        name,
-        str(folder),
-        "--epochs",
-        str(options.epochs),
-    ]
+    command = COMMANDS[name](folder, options.epochs)
     environment = os.environ | {
         "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", "THP_MEM_ALLOC_ENABLE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
+        "GLIBC_TUNABLES": TUNABLES, "TOKENIZERS_PARALLELISM": "false", "FASTTRAIN_CACHE": str(folder / "cache"),
     }  # fmt: skip
     start = time.perf_counter()
     process = subprocess.Popen(command, env=environment)
@@ -119,7 +120,6 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
     wall = time.perf_counter() - start
     if status:
         raise SystemExit(f"{name} failed: {os.waitstatus_to_exitcode(status)}")
-    losses = json.loads((folder / f"{name}.json").read_text())
     print(
         f"{name}: {wall:.1f} s, {used.ru_utime + used.ru_stime:.1f} s of processor, {used.ru_maxrss / 1e3:.0f} MB",
         flush=True,
@@ -128,7 +128,7 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
         "wall_s": wall,
         "cpu_s": used.ru_utime + used.ru_stime,
         "peak_mb": used.ru_maxrss * 1024 / 1e6,
-        "losses": losses,
+        "losses": _losses(name, folder),
     }
 
 
@@ -141,8 +141,8 @@ def compare(options: argparse.Namespace) -> str:
         answers = [[rng.randrange(60, 201), rng.randrange(60, 201)] for _ in range(options.pairs)]
         write_case(Case("epochs", "smollm2-llava", answers), model, folder)
         write_fresh_adapter(model, folder)
-        found = {name: measure(name, folder, options) for name in RUNS}
-    ours, theirs = (found[name]["losses"] for name in RUNS)
+        found = {name: measure(name, folder, options) for name in COMMANDS}
+    ours, theirs = (found[name]["losses"] for name in COMMANDS)
     if len(ours) != len(theirs):
         raise SystemExit(f"the trainers took different steps: {len(ours)} and {len(theirs)}")
     apart = max(abs(a - b) / max(a, b) for a, b in zip(ours, theirs))
@@ -184,15 +184,14 @@ def main() -> None:
     )
     parser.add_argument("--models", type=Path, default=HERE.parent / "models")
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"epochs_{datetime.date.today()}.md")
-    parser.add_argument("--run", nargs=2, metavar=("TRAINER", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--trl", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     sys.path.append(
         sys.path.pop(0)
     )  # transformers looks for a package called kernels, which is a script here
-    if options.run:
-        name, folder = options.run[0], Path(options.run[1])
-        losses = RUNS[name](folder, options.epochs)
-        (folder / f"{name}.json").write_text(json.dumps(losses))
+    if options.trl:
+        losses = run_trl(options.trl, options.epochs)
+        (options.trl / "trl.json").write_text(json.dumps(losses))
         return
     page = compare(options)
     options.out.write_text(page, encoding="utf-8")

@@ -31,6 +31,8 @@ from typing import Any
 from step_cases import CASES, Case, write_adapter, write_case, write_model
 from step_contenders import LADDER
 
+from fasttrain.command import TUNABLES
+
 HERE = Path(__file__).resolve().parent
 RIVALS = ("fasttrain", "plain", "trl")
 # TRL's memory and time for several pairs depend on whether they are one batch
@@ -69,7 +71,8 @@ class Worker:
     def __init__(self, name: str, described: Path, threads: int) -> None:
         environment = os.environ | {
             "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-            "THP_MEM_ALLOC_ENABLE": "1",  # as the fasttrain command sets it; here for all
+            # as the fasttrain command sets them; here for all
+            "THP_MEM_ALLOC_ENABLE": "1", "GLIBC_TUNABLES": TUNABLES,
             "FASTTRAIN_CACHE": str(described.parent / "cache"),
         }  # fmt: skip
         command = [sys.executable, str(HERE / "step_worker.py"), name, str(described), str(threads)]

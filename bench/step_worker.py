@@ -81,6 +81,8 @@ def main() -> None:
     sys.path.append(
         sys.path.pop(0)
     )  # transformers looks for a package called kernels, which is a script here
+    if name == "fasttrain":
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # as the command leaves it out
     import torch
     from step_cases import CASES
     from step_contenders import Files, make

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fasttrain.config import DPOConfig
 
-# glibc keeps slivers between aligned blocks in caches of small ones, where they do not grow together: a tenth of a run's memory
-_TUNABLES = "glibc.malloc.mxfast=0:glibc.malloc.tcache_count=0"
+# For a training process: glibc keeps slivers between aligned blocks in caches of small ones, where they do not grow together: a tenth of a run's memory
+TUNABLES = "glibc.malloc.mxfast=0:glibc.malloc.tcache_count=0"
 _TRAINING = ("dpo", "sft", "reference")
 
 _alone = False
@@ -31,9 +31,9 @@ def main() -> None:
 
 def _start_with_tunables() -> None:
     """Put this process's program in its place once more: the C library reads its settings before the program runs."""
-    if "GLIBC_TUNABLES" in os.environ or not sys.executable or not _glibc():
+    if "GLIBCTUNABLES" in os.environ or not sys.executable or not _glibc():
         return
-    os.environ["GLIBC_TUNABLES"] = _TUNABLES
+    os.environ["GLIBCTUNABLES"] = TUNABLES
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -101,11 +101,12 @@ class Order:
         """The epoch's groups in order, and where its steps begin and the last one ends."""
         groups = self.epoch_groups(epoch)
         held = np.cumsum(self._counts()[groups])
-        cuts, before = [0], 0
+        before = np.r_[0, held[:-1]]
+        # where a step that begins at a group ends, for all groups at once: an epoch may have a million steps
+        ends = np.minimum(np.searchsorted(held, before + self.pairs_per_step) + 1, len(groups)).tolist()
+        cuts = [0]
         while cuts[-1] < len(groups):
-            end = int(np.searchsorted(held, before + self.pairs_per_step)) + 1
-            cuts.append(min(end, len(groups)))
-            before = int(held[cuts[-1] - 1])
+            cuts.append(ends[cuts[-1]])
         return groups, cuts
 
     def _counts(self) -> np.ndarray:
