@@ -114,7 +114,7 @@ def test_other_mistakes_are_one_line(
         ),
         (
             ("-m", tiny_text, picture_questions, "-o", tmp_path / "a.jsonl"),
-            "text-only row for a text-only model",
+            "text-only row for a model that is run on text only",
         ),
         (("-m", tiny_text, text_questions, "-o", text_questions), "wanted another file than the input"),
         (("-m", tiny_text, text_questions, "-o", tmp_path / "mine.jsonl"), "was not written here"),

@@ -229,7 +229,10 @@ def test_an_image_for_a_text_model_is_the_users_mistake(
     images: Path, tiny_text: Path, fasttrain: Any
 ) -> None:
     said = mistake(fasttrain("dpo", "-c", images, "-s", f"model.name={tiny_text}"))
-    assert said == "pairs.jsonl line 1: images: wanted a text-only row for a text-only model, got an image"
+    assert (
+        said
+        == "pairs.jsonl line 1: images: wanted a text-only row for a model that is run on text only (docs/models.md), got an image"
+    )
 
 
 def spoil_model(folder: Path, how: str) -> None:

@@ -107,7 +107,12 @@ class GenericGenerator:
         """Messages as the processor's chat template takes them, pictures in their places."""
         if not self.takes_images:
             if question.images:
-                raise BadRow(question.where, "images", "a text-only row for a text-only model", "an image")
+                raise BadRow(
+                    question.where,
+                    "images",
+                    "a text-only row for a model that is run on text only (docs/models.md)",
+                    "an image",
+                )
             return [_plain(message) for message in messages]
         pictures = iter([self._picture(question, number) for number in range(len(question.images))])
         chat = []

@@ -98,7 +98,12 @@ class ChatTokenizer:
         sizes: (width, height) of the images, in order; needed if `sizes_matter`.
         """
         if any(part == IMAGE for _, parts in messages for part in parts) and not self.pixels:
-            raise BadRow(where, "images", "a text-only row for a text-only model", "an image")
+            raise BadRow(
+                where,
+                "images",
+                "a text-only row for a model that is run on text only (docs/models.md)",
+                "an image",
+            )
         text = self._render([self._message(message) for message in messages], generation=True, where=where)
         self._check_placeholders(text, messages, where)
         if self.placeholders is None:

@@ -400,7 +400,8 @@ def test_a_text_model_still_refuses_images(
 ) -> None:
     result, _ = both(image_rows(tmp_path / "data", 2, tiny_models), text_chat(), on_bad_row="skip")
     assert any(
-        "a text-only row for a text-only model" in entry["reason"] for entry in result["account"]["skipped"]
+        "a text-only row for a model that is run on text only (docs/models.md)" in entry["reason"]
+        for entry in result["account"]["skipped"]
     )
 
 

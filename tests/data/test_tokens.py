@@ -365,7 +365,10 @@ def test_a_template_that_renders_no_images_is_named(vision_chat: Any, tiny_model
 
 
 def test_a_text_model_refuses_an_image(text_chat: Any) -> None:
-    with pytest.raises(BadRow, match="images: wanted a text-only row for a text-only model, got an image"):
+    with pytest.raises(
+        BadRow,
+        match=r"images: wanted a text-only row for a model that is run on text only \(docs/models.md\), got an image",
+    ):
         text_chat().prompt((user(IMAGE, "what?"),), "x")
 
 
