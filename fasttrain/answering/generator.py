@@ -20,9 +20,9 @@ from fasttrain.answering.decoding import Decoding, Reply
 from fasttrain.answering.kv_cache import CACHE_NAME, RoomyCache
 from fasttrain.answering.picking import TokenPicker
 from fasttrain.answering.questions import ImageSource, Question, next_turn
+from fasttrain.data.bad_row import BadRow
 from fasttrain.data.images import hash_bytes, join_inputs
 from fasttrain.data.pairs import Message
-from fasttrain.data.sources import BadRow
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
 

@@ -14,9 +14,9 @@ from fasttrain.answering.decoding import Decoding, Reply
 from fasttrain.answering.generator import read_image, reply_of
 from fasttrain.answering.picking import TokenPicker
 from fasttrain.answering.questions import Question, next_turn
+from fasttrain.data.bad_row import BadRow
 from fasttrain.data.images import open_image
 from fasttrain.data.pairs import IMAGE, Message
-from fasttrain.data.sources import BadRow
 from fasttrain.data.template_date import dated
 from fasttrain.data.tokens import beginning
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from fasttrain.data.bad_row import BadRow
 from fasttrain.data.images import ImageRef, hash_bytes
 from fasttrain.data.pairs import IMAGE, PLACEHOLDER, Message, check_image, read_prompt
-from fasttrain.data.sources import BadRow
 from fasttrain.errors import UserError, mistakes_of_data_tools
 from fasttrain.files import HashMemo
 

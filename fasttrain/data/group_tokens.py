@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from fasttrain.config import DataConfig
+from fasttrain.data.bad_row import BadRow
 from fasttrain.data.groups import PairFiles, Skipped
 from fasttrain.data.images import image_size
 from fasttrain.data.pairs import Pair, check_images
-from fasttrain.data.sources import BadRow
 from fasttrain.data.tokens import ChatTokenizer, EncodedPrompt
 from fasttrain.errors import UserError
 

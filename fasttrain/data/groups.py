@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from fasttrain.data.bad_row import BadRow
 from fasttrain.data.images import ImageRef, hash_bytes
 from fasttrain.data.pairs import Pair, read_pair
-from fasttrain.data.sources import BadRow, Source, iterate, open_source
+from fasttrain.data.sources import Source, iterate, open_source
 from fasttrain.errors import UserError
 from fasttrain.files import HashMemo, user_path
 

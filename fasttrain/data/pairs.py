@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fasttrain.data.bad_row import BadRow, printable
 from fasttrain.data.images import ImageRef, check_header, resolve_inside
-from fasttrain.data.sources import BadRow, printable
 
 PLACEHOLDER = "<image>"
 IMAGE = ("image", "")

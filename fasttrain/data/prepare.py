@@ -14,12 +14,12 @@ import numpy as np
 from fasttrain.config import DataConfig
 from fasttrain.data import prepared_cache
 from fasttrain.data.ahead import in_order, processes
+from fasttrain.data.bad_row import BadRow
 from fasttrain.data.group_tokens import Outcome, Tokenizing
 from fasttrain.data.groups import GroupIndex, PairFiles, Skipped
 from fasttrain.data.pairs import Pair, read_pair
 from fasttrain.data.prepared import CHUNK, SEVERAL, Account, PreparedData
 from fasttrain.data.row_index import group_rows, read_rows
-from fasttrain.data.sources import BadRow
 from fasttrain.data.template_trace import Unknown
 from fasttrain.data.token_bounds import TokenBounds
 from fasttrain.data.token_spool import TokenSpool

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fasttrain.data.ahead import in_order, processes
+from fasttrain.data.bad_row import BadRow
 from fasttrain.data.groups import GroupIndex, PairFiles, image_hash
 from fasttrain.data.images import ImageRef, check_header
 from fasttrain.data.pairs import Pair
 from fasttrain.data.plain_rows import PlainPair, PlainRows
-from fasttrain.data.sources import BadRow
 from fasttrain.data.token_bounds import TokenBounds
 from fasttrain.files import HashMemo
 

@@ -11,44 +11,19 @@ import bisect
 import contextlib
 import itertools
 import json
-import mmap
 import tempfile
-from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
+from fasttrain.data.bad_row import BadRow, printable
+from fasttrain.data.json_lines import JsonLines, json_problem
 from fasttrain.errors import UserError, mistakes_of_data_tools
 from fasttrain.files import cache_root
 
-_PIECE = 1 << 22  # bytes of a file that are indexed at a time
-_WHITE = b" \t\n\r\x0b\x0c"  # what bytes.strip() takes away
 _AT_ONCE = 64  # rows with images inside are some MB
 _READ = ("images", "image", "prompt", "chosen", "rejected", "completion", "id")  # by `pairs.read_pair`
 _LOOKED_AT = 100  # rows in which a readable one is looked for, to tell the layout
-
-
-class BadRow(UserError):
-    """A row that cannot be used: file, place in it, field, what was wanted and what came."""
-
-    def __init__(self, where: str, field: str, wanted: str, got: Any) -> None:
-        text = got if isinstance(got, str) and got.strip() else repr(got)
-        self.where, self.reason = where, printable(f"{field}: wanted {wanted}, got {text[:120]}")
-        super().__init__(f"{where}: {self.reason}")
-
-    @classmethod
-    def told(cls, where: str, reason: str) -> BadRow:
-        """One that was found earlier, or in another process, from its two texts."""
-        error = cls(where, "", "", "")
-        error.args, error.reason = (f"{where}: {reason}",), reason
-        return error
-
-
-def printable(text: str) -> str:
-    """The text with lone surrogates escaped: JSON can hold them, UTF-8 files and terminals cannot."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class Source(Protocol):
@@ -65,88 +40,6 @@ class Source(Protocol):
     def row(self, number: int) -> dict[str, Any]: ...
     def rows(self, start: int, end: int) -> Iterator[dict[str, Any] | BadRow]: ...
     def where(self, number: int) -> str: ...
-
-
-class JsonLines:
-    """A JSON-lines file, 12 bytes of index a row."""
-
-    def __init__(self, path: Path, label: str | None = None, unit: str = "line") -> None:
-        self.folder, self.label, self.unit = path.parent, label or str(path), unit
-        self.passed_over: list[tuple[str, str]] = []
-        self.bad: list[BadRow] = []
-        self._offsets, self._lines = array("Q"), array("I")
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else None
-        if self._map is not None:
-            self._index(self._map)
-
-    def _index(self, content: mmap.mmap) -> None:
-        """Note where every line that is not blank begins."""
-        first = 0  # the number of the line that begins the piece, from 0
-        begin = 0
-        while begin < len(content):
-            end = (
-                content.rfind(b"\n", begin, begin + _PIECE) + 1
-                or content.find(b"\n", begin) + 1
-                or len(content)
-            )
-            piece = np.frombuffer(content, np.uint8, end - begin, begin)
-            starts = np.r_[0, np.flatnonzero(piece == 10) + 1]
-            starts = starts[starts < len(piece)]
-            blank = np.isin(piece[starts], np.frombuffer(_WHITE, np.uint8))
-            for line in np.flatnonzero(blank).tolist():  # these may be indented
-                stop = starts[line + 1] if line + 1 < len(starts) else len(piece)
-                blank[line] = not content[begin + starts[line] : begin + stop].strip()
-            self._offsets.frombytes((starts[~blank] + begin).astype(np.uint64).tobytes())
-            self._lines.frombytes((np.flatnonzero(~blank) + first + 1).astype(np.uint32).tobytes())
-            first += len(starts)
-            begin = end
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def where(self, number: int) -> str:
-        return f"{self.label} {self.unit} {self._lines[number]}"
-
-    def row(self, number: int) -> dict[str, Any]:
-        assert self._map is not None
-        end = self._map.find(b"\n", self._offsets[number])
-        raw = self._map[self._offsets[number] : end if end >= 0 else None]
-        try:
-            row = json.loads(raw.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise BadRow(self.where(number), "row", "UTF-8", f"byte {raw[error.start]:#04x}") from None
-        except (ValueError, RecursionError) as error:
-            raise BadRow(self.where(number), "row", "a JSON object", _json_problem(error)) from None
-        if not isinstance(row, dict):
-            raise BadRow(self.where(number), "row", "a JSON object", row)
-        return row
-
-    def rows(self, start: int, end: int) -> Iterator[dict[str, Any] | BadRow]:
-        """Rows from `start` up to `end`, the bad ones as what is wrong with them."""
-        assert self._map is not None
-        read, offsets = json.JSONDecoder().raw_decode, self._offsets
-        for number in range(start, end):
-            behind = offsets[number + 1] if number + 1 < len(offsets) else None
-            try:
-                text = self._map[offsets[number] : behind].decode()
-                row, length = read(text)
-                if type(row) is dict and (length == len(text) or text[length:].isspace()):
-                    yield row
-                    continue
-            except (ValueError, RecursionError):
-                pass
-            try:
-                yield self.row(number)
-            except BadRow as error:
-                yield error
-
-
-def _json_problem(error: Exception) -> str:
-    """What is wrong with JSON text: bad syntax, a number of thousands of digits, or brackets without end."""
-    if isinstance(error, RecursionError):
-        return "JSON nested too deeply"
-    return f"invalid JSON ({error.msg if isinstance(error, json.JSONDecodeError) else error})"
 
 
 def _each(source: Source, start: int, end: int) -> Iterator[dict[str, Any] | BadRow]:
@@ -301,7 +194,7 @@ def _open_json(path: Path) -> Source:
         ) from None
     except (ValueError, RecursionError) as error:
         line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"{path}{line}: wanted a JSON array, got {_json_problem(error)}") from None
+        raise UserError(f"{path}{line}: wanted a JSON array, got {json_problem(error)}") from None
     return _spool(rows, path)
 
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fasttrain.data.bad_row import BadRow
 from fasttrain.data.images import ImageRef, image_size
 from fasttrain.data.pairs import IMAGE, Message
 from fasttrain.data.plain_rows import PlainPair
-from fasttrain.data.sources import BadRow
 from fasttrain.data.template_date import CLOCK
 from fasttrain.data.template_trace import Rendered, TemplateTracer, Unknown, placeholder
 from fasttrain.data.tokens import ChatTokenizer

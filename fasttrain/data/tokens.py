@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from fasttrain.data.bad_row import BadRow
 from fasttrain.data.images import PixelMaker
 from fasttrain.data.pairs import IMAGE, Message
 from fasttrain.data.placeholders import Placeholders
-from fasttrain.data.sources import BadRow
 from fasttrain.data.template_date import dated, writes_date
 from fasttrain.errors import UserError
 

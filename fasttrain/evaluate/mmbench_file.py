@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fasttrain.answering.questions import ImageSource
+from fasttrain.data.bad_row import BadRow
 from fasttrain.data.pairs import read_prompt
-from fasttrain.data.sources import BadRow
 from fasttrain.errors import UserError, mistakes_of_data_tools
 from fasttrain.evaluate.mmbench_score import ROTATION, base_index, rotated
 from fasttrain.files import cache_root

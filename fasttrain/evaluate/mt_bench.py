@@ -8,7 +8,7 @@ from pathlib import Path
 from fasttrain.answering.questions import Question, read_questions
 from fasttrain.answering.records import fastchat_row, write_jsonl
 from fasttrain.answering.run import Answer
-from fasttrain.data.sources import BadRow
+from fasttrain.data.bad_row import BadRow
 from fasttrain.evaluate.benchmarks import AnswerFile, Benchmark, ReadOptions, find_data_file
 from fasttrain.evaluate.judging.outcome import file_name
 

@@ -37,7 +37,7 @@ class PairReader:
 
     def pair(self, number: int) -> tuple[Any, str]:
         """A pair, or None and why there is none."""
-        from fasttrain.data.sources import BadRow
+        from fasttrain.data.bad_row import BadRow
 
         if number >= len(self):
             return None, "is not in the file any more"

@@ -114,7 +114,8 @@ def _provenance(job: Job) -> dict[str, Counter[str]]:
 
 
 def _rows(job: Job) -> Iterator[dict[str, Any]]:
-    from fasttrain.data.sources import BadRow, iterate
+    from fasttrain.data.bad_row import BadRow
+    from fasttrain.data.sources import iterate
 
     sources = job.train.files.sources
     for index, number in itertools.islice(iterate(sources), _LOOKED_AT):

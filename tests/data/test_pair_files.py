@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fasttrain.data import sources
+from fasttrain.data import json_lines
+from fasttrain.data.bad_row import BadRow
 from fasttrain.data.groups import PairFiles
-from fasttrain.data.sources import ArrowRows, BadRow, JsonLines, open_source
+from fasttrain.data.json_lines import JsonLines
+from fasttrain.data.sources import ArrowRows, open_source
 from fasttrain.errors import UserError
 
 ROWS = [{"prompt": f"q{n}", "chosen": "größer", "rejected": "b", "score": n} for n in range(5)]
@@ -309,7 +311,7 @@ def test_columns_that_no_pair_needs_never_make_a_row_bad(tmp_path: Path) -> None
 def test_lines_that_are_not_blank_are_found_wherever_pieces_of_the_file_end(
     piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_PIECE", piece)
+    monkeypatch.setattr(json_lines, "_PIECE", piece)
     draw = random.Random(piece)
     for _ in range(200):
         content = bytes(draw.choices(b"\n\n \t\r\x0b\x0c{}a\xff\x85", k=draw.randint(1, 60)))

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from fasttrain.data.bad_row import BadRow
 from fasttrain.data.images import ImageRef
 from fasttrain.data.pairs import IMAGE, Pair, check_images, read_example, read_pair
 from fasttrain.data.plain_rows import PlainPair, PlainRows
-from fasttrain.data.sources import BadRow
 
 SHORT = {"prompt": "What is it?", "chosen": "a bar", "rejected": "a line"}
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from fasttrain.data import groups as module
+from fasttrain.data.bad_row import BadRow
 from fasttrain.data.groups import PairFiles
 from fasttrain.data.row_index import group_rows
-from fasttrain.data.sources import BadRow
 from fasttrain.files import HashMemo
 
 

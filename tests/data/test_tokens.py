@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fasttrain.data.bad_row import BadRow
 from fasttrain.data.pairs import IMAGE, Message
-from fasttrain.data.sources import BadRow
 from fasttrain.data.token_bounds import TokenBounds
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
