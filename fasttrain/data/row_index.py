@@ -192,9 +192,9 @@ def _number_groups(files: PairFiles, table: Rows, memo: HashMemo) -> tuple[np.nd
     first = np.empty(rows, np.int64)  # of each row, the place of the first row of its group
     first[order] = np.repeat(order[fresh], np.diff(np.r_[fresh, rows]))
     unusable = _part_by_content(files, table, memo, order, fresh, first)
-    heads = np.unique(first[first >= 0])
-    group = np.searchsorted(heads, first)
-    group[first < 0] = -1
+    heads = np.zeros(rows, bool)
+    heads[first[first >= 0]] = True
+    group = np.where(first >= 0, (np.cumsum(heads) - 1)[first], -1)
     return group, unusable
 
 
