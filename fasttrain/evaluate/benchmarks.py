@@ -15,6 +15,10 @@ from fasttrain.errors import UserError, mistakes_of_data_tools
 NAMES = ("mt-bench", "mm-vet", "llava-bench", "pope", "mmbench", "alpaca-eval")
 
 
+class NoRightAnswers(UserError):
+    """The benchmark's file is a test split, whose right answers only the official site has."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
     """images: folder of the images, None for the benchmark's usual places. suffix: put under each question, None for

@@ -81,7 +81,7 @@ def eval_command(bench: str, **given: Any) -> int:  # fmt: skip
       fasttrain eval pope --data data/pope --answers adversarial=answers.jsonl -o eval/theirs
       fasttrain eval mt-bench -m runs/merged --data data/mt_bench -o eval/merged --judge gemini-3.8-flash
     """
-    from fasttrain.evaluate.benchmarks import ReadOptions, find_benchmark
+    from fasttrain.evaluate.benchmarks import NoRightAnswers, ReadOptions, find_benchmark
     from fasttrain.evaluate.judging.options import take_judge_options
 
     own = {name: given.pop(name) for name in ("data", "out", "answers")}
@@ -108,9 +108,14 @@ def eval_command(bench: str, **given: Any) -> int:  # fmt: skip
         tokens = max_new_tokens or benchmark.max_new_tokens
         files, failed = _answer(benchmark, own["data"], own["out"], reading, shared, tokens)
     if benchmark.score is not None:
-        return _score(benchmark, own["data"], own["out"], files, reading.limit) or (
-            EXIT_TYPED_FAILURES if failed else 0
-        )
+        try:
+            code = _score(benchmark, own["data"], own["out"], files, reading.limit)
+        except NoRightAnswers as why:
+            if own["answers"]:
+                raise
+            click.echo(f"not scored: {why}")
+            code = 0
+        return code or (EXIT_TYPED_FAILURES if failed else 0)
     (answers,) = files.values()
     if judge is None:
         _tell_unjudged(benchmark, answers, own["data"], own["out"])

@@ -15,6 +15,7 @@ from fasttrain.errors import UserError
 from fasttrain.evaluate.benchmarks import (
     AnswerFile,
     Benchmark,
+    NoRightAnswers,
     ReadOptions,
     Scored,
     complaints,
@@ -96,7 +97,7 @@ def score(data: Path, answers: Mapping[str, AnswerFile], limit: int | None) -> S
     path = question_file(data)
     rows = read_rows(path, images=False)
     if any(row.answer is None for row in rows):
-        raise UserError(
+        raise NoRightAnswers(
             f"{path}: wanted an answer to every question, got a test split: the official site scores it"
         )
     if not given.has_ids:

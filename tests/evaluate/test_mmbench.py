@@ -278,6 +278,23 @@ def test_the_model_is_asked_every_rotation_and_the_spreadsheet_holds_the_tables_
     assert sheet[0]["prediction"] == rows[0]["text"].replace("\x00", "") and sheet[1]["B"] == "Mother and son"
 
 
+def test_a_test_split_is_answered_for_the_official_site_and_not_scored(
+    shared_data: Path, tmp_path: Path, tiny_llava: Path, fasttrain: Callable[..., Any]
+) -> None:
+    table = tmp_path / "d" / "MMBench_TEST_EN.tsv"
+    sample_table(shared_data, table)
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    write_table(table, [{name: value for name, value in row.items() if name != "answer"} for row in rows])
+    out = tmp_path / "e"
+    words = ("eval", "mmbench", "--data", tmp_path / "d", "-o", out)
+    code, text, _ = fasttrain(*words, "-m", tiny_llava, "--max-new-tokens", 3, "--limit", 2)
+    assert code == 0 and "not scored" in text and "got a test split: the official site scores it" in text
+    assert len(read_sheet(out / "mmbench_submission.xlsx")) == 2 and not (out / "scores.json").exists()
+    code, _, said = fasttrain(*words, "--answers", out / "mmbench_answers.jsonl")
+    assert code == 2 and "got a test split: the official site scores it" in said  # scores were all that was asked
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
