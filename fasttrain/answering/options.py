@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from fasttrain.errors import UserError, mistakes_of_data_tools
+from fasttrain_data.commands.options import SECONDS, Number
 
 if TYPE_CHECKING:
     from fasttrain.answering.decoding import Decoding
@@ -27,19 +28,19 @@ _MODEL = (
     click.option("--model-id", help="What the answers are signed with. Default: the run's or the model's name."),
 )  # fmt: skip
 _DECODING = (
-    click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy."),
-    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True),
+    click.option("--temperature", type=Number(0), default=0.0, show_default=True, help="0 is greedy."),
+    click.option("--top-p", type=Number(0, 1, min_open=True), default=1.0, show_default=True),
     click.option("--seed", type=int, default=0, show_default=True, help="Of sampling; every question has its own from it."),
 )  # fmt: skip
 _WORK = (
     click.option("--batch-size", type=click.IntRange(1), help="Most questions at once. Default: 64, or what memory holds."),
     click.option("--tokens-per-batch", type=click.IntRange(1), help="Most tokens at once, those to come included. Default: what memory holds."),
     click.option("--server", metavar="URL", help="Ask an OpenAI-compatible server instead; -m is the model's name there, the key in $OPENAI_API_KEY."),
-    click.option("--timeout", "timeout_s", type=click.FloatRange(0, min_open=True), default=300.0, show_default=True, help="Seconds for a reply of the server."),
+    click.option("--timeout", "timeout_s", type=SECONDS, default=300.0, show_default=True, help="Seconds for a reply of the server."),
 )  # fmt: skip
 _LIMITS = (
     click.option("--in-flight", type=click.IntRange(1), default=16, show_default=True, help="Requests to the server at the same time."),
-    click.option("--rpm", type=click.FloatRange(0, min_open=True), help="Requests to the server per minute."),
+    click.option("--rpm", type=Number(0, min_open=True), help="Requests to the server per minute."),
     click.option("--attempts", type=click.IntRange(1), default=5, show_default=True, help="Requests for one answer, at most."),
 )  # fmt: skip
 

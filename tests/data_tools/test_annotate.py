@@ -581,3 +581,10 @@ def test_a_number_that_is_none_is_refused(completions, annotate, option, value):
         code, _, _, stderr = annotate(double, completions(prompts=1), option, value)
     assert (code, double.calls) == (2, [])
     assert f"Invalid value for '{option}': wanted a finite number, got {value}" in stderr
+
+
+def test_a_timeout_longer_than_sockets_can_wait_is_refused(completions, annotate):
+    with GeminiDouble() as double:
+        code, _, _, stderr = annotate(double, completions(prompts=1), "--timeout", "1e12")
+    assert (code, double.calls) == (2, [])
+    assert "Invalid value for '--timeout': 1000000000000.0 is not in the range 0<x<=1000000" in stderr

@@ -96,6 +96,21 @@ def test_two_models_are_judged_and_compared(
     assert code == 0 and "| LLaVA-Bench, % of reference | dpo | +25.0 | +25.0 to +25.0 |" in out
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--max-cost", "nan"), ("--judge-temperature", "nan"), ("--judge-timeout", "1e12"), ("--backoff", "inf"),
+     ("--temperature", "nan"), ("--top-p", "nan"), ("--rpm", "nan"), ("--timeout", "1e12")],
+)  # fmt: skip
+def test_a_number_that_is_none_or_no_socket_can_wait_is_refused(
+    tmp_path: Path, fasttrain: Callable[..., Any], option: str, value: str
+) -> None:
+    """`--max-cost nan` was no cap at all."""
+    answers = tmp_path / "answers.jsonl"
+    words = ("eval", "mt-bench", "--data", tmp_path, "--answers", answers, "-o", tmp_path / "out")
+    code, _, said = fasttrain(*words, option, value)
+    assert code == 2 and f"Invalid value for '{option}'" in said
+
+
 def test_a_missing_judge_file_is_one_line_and_exit_code_2(
     llava: Path, tmp_path: Path, judge_double: Any, fasttrain: Callable[..., tuple[int, str, str]]
 ) -> None:

@@ -292,7 +292,9 @@ def test_a_test_split_is_answered_for_the_official_site_and_not_scored(
     assert code == 0 and "not scored" in text and "got a test split: the official site scores it" in text
     assert len(read_sheet(out / "mmbench_submission.xlsx")) == 2 and not (out / "scores.json").exists()
     code, _, said = fasttrain(*words, "--answers", out / "mmbench_answers.jsonl")
-    assert code == 2 and "got a test split: the official site scores it" in said  # scores were all that was asked
+    assert (
+        code == 2 and "got a test split: the official site scores it" in said
+    )  # scores were all that was asked
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fasttrain_data.commands.options import EXISTING_FILE, Number, image_root_option, output_option
+from fasttrain_data.commands.options import EXISTING_FILE, SECONDS, Number, image_root_option, output_option
 from fasttrain_data.errors import EXIT_TYPED_FAILURES
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ _RETRIED = "quota, rate_limited, server_error, timeout"
 @click.option(
     "--timeout",
     "timeout_s",
-    type=Number(0, min_open=True),
+    type=SECONDS,
     default=120.0,
     show_default=True,
     help="Seconds.",
@@ -100,7 +100,7 @@ _RETRIED = "quota, rate_limited, server_error, timeout"
 @click.option(
     "--poll",
     "poll_s",
-    type=Number(0),
+    type=Number(0, 1_000_000),
     default=30.0,
     show_default=True,
     help="Seconds between looks at a batch.",

@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from fasttrain_data.commands.options import EXISTING_FILE, Number, UserPath, image_root_option, output_option
+from fasttrain_data.commands.options import (
+    EXISTING_FILE,
+    SECONDS,
+    Number,
+    UserPath,
+    image_root_option,
+    output_option,
+)
 from fasttrain_data.errors import EXIT_TYPED_FAILURES
 
 
@@ -67,7 +74,7 @@ from fasttrain_data.errors import EXIT_TYPED_FAILURES
 @click.option(
     "--timeout",
     "timeout_s",
-    type=Number(0, min_open=True),
+    type=SECONDS,
     default=300.0,
     show_default=True,
     help="Seconds.",

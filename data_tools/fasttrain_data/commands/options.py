@@ -35,10 +35,12 @@ class Number(click.FloatRange):
     """A finite number in a range: nan is in every range, and as a cap or a pace it is none."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
+        if not math.isfinite(click.FLOAT.convert(value, param, ctx)):
             self.fail(f"wanted a finite number, got {value}", param, ctx)
-        return number
+        return super().convert(value, param, ctx)
+
+
+SECONDS = Number(0, 1_000_000, min_open=True)  # the longest a socket waits is 24 days
 
 
 class RowRange(click.ParamType):

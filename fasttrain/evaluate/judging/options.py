@@ -13,6 +13,7 @@ import click
 from fasttrain.errors import UserError
 from fasttrain_data.calls.chat_server import chat_url
 from fasttrain_data.calls.dispatch import CallLimits
+from fasttrain_data.commands.options import SECONDS, Number
 from fasttrain_data.records import TRANSIENT, Status
 
 Api = Literal["gemini", "openai"]
@@ -83,25 +84,24 @@ class JudgeOptions:
 
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_POSITIVE = click.FloatRange(0, min_open=True)
 _OPTIONS = (
     click.option("--judge", "judge_model", metavar="MODEL", help="Judge model, as its API names it. No default: models come and go."),
     click.option("--judge-api", type=click.Choice(get_args(Api)), default="gemini", show_default=True, help="Key from GEMINI_API_KEY or GOOGLE_API_KEY, or from OPENAI_API_KEY where the server wants one."),
     click.option("--judge-url", metavar="URL", help="Another server. Default: $GOOGLE_GEMINI_BASE_URL or $OPENAI_BASE_URL, else the API's own."),
     click.option("--judge-api-version", metavar="VERSION", help="Gemini only; default: the SDK's own."),
-    click.option("--judge-temperature", type=click.FloatRange(0, 2), help="Default: the benchmark's own."),
+    click.option("--judge-temperature", type=Number(0, 2), help="Default: the benchmark's own."),
     click.option("--judge-tokens", type=click.IntRange(1), help="Output tokens at most. Default: the benchmark's own; 8192 for Gemini, whose thoughts count."),
     click.option("--judge-prompt", type=_FILE, help="The judge's prompt, for MM-Vet and AlpacaEval. Default: --data's, else ours."),
     click.option("--baseline", type=_FILE, help="Answers to compare with: MT-Bench's pairwise mode, AlpacaEval's reference outputs."),
     click.option("--partial", is_flag=True, help="Score the answers there are; default: every question wants one."),
-    click.option("--rpm", type=_POSITIVE, help="Judge calls a minute, at most."),
+    click.option("--rpm", type=Number(0, min_open=True), help="Judge calls a minute, at most."),
     click.option("--tpm", type=click.IntRange(1), help="Judge tokens a minute, at most, by estimate."),
     click.option("--in-flight", type=click.IntRange(1), default=8, show_default=True, help="Judge calls at the same time, at most."),
-    click.option("--judge-timeout", type=_POSITIVE, default=120.0, show_default=True, help="Seconds."),
+    click.option("--judge-timeout", type=SECONDS, default=120.0, show_default=True, help="Seconds."),
     click.option("--attempts", type=click.IntRange(1), default=5, show_default=True, help="Per judge call and run."),
-    click.option("--backoff", type=click.FloatRange(0), default=1.0, show_default=True, help="First wait in seconds, doubled; a server that names a delay is obeyed."),
+    click.option("--backoff", type=Number(0), default=1.0, show_default=True, help="First wait in seconds, doubled; a server that names a delay is obeyed."),
     click.option("--retry", multiple=True, metavar="STATUS", help=f"Also ask again where this was the outcome, besides {', '.join(sorted(TRANSIENT))}. Repeatable."),
-    click.option("--max-cost", type=click.FloatRange(0), metavar="USD", help="No judge call that could take the journal's total beyond this."),
+    click.option("--max-cost", type=Number(0), metavar="USD", help="No judge call that could take the journal's total beyond this."),
     click.option("--prices", type=_FILE, help="Price table; default: the one of fasttrain-data."),
     click.option("--judge-seed", type=int, default=0, show_default=True, help="Decides AlpacaEval's order of answers."),
     click.option("--judge-dry-run", is_flag=True, help="Print judge calls, tokens and money; ask nothing."),
