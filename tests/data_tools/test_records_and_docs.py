@@ -5,12 +5,16 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import fasttrain_data
+from fasttrain_data.account import listing_path
+from fasttrain_data.calls.journal import journal_path
 from fasttrain_data.cli import COMMANDS
 from fasttrain_data.errors import BadRow
+from fasttrain_data.pairs.build import held_out_path
 from fasttrain_data.records import Annotation, Completion, Pair, Question, parse_record
 from fasttrain_data.schema import RECORDS, schema_text
 
@@ -168,3 +172,12 @@ def test_no_stage_writes_over_its_input_or_a_folder(name, command, tmp_path, wri
         code, _, stderr = command(name, path, "-o", output, *more.get(name, []))
         assert (code, wanted in stderr, stderr.count("\n")) == (2, True, 1)
     assert path.read_text() == before
+
+
+def test_docs_and_help_name_the_files_beside_an_output_as_they_are_named(repository):
+    told = "".join((repository / "docs" / page).read_text(encoding="utf-8") for page in ("cli.md", "data.md"))
+    assert "OUT." not in told
+    outputs = {name: Path(f"{name}.jsonl") for name in ("answers", "completions", "annotations")}
+    for path in [*map(journal_path, outputs.values()), listing_path(Path("questions.jsonl")),
+                 listing_path(Path("pairs.jsonl")), held_out_path(Path("pairs.jsonl"))]:  # fmt: skip
+        assert path.name in told

@@ -120,9 +120,9 @@ _RETRIED = "quota, rate_limited, server_error, timeout"
 def annotate_command(completions: Path, output: Path, dry_run: bool, **options: Any) -> int:
     """Let Gemini mark every completion on the five HelpSteer attributes, 0 to 4.
 
-    The key comes from GEMINI_API_KEY or GOOGLE_API_KEY. Every reply is kept in OUT.journal.jsonl under a hash of
-    its request: start the same command again after a stop, and no reply is paid for twice. Exit code 3 when
-    some prompts ended in a typed failure.
+    The key comes from GEMINI_API_KEY or GOOGLE_API_KEY. Every reply is kept, those for annotations.jsonl in
+    annotations.journal.jsonl, under a hash of its request: start the same command again after a stop, and no
+    reply is paid for twice. Exit code 3 when some prompts ended in a typed failure.
 
     Example: fasttrain-data annotate completions.jsonl -o annotations.jsonl --model gemini-3.8-flash --rpm 600
     --in-flight 64

@@ -92,9 +92,9 @@ from fasttrain_data.errors import EXIT_TYPED_FAILURES
 def complete_command(questions: Path, output: Path, **options: Any) -> int:
     """Sample completions of every question, from a local model or a server.
 
-    Every sample has a recorded seed. Samples are kept in OUT.journal.jsonl as they come: start the same command
-    again after a stop, and only missing ones are drawn. Equal completions of a question are kept once, with a
-    count. Exit code 3 when some samples failed.
+    Every sample has a recorded seed. Samples are kept as they come, those of completions.jsonl in
+    completions.journal.jsonl: start the same command again after a stop, and only missing ones are drawn. Equal
+    completions of a question are kept once, with a count. Exit code 3 when some samples failed.
 
     Example: fasttrain-data complete questions.jsonl -o completions.jsonl --model llava-hf/llava-1.5-7b-hf
     """

@@ -63,7 +63,7 @@ from fasttrain_data.errors import UserError
     type=Number(0, 0.9),
     default=0.0,
     show_default=True,
-    help="Share of the prompts whose rows go to OUT.heldout.jsonl.",
+    help="Share of the prompts whose rows go to a file of their own, those of pairs.jsonl to pairs.heldout.jsonl.",
 )
 @click.option(
     "--flip",
@@ -75,7 +75,8 @@ def pair_command(annotations: Path, output: Path, method: str, **options: Any) -
     """Make preference pairs from ANNOTATIONS by a rule, or the data of an SFT arm; no call is made.
 
     The best answer of a prompt (same images and same question) is chosen, one at least --margin lower is
-    rejected. Prompts that give no pair are counted by reason and listed in OUT.skipped.jsonl.
+    rejected. Prompts that give no pair are counted by reason and listed, those of pairs.jsonl in
+    pairs.skipped.jsonl.
 
     Example: fasttrain-data pair annotations.jsonl -o pairs.jsonl --score hcc --margin 2
 

@@ -71,8 +71,8 @@ def questions_command(sources: tuple[str, ...], output: Path, **options: Any) ->
     """Read image questions from SOURCE files and write questions.jsonl.
 
     SOURCE is a file or FORMAT:FILE, FORMAT being scigraphqa, lrv, llava, llava-questions or plain; without it
-    the first row decides. What was kept, repaired and dropped is printed; dropped rows are listed in
-    OUT.skipped.jsonl.
+    the first row decides. What was kept, repaired and dropped is printed; dropped rows are listed, those
+    of questions.jsonl in questions.skipped.jsonl.
 
     Example: fasttrain-data questions scigraphqa.jsonl lrv.json --image-root data -o questions.jsonl
     --limit 6000 --eval-file coco_pope_random.json
