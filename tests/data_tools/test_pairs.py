@@ -186,6 +186,18 @@ def test_fractional_margins_do_not_fall_to_rounding():
     assert parse_score("nemotron").span() == pytest.approx((-1.32, 7.88))
 
 
+def test_equal_scores_make_no_pair_under_the_smallest_margin():
+    for margin in (1e-9, 1e-7, 1e-6, 0.5):
+        assert choose([5.0, 5.0, 5.0], margin, "all", random.Random(0)) == []
+        assert [c.rejected for c in choose([5.0, 4.0, 5.0], margin, "all", random.Random(0))] == [1]
+
+
+@pytest.mark.parametrize("text", ["h=1,h=2", "h=1,c=1,helpfulness=3"])
+def test_a_weight_given_twice_is_refused(text):
+    with pytest.raises(UserError, match=r"--score: wanted one weight for helpfulness, got two in"):
+        parse_score(text)
+
+
 @pytest.mark.parametrize("text", ["hccc", "h=", "q=1", "h=1,c", "h=0", "h=nan", "h=1,c=-inf"])
 def test_a_wrong_score_rule_is_named(text):
     with pytest.raises(UserError, match="--score: wanted"):

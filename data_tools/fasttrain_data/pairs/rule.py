@@ -39,7 +39,8 @@ def choose(
         return []
     best = max(scores)
     chosen = scores.index(best)
-    qualified = [index for index, score in enumerate(scores) if score <= best - margin + ROUNDING]
+    enough = best - margin + min(ROUNDING, margin / 2)  # equal scores are no margin, however small that is
+    qualified = [index for index, score in enumerate(scores) if score <= enough]
     qualified = [index for index in qualified if index != chosen]
     if not qualified:
         return []

@@ -40,13 +40,16 @@ def parse_score(text: str) -> ScoreRule:
     """`hcc`, `all5`, `nemotron`, or weights such as `h=1,c=1,co=0.5`; UserError if it is none of them."""
     if text in NAMED:
         return ScoreRule(text, NAMED[text])
-    weights = dict.fromkeys(ATTRIBUTES, 0.0)
+    weights, given = dict.fromkeys(ATTRIBUTES, 0.0), set[str]()
     for part in text.split(","):
         key, equals, value = part.strip().partition("=")
         attribute = _SHORT.get(key, key)
         try:
             if not equals or attribute not in weights or not math.isfinite(weight := float(value)):
                 raise ValueError
+            if attribute in given:
+                raise UserError(f"--score: wanted one weight for {attribute}, got two in {text!r}")
+            given.add(attribute)
             weights[attribute] = weight
         except ValueError:
             known = ", ".join([*NAMED, "h=..,c=..,co=..,cx=..,v=.."])
