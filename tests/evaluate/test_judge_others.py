@@ -260,6 +260,20 @@ def test_scores_tell_judge_prompts_apart(
     )
 
 
+def test_scores_tell_the_judges_temperature(
+    mm_vet: Path, alpaca: Path, tmp_path: Path, judge_double: Any, options: Callable[..., JudgeOptions]
+) -> None:
+    for bench, data, answers, reply in (
+        ("mm-vet", mm_vet, "model-x.json", "1.0"),
+        ("alpaca-eval", alpaca, "outputs.json", ranking("model_1")),
+    ):
+        judge_double.say = lambda body, reply=reply: reply
+        for given, asked in ((None, 0.0), (0.0, 0.0), (0.7, 0.7)):
+            judge = options(judge_double, temperature=given)
+            scores = judge_benchmark(bench, data, tmp_path / answers, tmp_path / f"{bench}{given}", judge)
+            assert scores["judge_temperature"] == asked == judge_double.bodies[-1]["temperature"]
+
+
 @pytest.mark.parametrize(
     ("bench", "break_it", "message"),
     [

@@ -77,10 +77,10 @@ def _divide(above: Floats, below: Floats) -> Floats:
     return np.divide(above, below, out=np.full_like(below, np.nan), where=below > 0)
 
 
-_JUDGE_PROMPT = ("the judge's prompt has hash", "judge_prompt")
+_JUDGED = (("the judge's temperature", "judge_temperature"), ("the judge's prompt has hash", "judge_prompt"))
 BENCHMARKS = {
     "mt-bench": Benchmark(
-        title="MT-Bench", best=10, decimals=2, parts=_mark, score=_mean(1), setting=_said(_JUDGE_PROMPT)
+        title="MT-Bench", best=10, decimals=2, parts=_mark, score=_mean(1), setting=_said(*_JUDGED)
     ),
     "mt-bench-pairs": Benchmark(
         title="MT-Bench pairs, % won",
@@ -88,7 +88,7 @@ BENCHMARKS = {
         decimals=1,
         parts=_mark,
         score=_mean(100),
-        setting=_said(("against", "baseline"), _JUDGE_PROMPT),
+        setting=_said(("against", "baseline"), *_JUDGED),
     ),
     "mm-vet": Benchmark(
         title="MM-Vet",
@@ -96,7 +96,7 @@ BENCHMARKS = {
         decimals=1,
         parts=_mark,
         score=_mean(100),
-        setting=_said(_JUDGE_PROMPT),
+        setting=_said(*_JUDGED),
     ),
     "llava-bench": Benchmark(
         title="LLaVA-Bench, % of reference",
@@ -104,7 +104,7 @@ BENCHMARKS = {
         decimals=1,
         parts=lambda result: (result.score or 0.0, float(result.extra["reference_score"])),
         score=_ratio,
-        setting=_said(("the judge told", "judge_system"), _JUDGE_PROMPT),
+        setting=_said(("the judge told", "judge_system"), *_JUDGED),
     ),
     "pope": Benchmark(
         title="POPE, mean F1",
@@ -131,6 +131,6 @@ BENCHMARKS = {
         decimals=1,
         parts=_mark,
         score=_mean(100),
-        setting=_said(("against", "reference"), _JUDGE_PROMPT),
+        setting=_said(("against", "reference"), *_JUDGED),
     ),
 }

@@ -88,6 +88,7 @@ class AlpacaEval:
         win_rate = outcome.mean_score(results, 100)
         return outcome.shared_scores("alpaca-eval", self.model, win_rate, results) | {
             "judge_prompt": content_hash(self.prompt),
+            "judge_temperature": self.options.heat(0.0),
             "win_rate": win_rate,
             "standard_error": _standard_error(scored),
             "wins": scored.count(1.0),

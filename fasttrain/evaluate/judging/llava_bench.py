@@ -115,6 +115,7 @@ class LlavaBench:
         return scores | {
             "judge_system": SYSTEM,
             "judge_prompt": content_hash(self.rules),
+            "judge_temperature": self.options.heat(TEMPERATURE),
             "reference_mean": outcome.mean([pair[0] for pair in pairs]),
             "model_mean": outcome.mean([pair[1] for pair in pairs]),
             "categories": {

@@ -114,6 +114,7 @@ class MMVet:
         scores = outcome.shared_scores("mm-vet", self.model, total, results)
         return scores | {
             "judge_prompt": content_hash(self.prompt),
+            "judge_temperature": self.options.heat(0.0),
             "capabilities": {name: _of(group) for name, group in _by_capability(results).items()},
             "combinations": {name: _of(group) for name, group in _by_combination(results).items()},
             "asked_again": sum(item.tries > 1 for item in self.items),

@@ -140,6 +140,7 @@ class MTBench:
         kept = [-1.0 if result.score is None else result.score for result in results]
         return scores | {
             "judge_prompt": prompts_hash(self.templates),
+            "judge_temperature": self.options.heat(0.0),
             "turn_1": outcome.mean_score(first),
             "turn_2": outcome.mean_score(second),
             "categories": {

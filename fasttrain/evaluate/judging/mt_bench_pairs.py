@@ -126,6 +126,7 @@ class MTBenchPairs:
         return scores | {
             "mode": "pairwise",
             "judge_prompt": prompts_hash(self.templates),
+            "judge_temperature": self.options.heat(0.0),
             "baseline": self.baseline.model,
             "win": wins,
             "loss": losses,
