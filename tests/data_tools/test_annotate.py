@@ -336,19 +336,21 @@ def test_mixed_model_versions_are_refused_without_a_flag(completions, annotate, 
         assert set(double.billed().values()) == {1}
 
 
-def test_a_dry_run_counts_and_calls_nothing(completions, annotate, tmp_path):
+def test_a_dry_run_counts_and_calls_nothing_and_leaves_nothing(completions, annotate, tmp_path, read_rows):
     with GeminiDouble() as double:
         path = completions(10)
         code, rows, stdout, _ = annotate(double, path, "--dry-run", "--votes", "2")
         assert (code, rows, len(double.calls)) == (0, [], 0)
         assert "calls to make                20" in stdout
         assert "USD at 0.75 / 3.75 per million" in stdout
+        assert not list(tmp_path.glob("annotations*"))
         annotate(double, path)
         _, _, stdout, _ = annotate(double, path, "--dry-run", "--votes", "2")
         assert "calls to make                10" in stdout
         assert "calls in journal             10" in stdout
         assert "mean of the replies in the journal" in stdout
         assert "unknown" in annotate(double, path, "--dry-run", model="some-model")[2]
+    assert len(read_rows(tmp_path / "annotations.journal.jsonl")) == 10
 
 
 PRICES = "prices:\n- {model: dear, from: 2020-01-01, input: 0, output: 1000}\n"

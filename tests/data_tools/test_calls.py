@@ -1,6 +1,7 @@
 """Limits, retries and the journal: the machinery under every stage that pays for calls."""
 
 import email.utils
+import fcntl
 import json
 import os
 import random
@@ -377,6 +378,21 @@ def test_the_last_entry_of_a_key_counts_and_visitors_see_all(tmp_path):
 def test_two_writers_of_one_journal_are_refused(tmp_path):
     with Journal(tmp_path / "j.jsonl"), pytest.raises(UserError, match="another process"):
         Journal(tmp_path / "j.jsonl")
+
+
+def test_a_journal_that_was_taken_away_while_it_was_opened_is_not_written(tmp_path, monkeypatch):
+    """Its file has no name any more: replies in it would be paid for and lost."""
+    path = tmp_path / "j.jsonl"
+    first, lock = Journal(path), fcntl.flock
+
+    def lock_after_the_first_is_gone(*arguments):
+        first.close(keep_empty=False)
+        lock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", lock_after_the_first_is_gone)
+    with pytest.raises(UserError, match="another process"):
+        Journal(path)
+    assert not path.exists()
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):

@@ -79,6 +79,7 @@ def test_two_models_are_judged_and_compared(
         )
         code, out, _ = fasttrain(*words, "--judge-dry-run")
         assert code == 0 and "judge: 8 calls" in out and "unknown price" in out
+        assert not list((tmp_path / "eval" / name).iterdir())
         code, out, err = fasttrain(*words)
         assert code == 3, err
         asked[name] = out

@@ -108,7 +108,7 @@ def forecast(completions: Path, output: Path, settings: AnnotateSettings) -> For
             result.usd = result.price.of(result.prompt_tokens, result.output_tokens, settings.batch)
         return result
     finally:
-        run.close()
+        run.close(keep_empty=False)
 
 
 class _Run:
@@ -128,8 +128,8 @@ class _Run:
         self.settled = self.bad_images = 0
         self.stopped: str | None = None
 
-    def close(self) -> None:
-        self.journal.close()
+    def close(self, *, keep_empty: bool = True) -> None:
+        self.journal.close(keep_empty=keep_empty)
         self.prompts.close()
 
     def open_calls(self) -> Iterator[PlannedCall]:

@@ -32,6 +32,8 @@ class Journal:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(self._file).st_nlink:
+                raise OSError("removed by the process that had it")
         except OSError:
             os.close(self._file)
             raise UserError(
@@ -70,7 +72,9 @@ class Journal:
         os.fsync(self._file)
         self._synced_s = time.monotonic()
 
-    def close(self) -> None:
+    def close(self, *, keep_empty: bool = True) -> None:
+        if not keep_empty and not self._end:  # while it is locked: nobody is writing to it
+            self.path.unlink(missing_ok=True)
         self.sync()
         os.close(self._file)
         self._index.close()

@@ -65,6 +65,7 @@ class JudgeCalls:
         self.replies = 0
         self.stopped: str | None = None
         self._client = client
+        self._keep_empty = True  # the journal
         self.journal = Journal(folder / JOURNAL, self._visit)
 
     def ask(self, requests: Iterable[JudgeRequest]) -> list[Judgment]:
@@ -80,6 +81,7 @@ class JudgeCalls:
     def forecast(self, requests: Iterable[JudgeRequest]) -> Forecast:
         """Count calls, tokens and money; nothing is called."""
         requests = list(requests)
+        self._keep_empty = False
         wanted = self._open(requests)
         result = Forecast(calls=len(wanted), spent_usd=self.budget.spent_usd)
         result.calls_in_journal = len({request.key for request in requests}) - len(wanted)
@@ -96,7 +98,7 @@ class JudgeCalls:
         return self._client.notes if self._client else set()
 
     def close(self) -> None:
-        self.journal.close()
+        self.journal.close(keep_empty=self._keep_empty)
         if self._client is not None:
             self._client.close()
 
