@@ -32,11 +32,7 @@ def read_rows(path: Path, bad: Callable[[BadRow], object] | None = None) -> Iter
     """
     if not path.is_file():
         raise UserError(f"{path}: wanted a file, got {'a folder' if path.is_dir() else 'nothing there'}")
-    with path.open("rb") as file:
-        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if head.startswith(b"\x1f\x8b"):
-        raise UserError(f"{path}: wanted JSON, got a gzip file: unpack it first")
-    rows = array_rows(path) if head.startswith(b"[") else _line_rows(path, bad)
+    rows = array_rows(path) if _head_of(path).startswith(b"[") else _line_rows(path, bad)
     for place, row in rows:
         if isinstance(row, dict):
             yield place, row
@@ -47,10 +43,20 @@ def read_rows(path: Path, bad: Callable[[BadRow], object] | None = None) -> Iter
         bad(error)
 
 
+def _head_of(path: Path) -> bytes:
+    with path.open("rb") as file:
+        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if head.startswith(b"\x1f\x8b"):
+        raise UserError(f"{path}: wanted JSON, got a gzip file: unpack it first")
+    return head
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, str, Row]]:
     """(byte offset, place, row) of a JSON-lines file: what `row_at` needs to fetch a row again."""
     if not path.is_file():
         raise UserError(f"{path}: wanted a JSON-lines file, got nothing there")
+    if _head_of(path).startswith(b"["):
+        raise UserError(f"{path}: wanted JSON lines, one object a line, got a JSON array")
     offset = 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):

@@ -491,3 +491,16 @@ def test_pairs_of_one_question_have_ids_of_their_own(tmp_path, write_rows):
     read = list(read_pairs(write_rows(tmp_path / "x.jsonl", rows)))
     assert len({row["id"] for row in read}) == 3
     assert {row["question_id"] for row in read} == {"q1"}
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [("", "no rows"), ("[]", "no rows"), ('{"foo": 1, "bar": 2}\n', "keys foo, bar in line 1")],
+)
+def test_a_file_of_no_known_layout_is_told_what_it_holds(tmp_path, content, got):
+    path = tmp_path / "x.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        list(read_pairs(path))
+    assert str(caught.value).startswith(f"{path}: wanted a preference file of one of: ms-swift, ")
+    assert str(caught.value).endswith(f"; got {got}")

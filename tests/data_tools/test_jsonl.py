@@ -36,6 +36,15 @@ def test_a_compressed_file_is_called_one(tmp_path):
     path.write_bytes(gzip.compress(b'{"a": 1}\n'))
     with pytest.raises(UserError, match="wanted JSON, got a gzip file: unpack it first"):
         next(jsonl.read_rows(path))
+    with pytest.raises(UserError, match="wanted JSON, got a gzip file: unpack it first"):
+        next(jsonl.read_lines(path))
+
+
+def test_an_array_where_lines_are_wanted_is_called_one(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('[\n{"a": 1}\n]\n')
+    with pytest.raises(UserError, match="wanted JSON lines, one object a line, got a JSON array"):
+        next(jsonl.read_lines(path))
 
 
 @pytest.mark.parametrize(

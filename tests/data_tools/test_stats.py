@@ -270,7 +270,7 @@ def test_pairs_of_any_layout_are_described(tmp_path, write_rows, command, shared
 
 def test_a_file_of_neither_kind_is_refused(tmp_path, write_rows, command):
     code, _, stderr = command("stats", write_rows(tmp_path / "x.jsonl", [{"foo": 1}]))
-    assert (code, "wanted annotations or pairs" in stderr) == (2, True)
+    assert (code, "wanted annotations or pairs, got keys foo in line 1" in stderr) == (2, True)
     code, _, stderr = command("stats", write_rows(tmp_path / "x.jsonl", []))
     assert (code, "an empty file" in stderr) == (2, True)
     only_failed = [{"question": "x", "completions": [{"text": "t"}], "status": "empty"}]

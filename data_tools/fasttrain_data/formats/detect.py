@@ -42,6 +42,13 @@ FORMATS: dict[str, Callable[[Row], bool]] = {
 }
 
 
+def first_keys(path: Path) -> str:
+    """What a file that is of no known layout holds, for a message."""
+    for _, place, row in iterate_rows(path):
+        return f"keys {', '.join(row) or 'none'} in {place}"
+    return "no rows"
+
+
 def detect_format(source: Path | str | Row) -> str | None:
     """The layout of a record, or of the first record of a file; None if it is none we know.
 

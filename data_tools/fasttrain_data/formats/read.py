@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fasttrain_data.errors import BadRow, UserError
-from fasttrain_data.formats.detect import FORMATS, detect_format
+from fasttrain_data.errors import BadRow, UserError, shorten
+from fasttrain_data.formats.detect import FORMATS, detect_format, first_keys
 from fasttrain_data.formats.messages import (
     Message,
     Place,
@@ -53,7 +53,9 @@ def read_pairs(
     path = Path(path)
     form = form or detect_format(path)
     if form is None:
-        raise UserError(f"{path}: wanted a preference file of one of: {', '.join(FORMATS)}; got none of them")
+        raise UserError(
+            f"{path}: wanted a preference file of one of: {', '.join(FORMATS)}; got {shorten(first_keys(path))}"
+        )
     if form not in FORMATS:
         raise UserError(f"--format: wanted one of {', '.join(FORMATS)}, got {form!r}")
     tell = skipped or (lambda where, reason: None)

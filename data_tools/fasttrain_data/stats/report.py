@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fasttrain_data.errors import UserError
+from fasttrain_data.errors import UserError, shorten
 from fasttrain_data.jsonl import read_rows
 from fasttrain_data.records import Annotation, parse_record
 from fasttrain_data.stats.annotation_report import annotation_report
@@ -15,6 +15,7 @@ from fasttrain_data.stats.collect import AnnotationSums
 def make_report(path: Path) -> dict[str, Any]:
     """Numbers about annotations.jsonl, or about any preference file; UserError if it is neither."""
     from fasttrain_data.formats import detect_format
+    from fasttrain_data.formats.detect import first_keys
     from fasttrain_data.stats.pair_report import pair_report
 
     if path.suffix != ".parquet":
@@ -24,7 +25,7 @@ def make_report(path: Path) -> dict[str, Any]:
         if {"question", "completions"} <= set(first[1]):
             return _annotations(path)
     if detect_format(path) is None:
-        raise UserError(f"{path}: wanted annotations or pairs, got neither")
+        raise UserError(f"{path}: wanted annotations or pairs, got {shorten(first_keys(path))}")
     return pair_report(path)
 
 
