@@ -568,6 +568,23 @@ def test_a_paid_reply_in_a_form_that_the_sdk_refuses_is_kept_and_not_paid_for_ag
     assert entry["raw"] == call
 
 
+def test_a_reply_that_one_thread_can_read_and_the_next_not_write_ends_no_run(
+    completions, annotate, read_rows, tmp_path
+):
+    """json follows as many levels as the stack has left: a thread of calls has more than the one that journals."""
+    deep = []
+    for _ in range(950):
+        deep = [deep]
+    with GeminiDouble() as double:
+        answer = double.answer
+        double.answer = lambda *request: (200, answer(*request)[1] | {"more": deep})
+        path = completions(prompts=2)
+        for _ in range(2):
+            assert annotate(double, path)[0] == 0
+    assert len(double.calls) == 2
+    assert [row["status"] for row in read_rows(tmp_path / "annotations.journal.jsonl")] == ["ok", "ok"]
+
+
 def test_why_prompts_failed_is_said_by_status(completions, annotate):
     with GeminiDouble(faults=lambda key, attempt: "forbidden" if attempt else "bad_request") as double:
         code, rows, stdout, _ = annotate(double, completions(prompts=3))

@@ -123,6 +123,21 @@ def test_a_refusal_of_the_judge_is_a_blocked_answer(
     assert run(data, tmp_path, options(judge_double))["excluded"] == {"blocked_answer": 1}
 
 
+def test_a_reply_nested_very_deeply_ends_no_run(
+    data: Path, tmp_path: Path, judge_double: Any, options: Callable[..., JudgeOptions]
+) -> None:
+    deep: list[Any] = []
+    for _ in range(950):
+        deep = [deep]
+    message = {"role": "assistant", "content": "Rating: [[7]]"}
+    reply = {"model": "judge-a", "choices": [{"message": message}], "more": deep}
+    judge_double.fault = lambda body, attempt: (200, reply)
+    for _ in range(2):
+        scores = run(data, tmp_path, options(judge_double))
+        assert (scores["score"], scores["n"]) == (7.0, QUESTIONS)
+    assert len(judge_double.bodies) == QUESTIONS
+
+
 def test_a_spent_account_stops_early_and_the_rest_is_marked_quota(
     data: Path, tmp_path: Path, judge_double: Any, options: Callable[..., JudgeOptions]
 ) -> None:

@@ -33,6 +33,15 @@ class Reply:
     unreadable: str | None = None
 
 
+def without_depths(value: Any, levels: int = 100) -> Any:
+    """A reply's JSON with a note for what lies deeper: the thread that journals it may not nest as far as the one that read it."""
+    if isinstance(value, dict | list) and not levels:
+        return "nested too deeply to be kept"
+    if isinstance(value, dict):
+        return {key: without_depths(item, levels - 1) for key, item in value.items()}
+    return [without_depths(item, levels - 1) for item in value] if isinstance(value, list) else value
+
+
 @dataclass(frozen=True)
 class Verdict:
     """status ok: one row of five scores and one reason per answer, in the order shown. Else detail says why."""

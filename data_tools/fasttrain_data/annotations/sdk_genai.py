@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from fasttrain_data.annotations.judge import Endpoint
-from fasttrain_data.annotations.reply import Reply
+from fasttrain_data.annotations.reply import Reply, without_depths
 from fasttrain_data.annotations.request import JudgeRequest, reply_schema, system_instruction
 from fasttrain_data.calls.failures import CallFailed, failure_of, whole_number, without_key
 from fasttrain_data.errors import UserError
@@ -109,6 +109,7 @@ def reply_from_json(response: Any) -> Reply:
 
     Whatever form it has is kept.
     """
+    response = without_depths(response)
     body = _object(response)
     usage = _object(body.get("usageMetadata"))
     version = body.get("modelVersion")

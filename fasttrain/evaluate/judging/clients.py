@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from fasttrain.evaluate.judging.options import OPENAI_SERVER, JudgeOptions
 from fasttrain.evaluate.judging.request import JudgeRequest
-from fasttrain_data.annotations.reply import Reply
+from fasttrain_data.annotations.reply import Reply, without_depths
 from fasttrain_data.calls.api_key import key_from_environment
 from fasttrain_data.calls.chat_server import KEY_VARIABLE, chat_url, post_chat
 from fasttrain_data.calls.failures import CallFailed
@@ -143,5 +143,5 @@ def _reply(body: dict[str, Any]) -> Reply:
             "thoughts": int(thoughts),
             "cached": int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0),
         },
-        raw=body,
+        raw=without_depths(body),
     )
