@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from fasttrain.errors import UserError
 from fasttrain.run_lines import read_lines, read_steps
 
 Line = dict[str, Any]
+_LARGEST = 1e300  # no axis spans more: nan, infinity and what is close to it are left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,11 @@ class Run:
         return "examples" if self.environment.get("method") == "sft" else "pairs"
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a metric, where it is a finite number."""
+        """Steps and values of a metric, where it is a number that can be drawn."""
         points = [
             (float(line["step"]), float(line[name]))
             for line in self.metrics
-            if _is_number(line.get(name)) and math.isfinite(line[name])
+            if _is_number(line.get(name)) and abs(line[name]) < _LARGEST
         ]
         return [step for step, _ in points], [value for _, value in points]
 

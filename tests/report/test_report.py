@@ -399,3 +399,13 @@ def test_the_page_fits_a_screen_and_a_telephone_and_asks_for_nothing(
     back = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert back == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(22, 24, 27)")
     context.close()
+
+
+def test_losses_too_large_to_draw_are_left_out_as_those_that_are_no_numbers(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    losses = [0.7, 1e308, -1e308, float("nan"), 3e38, 0.5]
+    lines = [{"step": step, "loss": loss} for step, loss in enumerate(losses, start=1)]
+    run = read_run(make_run(lines=lines))
+    assert run.series("loss") == ([1, 5, 6], [0.7, 3e38, 0.5])
+    assert write_report([run], tmp_path / "out").is_file()
