@@ -341,3 +341,27 @@ def test_a_model_with_a_table_of_positions_stops_at_its_end(tmp_path: Path, tiny
         UserError, match=r"long.jsonl line 1: question: wanted fewer than the model's 40 positions"
     ):
         answers_of(model, read_questions(long), Decoding(max_new_tokens=5))
+
+
+def test_questions_beyond_a_models_trained_length_are_told(
+    tmp_path: Path, tiny_models: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rotary positions run on beyond it, and the answers get worse without a word."""
+    folder = tiny_models.build_text(tmp_path / "text", max_position_embeddings=48)
+    rows = [{"question_id": n, "text": "red " * words} for n, words in enumerate((60, 4, 90))]
+    questions = read_questions(tiny_models.write_rows(tmp_path / "q.jsonl", rows))
+    model = LocalModel(ModelConfig(name=str(folder)))
+    lengths = [len(model.generator.prompt_ids(question)) for question in questions]
+    assert lengths[1] + 3 <= 48 < lengths[0] < lengths[2]
+    answers_of(model, questions, Decoding(max_new_tokens=3))
+    told = "note: 2 of 3 questions with their answers are longer than the 48 tokens the model was trained on"
+    assert f"{told}, first {tmp_path}/q.jsonl line 1" in capsys.readouterr().err
+    answers_of(model, questions[1:2], Decoding(max_new_tokens=3))
+    assert "trained on" not in capsys.readouterr().err
+    answers_of(model, questions[1:2], Decoding(max_new_tokens=60))
+    reached = "1 of 1 questions with their answers are longer" in capsys.readouterr().err
+    assert reached == (lengths[1] + answered(model, questions[1], 60) > 48)
+
+
+def answered(model: LocalModel, question: Question, new: int) -> int:
+    return int(answers_of(model, [question], Decoding(max_new_tokens=new))[question.id][0].tokens)

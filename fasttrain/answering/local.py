@@ -24,7 +24,7 @@ from fasttrain.errors import UserError
 from fasttrain.files import HashMemo, cache_root
 from fasttrain.model import load as loading
 from fasttrain.model.lora import read_adapter, read_adapter_config
-from fasttrain.model.positions import why_too_long
+from fasttrain.model.positions import trained_positions, why_too_long
 from fasttrain.plan.device_memory import device_memory
 from fasttrain.progress import say
 from fasttrain.reference.key import identity_hash, model_identity
@@ -112,11 +112,15 @@ def answer_in_batches(
     ]
     # questions without images share nothing, so nothing keeps them together
     groups = [hashes or number for number, hashes in enumerate(images)]
+    trained = trained_positions(generator.model.config.get_text_config())
+    beyond: list[int] = []
 
     def run(batch: list[int]) -> None:
         asked = [questions[number] for number in batch]
-        for question, replies in zip(asked, generator.answer(asked, decoding), strict=True):
+        for number, question, replies in zip(batch, asked, generator.answer(asked, decoding), strict=True):
             done(question, replies)
+            if trained and lengths[number] + sum(reply.tokens for reply in replies) > trained:
+                beyond.append(number)
 
     def smaller(batch: list[int]) -> None:
         budget.halve(len(batch), len(batch) * max(costs[number] for number in batch))
@@ -132,6 +136,11 @@ def answer_in_batches(
                 f"{question.where}: one question of {lengths[batch[0]]} tokens with {decoding.max_new_tokens} new ones does "
                 "not fit into memory; lower --max-new-tokens, or quantize the model"
             ) from None
+    if beyond:
+        say(
+            f"note: {len(beyond):,} of {len(questions):,} questions with their answers are longer than the {trained:,} tokens "
+            f"the model was trained on, first {questions[min(beyond)].where}"
+        )
 
 
 def batch_budget(model: Any, rows: int | None = None, tokens: int | None = None) -> Budget:

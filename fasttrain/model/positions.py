@@ -27,6 +27,13 @@ def why_too_long(model: Any, longest: int) -> str | None:
     return None
 
 
+def trained_positions(config: Any) -> int | None:
+    """How long the sequences of the model's training were; None where its config leaves that open, as under scaled positions."""
+    if _rope(config).get("rope_type", "default") not in ("default", "llama3"):
+        return None
+    return getattr(config, "max_position_embeddings", None)
+
+
 def scales_by_longest(config: Any, longest: int) -> bool:
     """Whether every sequence of a pass gets the position scaling of the longest (longrope, beyond its original length)."""
     rope = _rope(config)
