@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from fasttrain_data.questions.readers import Draft, read_drafts
 from fasttrain_data.questions.text import normal_form, similarity, trigrams
 from fasttrain_data.spill import SeenKeys, Spill
 
+_LATEST = 16
 _COCO = re.compile(r"^coco_(?:train|val|test)\d{4}_")
 
 
@@ -20,12 +22,38 @@ def image_key(name: str) -> str:
     return _COCO.sub("", Path(name).stem.casefold())
 
 
+class _Asked:
+    """The earlier questions about the same images; near ones are looked for among those that can be near.
+
+    A set whose Jaccard index with another is `near` or more lacks so few of its elements that any few more of them hold a
+    shared one (prefix filtering, Chaudhuri et al. 2006): the rarest are looked up.
+    """
+
+    def __init__(self, near: float, earlier: Iterable[str]) -> None:
+        self.near, self.normals = near, set[str]()
+        self._with: dict[tuple[str, ...], list[frozenset[tuple[str, ...]]]] = {}
+        for normal in earlier:
+            self.add(normal)
+
+    def add(self, normal: str) -> None:
+        self.normals.add(normal)
+        grams = trigrams(normal)
+        for gram in grams if self.near < 1 else ():
+            self._with.setdefault(gram, []).append(grams)
+
+    def has_near(self, normal: str) -> bool:
+        grams = trigrams(normal)
+        found = sorted((self._with.get(gram, []) for gram in grams), key=len)
+        few = found[: len(grams) - math.ceil(self.near * len(grams) - 1e-9) + 1]
+        return any(similarity(grams, other) >= self.near for others in few for other in others)
+
+
 class Duplicates:
     """Finds questions already asked about the same images: the same files, or where one is missing, the same names.
 
     near: Jaccard index of word trigrams from which two questions about one image count as the same; 1 keeps
     all but those whose normal forms are equal. A text-only question is compared by its normal form alone.
-    Questions are kept on disk; one image's questions are compared at a time.
+    Questions are kept on disk, those about the latest images in memory too.
     """
 
     def __init__(self, near: float) -> None:
@@ -34,6 +62,7 @@ class Duplicates:
             "CREATE TABLE asked (image BLOB, normal TEXT)", "CREATE INDEX by_image ON asked (image)"
         )
         self._text_only = SeenKeys()
+        self._latest: dict[bytes, _Asked] = {}
 
     def verdict(self, draft: Draft, files: Sequence[Path | None]) -> str | None:
         """`duplicate`, `near duplicate` or None; None also remembers the question. files: the images that exist."""
@@ -45,15 +74,24 @@ class Duplicates:
             for name, file in zip(draft.images, files, strict=True)
         ]
         key = bytes.fromhex(content_hash(images))
-        rows = self._spill.database.execute("SELECT normal FROM asked WHERE image = ?", (key,)).fetchall()
-        earlier = [row[0] for row in rows]
-        if normal in earlier:
+        asked = self._asked_about(key)
+        if normal in asked.normals:
             return "duplicate"
-        mine = trigrams(normal)
-        if self.near < 1 and any(similarity(mine, trigrams(other)) >= self.near for other in earlier):
+        if asked.has_near(normal):
             return "near duplicate"
+        asked.add(normal)
         self._spill.database.execute("INSERT INTO asked VALUES (?, ?)", (key, normal))
         return None
+
+    def _asked_about(self, key: bytes) -> _Asked:
+        asked = self._latest.pop(key, None)
+        if asked is None:
+            rows = self._spill.database.execute("SELECT normal FROM asked WHERE image = ?", (key,))
+            asked = _Asked(self.near, (normal for (normal,) in rows))
+            if len(self._latest) >= _LATEST:
+                del self._latest[next(iter(self._latest))]
+        self._latest[key] = asked
+        return asked
 
     def close(self) -> None:
         self._spill.close()
