@@ -198,7 +198,9 @@ def test_a_weight_given_twice_is_refused(text):
         parse_score(text)
 
 
-@pytest.mark.parametrize("text", ["hccc", "h=", "q=1", "h=1,c", "h=0", "h=nan", "h=1,c=-inf"])
+@pytest.mark.parametrize(
+    "text", ["hccc", "h=", "q=1", "h=1,c", "h=0", "h=nan", "h=1,c=-inf", "h=1e308,c=1e308"]
+)
 def test_a_wrong_score_rule_is_named(text):
     with pytest.raises(UserError, match="--score: wanted"):
         parse_score(text)

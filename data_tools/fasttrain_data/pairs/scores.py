@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from fasttrain_data.errors import UserError
@@ -17,6 +16,7 @@ NAMED = {
 _SHORT = dict(zip(("h", "c", "co", "cx", "v"), ATTRIBUTES, strict=True))
 # Far below any difference of weighted sums of small integers, far above their rounding.
 ROUNDING = 1e-6
+_LARGEST = 1e6  # of a weight: sums of far larger ones round away a point, or are infinite and all equal
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def parse_score(text: str) -> ScoreRule:
         key, equals, value = part.strip().partition("=")
         attribute = _SHORT.get(key, key)
         try:
-            if not equals or attribute not in weights or not math.isfinite(weight := float(value)):
+            if not equals or attribute not in weights or not abs(weight := float(value)) <= _LARGEST:
                 raise ValueError
             if attribute in given:
                 raise UserError(f"--score: wanted one weight for {attribute}, got two in {text!r}")
