@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backends import resolve_backend
+from .once_differentiable import once_differentiable
 
 IGNORED = -100
 

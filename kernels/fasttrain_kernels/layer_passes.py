@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backends import resolve_backend
+from .once_differentiable import once_differentiable
 
 # Longest row of a norm in the Triton backend, which holds it in registers.
 LONGEST_ROW = 32768

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backends import autocast_dtype, autocast_on, no_autocast, resolve_backend
 from .head_gradients import Inputs, SavedSoftmax, head_gradients
 from .head_options import LogitTransform
 from .head_scores import HeadCall, Scores, score_rows
+from .once_differentiable import once_differentiable
 
 IGNORED = -100
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backends import backend_for, resolve_backend
+from .once_differentiable import once_differentiable
 from .preference_kinds import (
     COUPLE_PAIRS,
     F_DIVERGENCES,

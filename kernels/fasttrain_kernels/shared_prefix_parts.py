@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backends import no_autocast
+from .once_differentiable import once_differentiable
 from .shared_prefix_merge import merge_, statistics_dtype
 from .shared_prefix_plan import All, Part, Plan
 
