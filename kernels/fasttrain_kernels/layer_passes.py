@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import resolve_backend
+from .backends import no_autocast, resolve_backend
 from .once_differentiable import once_differentiable
 
 # Longest row of a norm in the Triton backend, which holds it in registers.
@@ -86,7 +86,8 @@ class _RmsNorm(torch.autograd.Function):
 
             return norm_backward(x, weight_D, scale, grad.contiguous(), ctx.one_plus), None, None, None, None
         wide, dx = _wide(x), _wide(grad) * (1 + _wide(weight_D) if ctx.one_plus else weight_D)
-        along = torch.linalg.vecdot(dx, wide).unsqueeze(-1)
+        with no_autocast(x.device):
+            along = torch.linalg.vecdot(dx, wide).unsqueeze(-1)
         dx.mul_(scale).addcmul_(wide, along * scale**3, value=-1 / x.shape[-1])
         return dx.to(x.dtype), None, None, None, None
 

@@ -1,4 +1,4 @@
-"""What autograd may do with every operation: differentiate twice."""
+"""What autograd may do with every operation: differentiate twice, go back under autocast."""
 
 from __future__ import annotations
 
@@ -67,3 +67,16 @@ def test_a_gradient_penalty_raises_instead_of_leaving_its_part_out(
     (gradient,) = torch.autograd.grad(total, x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         (total + gradient.square().sum()).backward()
+
+
+def test_a_backward_under_autocast_has_the_gradient_of_one_outside(
+    operation: Callable[[Tensor], Tensor],
+) -> None:
+    gradients = []
+    for inside in (False, True):
+        x = (3 * SQUARE).requires_grad_()
+        out = operation(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape))
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
