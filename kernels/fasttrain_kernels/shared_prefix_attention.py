@@ -38,6 +38,7 @@ def shared_prefix_attention_ref(
     return torch.cat([scores, column], -1).softmax(-1)[..., :-1] @ v
 
 
+@torch.compiler.disable(reason="shared_prefix_attention makes its own plan; lengths differ from pack to pack")
 def shared_prefix_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout, scale: float | None = None,
     backend: str | None = None, *, window: int | None = None, softcap: float | None = None,

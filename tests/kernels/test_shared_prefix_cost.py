@@ -151,3 +151,27 @@ def test_attention_at_the_head_shapes_of_models_equals_dense_attention_in_fp64(
     for mine, theirs in zip(ours, true):
         assert mine.grad is not None and theirs.grad is not None
         assert (mine.grad.double() - theirs.grad).abs().max() <= 3e-6 * theirs.grad.abs().max().clamp(min=1)
+
+
+# Dynamo itself reads .grad of the non-leaf result where its graph ends.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_compiled_model_around_it_makes_no_graph_for_a_pack(dynamic: bool | None) -> None:
+    graphs = []
+
+    def count(module: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(module)
+        return module
+
+    def layer(x: Tensor, layout: SharedPrefixLayout) -> Tensor:
+        return shared_prefix_attention(x * 2, x, x, layout) + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=count, dynamic=dynamic)
+    for i in range(5):
+        groups = [(3 + i, [4, 2 * i + 1]), (5, [1 + i])] if i % 2 else [(4 + i, [2 + i])]
+        layout = SharedPrefixLayout.from_groups(groups)
+        x = heads_of(layout.tokens, 2, 8, i)
+        torch.testing.assert_close(compiled(x, layout), shared_prefix_attention_ref(x * 2, x, x, layout) + 1)
+    # what comes before and what comes after, of one length and of any length
+    assert len(graphs) <= 4
