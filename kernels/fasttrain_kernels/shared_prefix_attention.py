@@ -65,7 +65,7 @@ def shared_prefix_attention(
                 q, k, v, layout, scale, backend, window=window, softcap=softcap, sinks=sinks
             )
     _check(q, k, v, layout)
-    _check_options(q, window, softcap, sinks)
+    _check_options(q, scale, window, softcap, sinks)
     # The kernels step through a row one number at a time; rows may lie anywhere.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     window = layout.binding_window(window)
@@ -129,10 +129,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout) -> None:
             _refuse(name, f"device {q.device} as q", other.device)
 
 
-def _check_options(q: Tensor, window: int | None, softcap: float | None, sinks: Tensor | None) -> None:
+def _check_options(
+    q: Tensor, scale: float | None, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> None:
     if window is not None and window < 1:
         _refuse("window", "1 token or more", window)
-    if softcap is not None and not softcap > 0:
-        _refuse("softcap", "a positive number", softcap)
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        # kernels hide scores with -inf before they scale them: any other number would make NaN of those
+        if number is not None and not 0 < number < float("inf"):
+            _refuse(name, "a positive number", number)
     if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
         _refuse("sinks", f"shape ({q.shape[1]},) on {q.device}", f"{tuple(sinks.shape)} on {sinks.device}")
