@@ -131,6 +131,8 @@ def _check(logits: Tensor, target: Tensor, inplace: bool, validate: bool) -> Non
         refuse("target_N", torch.int64, target.dtype)
     if target.device != logits.device:
         refuse("target_N", f"device {logits.device}", target.device)
+    if inplace and n > 1 and logits.stride(0) < v:
+        refuse("logits_NV", "rows apart from each other for inplace", f"strides {logits.stride()}")
     base = logits if logits._base is None else logits._base
     if inplace and logits.requires_grad and base.is_leaf and base.requires_grad:
         refuse("inplace", "False for logits that are a leaf or a view of one", True)

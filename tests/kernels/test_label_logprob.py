@@ -111,6 +111,10 @@ def test_no_rows_give_no_rows() -> None:
             {"inplace": True, "logits_NV": torch.ones(2, 6, requires_grad=True).view(3, 4)},
             "inplace: wanted False",
         ),
+        (
+            {"inplace": True, "logits_NV": torch.ones(1, 4).expand(3, 4)},
+            r"logits_NV: wanted rows apart from each other for inplace, got strides \(0, 1\)",
+        ),
     ],
 )
 def test_a_wrong_argument_is_named_with_what_was_wanted_and_what_came(change: dict, message: str) -> None:
