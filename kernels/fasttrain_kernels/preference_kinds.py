@@ -61,15 +61,15 @@ class Terms:
         assert self.chosen_length is not None and self.rejected_length is not None
         return self.chosen_length, self.rejected_length
 
-    def score(self, x: Tensor) -> Tensor:
+    def score(self, x: Tensor, most: float = MAX_EXPONENT) -> Tensor:
         """f'(policy / reference) of Wang et al., "Beyond Reverse KL", arXiv 2309.16240, from the log-ratio x."""
         if self.f_divergence == "forward_kl":
-            return 1 - torch.exp((-x).clamp(max=MAX_EXPONENT))
+            return 1 - torch.exp((-x).clamp(max=most))
         if self.f_divergence == "js_divergence":
             return math.log(2.0) + F.logsigmoid(x)
         if self.f_divergence == "alpha_divergence" and abs(self.f_alpha - 1) >= 1e-6:
             a = self.f_alpha - 1
-            return torch.expm1((a * x).clamp(max=MAX_EXPONENT)) / a
+            return torch.expm1((a * x).clamp(max=most)) / a
         return x
 
     def smoothed(self, x: Tensor) -> Tensor:
@@ -98,7 +98,8 @@ def hinge(t: Terms) -> Tensor:
 
 def ipo(t: Terms) -> Tensor:
     """IPO, Azar et al., arXiv 2310.12036, eq. 17, on length-normalised scores as its authors told TRL."""
-    (chosen, rejected), (lc, lr) = t.scores, t.lengths
+    # squared, so the exponents are cut at half
+    (chosen, rejected), (lc, lr) = (t.score(x, MAX_EXPONENT / 2) for x in t.ratios), t.lengths
     return (chosen / lc - rejected / lr - 1 / (2 * t.beta)).square()
 
 

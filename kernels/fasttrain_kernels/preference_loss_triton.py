@@ -73,18 +73,18 @@ def _expm1(x):
 
 
 @triton.jit
-def _score(x, F: tl.constexpr, f_a):
+def _score(x, F: tl.constexpr, f_a, MOST: tl.constexpr):
     """The f-divergence score of a log-ratio, and its derivative."""
     value, slope = x, x * 0 + 1.0
     if F == _FORWARD_KL:
-        slope = tl.where(-x < _MAX_EXPONENT, tl.exp(_at_most(-x, _MAX_EXPONENT)), 0.0)
-        value = -_expm1(_at_most(-x, _MAX_EXPONENT))
+        slope = tl.where(-x < MOST, tl.exp(_at_most(-x, MOST)), 0.0)
+        value = -_expm1(_at_most(-x, MOST))
     elif F == _JS:
         value, slope = 0.6931471805599453 + _log_S(x), _S(-x)
     elif F == _ALPHA:
         y = f_a * x
-        slope = tl.where(y < _MAX_EXPONENT, tl.exp(_at_most(y, _MAX_EXPONENT)), 0.0)
-        value = _expm1(_at_most(y, _MAX_EXPONENT)) / f_a
+        slope = tl.where(y < MOST, tl.exp(_at_most(y, MOST)), 0.0)
+        value = _expm1(_at_most(y, MOST)) / f_a
     return value, slope
 
 
@@ -167,8 +167,10 @@ def _one_kind(
         loss, dx = -beta * _log_S(x), -beta * _S(-x)
         da, db = dx * slope_a / lc, -dx * slope_b / lr
     elif (KIND == _IPO) or (KIND == _SIGMOID_NORM):
-        score_c, slope_c = _score(c, F, f_a)
-        score_r, slope_r = _score(r, F, f_a)
+        # ipo squares the scores, so their exponents are cut at half
+        MOST: tl.constexpr = _MAX_EXPONENT / 2 if KIND == _IPO else _MAX_EXPONENT
+        score_c, slope_c = _score(c, F, f_a, MOST)
+        score_r, slope_r = _score(r, F, f_a, MOST)
         x = score_c / lc - score_r / lr
         if KIND == _IPO:
             e = x - 0.5 / beta
@@ -185,8 +187,8 @@ def _one_kind(
     ):
         loss, da, db = _of_ratios(KIND, c, r, beta)
     else:
-        score_c, slope_c = _score(c, F, f_a)
-        score_r, slope_r = _score(r, F, f_a)
+        score_c, slope_c = _score(c, F, f_a, _MAX_EXPONENT)
+        score_r, slope_r = _score(r, F, f_a, _MAX_EXPONENT)
         loss, dx = _of_margin(KIND, beta * (score_c - score_r), s, log_1ms, log_s, tau)
         da, db = beta * dx * slope_c, -beta * dx * slope_r
     return loss, da, db

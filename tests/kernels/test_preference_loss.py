@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fasttrain_kernels import F_DIVERGENCES, KINDS, REFERENCE_FREE, pair_sums, preference_loss, wpo_weights
-from fasttrain_kernels.preference_kinds import NEED_LENGTHS
+from fasttrain_kernels.preference_kinds import NEED_LENGTHS, TAKE_F_DIVERGENCE
 
 BETA, SMOOTH, TAU, GAMMA, F_ALPHA = 0.13, 0.2, 0.05, 0.4, 0.3
 
@@ -166,14 +166,14 @@ def test_weights_of_pairs_multiply_losses_and_carry_no_gradient() -> None:
     assert_close(out.losses, (plain.losses * weight).detach(), 1e-12)
 
 
-def test_far_apart_log_probs_give_finite_losses_and_gradients() -> None:
-    far = torch.tensor([-1e4, -1.0])
-    near = torch.tensor([-1.0, -1e4])
-    length = torch.tensor([3, 900])
-    for kind in KINDS:
+@pytest.mark.parametrize("divergence", list(F_DIVERGENCES))
+def test_far_apart_log_probs_give_finite_losses_and_gradients(divergence: str) -> None:
+    far, near = torch.tensor([-1e4, -1.0, -60.0, -2.0]), torch.tensor([-1.0, -1e4, -2.0, -60.0])
+    length = torch.tensor([3, 900, 3, 3])
+    for kind in KINDS if divergence == "reverse_kl" else sorted(TAKE_F_DIVERGENCE):
         leaves = [far.clone().requires_grad_(), near.clone().requires_grad_()]
         out = preference_loss(*leaves, near, far, kind=kind, label_smoothing=0.1, chosen_length=length,
-                              rejected_length=length)  # fmt: skip
+                              rejected_length=length, f_divergence=divergence)  # fmt: skip
         out.loss.backward()
         for x in (out.losses, *(leaf.grad for leaf in leaves if leaf.grad is not None)):
             assert x.isfinite().all(), kind
