@@ -64,6 +64,8 @@ def _result(value: Tensor) -> torch.dtype:
 
 def _wide_sums(value_N: Tensor, lengths_S: Tensor, validate: bool) -> Tensor:
     """(S,) fp64."""
+    if not len(value_N) and not len(lengths_S):  # a batch without pairs: segment_reduce wants a segment
+        return value_N.double()
     return torch.segment_reduce(value_N.double(), "sum", lengths=lengths_S, axis=0, unsafe=not validate)
 
 

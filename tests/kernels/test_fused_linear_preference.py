@@ -98,6 +98,18 @@ def test_an_answer_without_a_scored_token_leaves_the_other_pairs_their_losses(ki
         assert torch.equal(out.losses[1:], whole[1:])
 
 
+def test_a_batch_without_pairs_adds_nothing_to_a_sum_of_losses() -> None:
+    hidden, weight = torch.ones(0, 5, 8, requires_grad=True), torch.ones(11, 8, requires_grad=True)
+    nothing = torch.zeros(0)
+    loss = FusedLinearPreferenceLoss(ld_alpha=0.5, use_weighting=True)
+    out = loss(hidden, weight, torch.zeros(0, 5, dtype=torch.int64), nothing, nothing)
+    total = out.losses.sum()
+    total.backward()
+    assert total.item() == 0 and out.losses.shape == (0,)
+    assert weight.grad is not None and torch.equal(weight.grad, torch.zeros(11, 8))
+    assert hidden.grad is not None and hidden.grad.shape == (0, 5, 8)
+
+
 def test_ld_alpha_and_wpo_weights_reach_the_loss() -> None:
     hidden, weight, target = batch()
     kept = target != -100
