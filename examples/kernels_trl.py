@@ -9,7 +9,7 @@ Its other trainers take theirs from the same function. Where the entropy is part
 
 from __future__ import annotations
 
-import sys
+import argparse
 from typing import Any
 
 import torch
@@ -65,11 +65,15 @@ def main() -> None:
     from datasets import load_dataset
     from trl import DPOConfig, DPOTrainer
 
-    model, pairs = sys.argv[1:3]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", help="a causal model's folder or hub id")
+    parser.add_argument("pairs", help="JSON lines in TRL's preference format")
+    given = parser.parse_args()
     install()
-    trainer = DPOTrainer(model, args=DPOConfig(output_dir="trl-dpo", report_to=[]),
-                         train_dataset=load_dataset("json", data_files=pairs, split="train"))  # fmt: skip
-    trainer.train()
+    # TRL trains in bf16 unless told otherwise, which transformers refuses without a GPU
+    config = DPOConfig(output_dir="trl-dpo", report_to=[], bf16=torch.cuda.is_available())
+    pairs = load_dataset("json", data_files=given.pairs, split="train")
+    DPOTrainer(given.model, args=config, train_dataset=pairs).train()
 
 
 if __name__ == "__main__":

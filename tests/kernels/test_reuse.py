@@ -97,6 +97,21 @@ def test_trls_dpo_trainer_has_the_same_losses_and_metrics_on_our_head(
 
 
 @pytest.mark.slow
+def test_the_trl_example_trains_from_the_command_line(
+    repository: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl")
+    script = str(repository / "examples" / "kernels_trl.py")
+    nothing = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert nothing.returncode == 2 and "usage: " in nothing.stderr
+    row = {"prompt": "Say 1", "chosen": "1 it is, then", "rejected": "no"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    run(tmp_path, script, str(tiny_text), "pairs.jsonl")
+    assert (tmp_path / "trl-dpo").is_dir()
+
+
+@pytest.mark.slow
 def test_an_entropy_bonus_has_trls_gradient_or_raises_and_says_what_to_pass(repository: Path) -> None:
     pytest.importorskip("trl")
     plain, raises, bonus = run(repository, "-c", TRL_ENTROPY).splitlines()
