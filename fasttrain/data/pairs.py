@@ -19,6 +19,7 @@ IMAGE = ("image", "")
 Part = tuple[str, str]  # ("text", its text) or IMAGE
 Message = tuple[str, tuple[Part, ...]]  # role, parts
 _UNREAD = frozenset(("tool_calls", "reasoning_content", "thinking", "reasoning"))
+_COLUMNS = frozenset(("tools", "videos", "audios"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,8 @@ def read_prompt(
     row: dict[str, Any], prompt: Any, where: str, image_root: Path
 ) -> tuple[tuple[Message, ...], tuple[ImageRef, ...]]:
     """A prompt (text or messages) with the row's images, placeholders made explicit; BadRow names what is wrong."""
-    if has_tools(row):
-        raise BadRow(where, "tools", "a row without tools", row["tools"])
+    if name := unread_column(row):
+        raise BadRow(where, name, f"a row without {name}", row[name])
     images = _read_images(row, where, image_root)
     messages = _place_images(_read_prompt(prompt, where), len(images), where)
     if not any(text.strip() for _, parts in messages for _, text in parts) and IMAGE not in messages[-1][1]:
@@ -84,9 +85,11 @@ def unread_field(message: dict[str, Any]) -> str | None:
     return next((name for name in message if name in _UNREAD and message[name]), None)
 
 
-def has_tools(row: dict[str, Any]) -> bool:
-    """Whether the row offers tools, which a chat template would write into the prompt; LLaMA-Factory's none is "[]"."""
-    return bool(row.get("tools")) and row["tools"] != "[]"
+def unread_column(row: dict[str, Any]) -> str | None:
+    """A column with what a prompt would hold and that is not read here; LLaMA-Factory's no tools are "[]"."""
+    if _COLUMNS.isdisjoint(row):
+        return None
+    return next((name for name in row if name in _COLUMNS and row[name] and row[name] != "[]"), None)
 
 
 def check_images(pair: Pair) -> None:

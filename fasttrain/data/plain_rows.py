@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fasttrain.data.images import ImageRef, resolve_inside
-from fasttrain.data.pairs import IMAGE, PLACEHOLDER, Message, Pair, Part, has_tools, unread_field
+from fasttrain.data.pairs import IMAGE, PLACEHOLDER, Message, Pair, Part, unread_column, unread_field
 
 _ROLES = ("user", "system", "assistant")
 _REMEMBERED = 20_000
@@ -46,7 +46,7 @@ class PlainRows:
         """The row's pair; None if it has to be read by `read_pair`."""
         get = row.get
         chosen, rejected = _answer(get("chosen")), _answer(get("rejected"))
-        if chosen is None or rejected is None or chosen == rejected or has_tools(row):
+        if chosen is None or rejected is None or chosen == rejected or unread_column(row):
             return None
         messages = _messages(get("prompt"))
         if messages is None:

@@ -98,6 +98,7 @@ TEXT_FORMS: dict[str, dict[str, Any]] = {
     },
     "no images given": {**SHORT, "images": []},
     "no tools given": {**SHORT, "tools": []},
+    "no videos and no audios": {**SHORT, "videos": [], "audios": None},
     "no tools given, as text": {**SHORT, "tools": ""},
     "no tools given, as LLaMA-Factory writes it": {**SHORT, "tools": "[]"},
 }
@@ -289,6 +290,8 @@ LONG_TURNS = [turn("user", "a"), turn("assistant", "b")]
         ),
         ({**SHORT, "tools": [{"type": "function"}]}, "tools: wanted a row without tools, got [{'type': 'function'}]"),
         ({**SHORT, "tools": '[{"type": "function"}]'}, "tools: wanted a row without tools, got [{"),
+        ({**SHORT, "videos": ["a.mp4"]}, "videos: wanted a row without videos, got ['a.mp4']"),
+        ({**SHORT, "audios": ["a.wav"]}, "audios: wanted a row without audios, got ['a.wav']"),
         (
             {"chosen": [turn("user", "a"), turn("assistant", "x")], "rejected": [turn("user", "b"), turn("assistant", "y")]},
             "prompt: wanted a prompt, or conversations that begin alike, got neither",
@@ -396,7 +399,7 @@ def test_the_quick_way_reads_what_read_pair_reads_and_nothing_that_it_refuses(ro
         if rng.random() < 0.1:
             made["image"] = rng.choice(names)
         if rng.random() < 0.05:
-            made["tools"] = rng.choice([None, [], "", "[]", [{}], "[{}]"])
+            made[rng.choice(["tools", "videos"])] = rng.choice([None, [], "", "[]", [{}], "[{}]"])
         return {key: value for key, value in made.items() if rng.random() < 0.98}
 
     plain = PlainRows()
