@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ import click
 from fasttrain import __version__
 from fasttrain.answering.command import answer_command
 from fasttrain.command import before_imports
-from fasttrain.errors import SharedMistake, UserError
+from fasttrain.errors import SharedMistake, UserError, is_out_of_memory
 from fasttrain.evaluate.command import eval_command
 from fasttrain.rank_watch import fail_all, is_consequence
 from fasttrain.study.command import study_command
@@ -398,13 +399,15 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:
         where = f": {Path(str(error.filename))}" if error.filename else ""
+        if error.errno == errno.ENAMETOOLONG:
+            _fail(f"{str(error.filename)[:100]}...: {error.strerror}", 2)
         _fail(f"the machine failed: {error.strerror or error}{where}", 1)
     except Exception as error:
         from safetensors import SafetensorError  # what a full disk raises while weights are written
 
         if isinstance(error, SafetensorError):
             _fail(f"the machine failed: {error}", 1)
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        if is_out_of_memory(error):
             _fail(f"out of memory: {str(error) or 'no more of it on this machine'}; lower train.tokens_per_pack, or set "
                   "train.gradient_checkpointing", 1)  # fmt: skip
         _end_all_ranks(error)

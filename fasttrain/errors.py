@@ -14,6 +14,12 @@ class SharedMistake(UserError):
     """A mistake that every rank of a run raises; the first one tells it."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: of a device, or of the machine, which torch's allocator tells as a plain RuntimeError."""
+    told = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
+    return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
 def did_you_mean(word: str, known: list[str]) -> str:
     """A `; did you mean 'x'?` for the closest known word, or an empty string."""
     from difflib import get_close_matches

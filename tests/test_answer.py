@@ -293,9 +293,16 @@ def test_sampling_follows_the_models_distribution_within_the_nucleus() -> None:
     assert share_V[2:].sum() == 0
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_running_out_of_memory_halves_the_batch_for_good_and_changes_no_answer(
-    tiny_text: Path, text_questions: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tiny_text: Path, text_questions: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    device: str,
+) -> None:  # fmt: skip
+    def run_out() -> None:
+        if device == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        torch.empty(1 << 61, dtype=torch.int8)  # what torch itself raises
+
     questions = read_questions(text_questions)
     truth = answers_of(LocalModel(ModelConfig(name=str(tiny_text))), questions, Decoding(max_new_tokens=6))
     model = LocalModel(ModelConfig(name=str(tiny_text)))
@@ -304,13 +311,13 @@ def test_running_out_of_memory_halves_the_batch_for_good_and_changes_no_answer(
     def tight(asked: list[Question], decoding: Decoding) -> Any:
         sizes.append(len(asked))
         if len(asked) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            run_out()
         return whole(asked, decoding)
 
     monkeypatch.setattr(model.generator, "answer", tight)
     assert answers_of(model, questions, Decoding(max_new_tokens=6)) == truth
     assert sizes[:3] == [9, 4, 2] and "out of memory with 9 questions" in capsys.readouterr().err
-    monkeypatch.setattr(model.generator, "answer", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    monkeypatch.setattr(model.generator, "answer", lambda *_: run_out())
     with pytest.raises(UserError, match=r"text.jsonl line \d: one question of \d+ tokens .* does not fit"):
         answers_of(model, questions, Decoding(max_new_tokens=6))
 

@@ -433,6 +433,23 @@ def test_a_full_disk_while_saving_is_one_line_and_the_old_checkpoint_stays(
     monkeypatch.undo()
 
 
+def test_a_machine_without_memory_is_one_line(project: Path, fasttrain: Any) -> None:
+    answer = fasttrain(
+        "dpo", "-c", project, "-s", f"lora.rank={1 << 50}"
+    )  # more than any address space holds
+    assert answer.code == 1 and "Traceback" not in answer.err
+    last = answer.err.splitlines()[-1]
+    assert last.startswith("fasttrain: error: out of memory: ") and "lower train.tokens_per_pack" in last
+
+
+@pytest.mark.parametrize("key", ["train.output", "data.train", "model.name", "reference.cache"])
+def test_a_name_that_no_disk_can_hold_is_the_users_mistake(project: Path, fasttrain: Any, key: str) -> None:
+    answer = fasttrain("dpo", "-c", project, "-s", f"{key}={'x' * 300}")
+    (last,) = answer.err.splitlines()[-1:]
+    assert answer.code == 2 and last.startswith("fasttrain: error: ") and "xxx" in last, last
+    assert "File name too long" in last and len(last) < 400
+
+
 def test_a_run_goes_on_from_the_checkpoint_that_a_full_disk_left(
     project: Path, fasttrain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from fasttrain.answering.questions import Question, image_hashes
 from fasttrain.answering.run import Done
 from fasttrain.config import ModelConfig
 from fasttrain.data.tokens import ChatTokenizer
-from fasttrain.errors import UserError
+from fasttrain.errors import UserError, is_out_of_memory
 from fasttrain.files import HashMemo, cache_root
 from fasttrain.model import load as loading
 from fasttrain.model.lora import read_adapter, read_adapter_config
@@ -129,8 +129,10 @@ def answer_in_batches(
 
     for batch in take_batches(plan_order(lengths, groups), costs, budget):
         try:
-            halving(batch, run, lambda error: isinstance(error, torch.OutOfMemoryError), smaller)
-        except torch.OutOfMemoryError:
+            halving(batch, run, is_out_of_memory, smaller)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             question = questions[batch[0]]
             raise UserError(
                 f"{question.where}: one question of {lengths[batch[0]]} tokens with {decoding.max_new_tokens} new ones does "

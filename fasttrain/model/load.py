@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fasttrain.config import ModelConfig
-from fasttrain.errors import UserError
+from fasttrain.errors import UserError, is_out_of_memory
 from fasttrain.files import user_path
 from fasttrain.model.no_videos import PIXTRAL, pixtral_processor, processor_name, without_videos
 from fasttrain.settings import require
@@ -108,9 +108,11 @@ def model_mistakes(doing: str, folder: Path | str, config: ModelConfig) -> Itera
     """
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 (see above)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         refuse_own_code(error, folder, config)
         raise UserError(f"model.name: cannot {doing}: {_in_one_line(error)}") from None
 
