@@ -22,6 +22,7 @@ LOSS_KINDS = (
 )  # fmt: skip
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 TRACKERS = ("tensorboard", "wandb", "trackio")
+_MOST_EPOCHS = 100_000
 
 
 def setting(default: Any, doc: str) -> Any:
@@ -266,6 +267,10 @@ class TrainConfig:
                 getattr(self, name) >= 1, f"train.{name}", "an integer of at least 1", getattr(self, name)
             )
         require(self.epochs > 0, "train.epochs", "a positive number", self.epochs)
+        require(  # every epoch's steps are counted before the first
+            self.epochs <= _MOST_EPOCHS or self.max_steps is not None,
+            "train.epochs", f"at most {_MOST_EPOCHS:,} where train.max_steps is null", self.epochs,
+        )  # fmt: skip
         for name in ("learning_rate", "projector_learning_rate", "weight_decay"):
             require(getattr(self, name) >= 0, f"train.{name}", "a number of at least 0", getattr(self, name))
         require(0 <= self.warmup_ratio <= 1, "train.warmup_ratio", "0 to 1", self.warmup_ratio)
@@ -277,8 +282,8 @@ class TrainConfig:
         )
         require(0 <= self.seed < 2**63, "train.seed", "an integer from 0 to below 2^63", self.seed)
         require(
-            self.tokens_per_pack == "auto" or int(self.tokens_per_pack) >= 1,
-            "train.tokens_per_pack", "auto or at least 1", self.tokens_per_pack,
+            self.tokens_per_pack == "auto" or 1 <= int(self.tokens_per_pack) < 2**31,
+            "train.tokens_per_pack", "auto or 1 to below 2^31", self.tokens_per_pack,
         )  # fmt: skip
 
 

@@ -219,6 +219,14 @@ def test_an_unknown_word_is_answered_with_the_closest_known_one(text: str, said:
         ("train: {gradient_checkpointing: 'yes'}\n", "train.gradient_checkpointing: wanted true or false or"),
         ("train: {epochs: .inf}\n", "train.epochs: wanted a number, got inf"),
         ("train: {epochs: 0}\n", "train.epochs: wanted a positive number, got 0"),
+        (
+            "train: {epochs: 1.0e+300}\n",
+            "train.epochs: wanted at most 100,000 where train.max_steps is null, got 1e+300",
+        ),
+        (
+            "train: {tokens_per_pack: 1.0e+12}\n",
+            "train.tokens_per_pack: wanted auto or 1 to below 2^31, got 1000000000000",
+        ),
         ("train: {seed: -1}\n", "train.seed: wanted"),
         ("train: {warmup_ratio: 1.1}\n", "train.warmup_ratio: wanted 0 to 1"),
         ("train: {grad_clip: 0}\n", "train.grad_clip: wanted null or positive"),
