@@ -122,6 +122,13 @@ def test_other_mistakes_are_one_line(
             ("-m", "x", "--server", "localhost", text_questions, "-o", tmp_path / "a.jsonl"),
             "--server: wanted http",
         ),
+        *(
+            (
+                ("-m", "x", "--server", url, text_questions, "-o", tmp_path / "a.jsonl"),
+                f"--server: wanted an address with a host, got '{url}'",
+            )
+            for url in ("http://[::1", "http://", "http://xn--/", f"http://{'a' * 70}.com/v1")
+        ),
     ):
         assert run_command("answer", *words) == 2
         err = capsys.readouterr().err

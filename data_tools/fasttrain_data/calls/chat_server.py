@@ -15,10 +15,23 @@ def chat_url(server: str, option: str = "--server") -> str:
     """The address of chat completions: `http://host` and `http://host/v1` mean the same, a full path is taken as it is."""
     if not server.startswith(("http://", "https://")):
         raise UserError(f"{option}: wanted http://... or https://..., got {server!r}")
+    if not _names_a_host(server):
+        raise UserError(f"{option}: wanted an address with a host, got {server!r}")
     base = server.rstrip("/")
     if base.endswith("/chat/completions"):
         return base
     return f"{base if base.endswith('/v1') else base + '/v1'}/chat/completions"
+
+
+def _names_a_host(url: str) -> bool:
+    import httpx
+
+    try:
+        host = httpx.URL(url).host
+        host.encode("idna")  # as a connection will: labels of more than 63 characters fail there
+    except (httpx.InvalidURL, UnicodeError):
+        return False
+    return bool(host)
 
 
 def post_chat(client: Any, url: str, body: dict[str, Any], key: str | None) -> dict[str, Any]:
