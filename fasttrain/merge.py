@@ -30,6 +30,11 @@ def merge(run: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
     trained = _find_trained(run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"-o: wanted a new or empty folder, got {out}")
+    try:  # before the minutes that merging takes
+        out.mkdir(parents=True, exist_ok=True)
+        out.rmdir()
+    except OSError as error:
+        raise UserError(f"-o: cannot make {out}: {error.strerror}") from None
     if (trained / "adapter_config.json").is_file():
         try:
             _merge_adapter(run, trained, out, trust_remote_code)

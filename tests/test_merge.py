@@ -183,6 +183,16 @@ def test_what_cannot_be_merged_is_one_line(make: list[str], message: str, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_told_before_the_model_is_loaded(
+    tmp_path: Path, tiny_text: Path, tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tiny_models.build_adapter(tiny_text, tmp_path / "adapter", b_std=0.1)
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr("fasttrain.merge.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError, match=r"-o: cannot make .*file/out: Not a directory"):
+        merge(adapter, tmp_path / "file" / "out")
+
+
 def test_a_folder_in_use_is_not_written_over(tmp_path: Path, tiny_text: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
