@@ -13,7 +13,7 @@ import click
 
 from fasttrain import __version__
 from fasttrain.answering.command import answer_command
-from fasttrain.command import before_imports
+from fasttrain.command import quick_imports
 from fasttrain.errors import SharedMistake, UserError, is_out_of_memory
 from fasttrain.evaluate.command import eval_command
 from fasttrain.rank_watch import fail_all, is_consequence
@@ -106,8 +106,8 @@ def _train(
     if resume and overwrite:
         raise UserError("--resume and --overwrite: wanted one of them, got both")
     config = load_config(recipe, overrides)
-    before_imports(config)
-    from fasttrain.train.loop import OBJECTIVES, train
+    with quick_imports(config):
+        from fasttrain.train.loop import OBJECTIVES, train
 
     loss = OBJECTIVES[command](config.loss)
     if dry_run:
@@ -138,11 +138,11 @@ def reference(recipe: str, overrides: tuple[str, ...]) -> None:
     from fasttrain.config import load_config
 
     config = load_config(recipe, overrides)
-    before_imports(config)
-    from fasttrain.train.engine import join_ranks, make_engine
-    from fasttrain.train.first_step import check_sharing
-    from fasttrain.train.job import build_job
-    from fasttrain.train.references import fill_references
+    with quick_imports(config):
+        from fasttrain.train.engine import join_ranks, make_engine
+        from fasttrain.train.first_step import check_sharing
+        from fasttrain.train.job import build_job
+        from fasttrain.train.references import fill_references
 
     join_ranks(config)
     with contextlib.closing(build_job(config)) as job:
