@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fasttrain.config import DPOConfig
 
-# For a training process: glibc keeps slivers between aligned blocks in caches of small ones, where they do not grow together: a tenth of a run's memory
+# For a training process: glibc keeps slivers between aligned blocks in caches of small ones, where they do not grow together,
+# a tenth of a run's memory
 TUNABLES = "glibc.malloc.mxfast=0:glibc.malloc.tcache_count=0"
 _TRAINING = ("dpo", "sft", "reference")
 
@@ -73,18 +74,15 @@ def _plain_weights(config: DPOConfig) -> bool:
     """Whether the model is known to come with weights that are not quantised."""
     from fasttrain.files import user_path
 
-    path: object = user_path(config.model.name) / "config.json"
-    if not Path(str(path)).is_file():
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            path = try_to_load_from_cache(config.model.name, "config.json", revision=config.model.revision)
-        except HFValidationError:  # told when the model is looked for
-            return False
+    path = user_path(config.model.name) / "config.json"
     try:
-        return isinstance(path, str | Path) and "quantization_config" not in json.loads(
-            Path(path).read_bytes()
-        )
-    except (OSError, ValueError):
+        if not path.is_file():
+            from huggingface_hub import try_to_load_from_cache
+
+            found = try_to_load_from_cache(config.model.name, "config.json", revision=config.model.revision)
+            if not isinstance(found, str):
+                return False
+            path = Path(found)
+        return "quantization_config" not in json.loads(path.read_bytes())
+    except (OSError, ValueError):  # told when the model is looked for
         return False

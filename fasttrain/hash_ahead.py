@@ -17,6 +17,8 @@ from fasttrain.files import HashMemo, cache_root, user_path
 _WORTH = 1 << 26  # bytes from which on a process is worth starting
 
 _hashing: dict[Path, BaseProcess] = {}
+# a worker of this process may not ask after its sibling
+os.register_at_fork(after_in_child=lambda: _hashing.clear())
 
 
 def hash_ahead(config: DPOConfig) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
@@ -141,6 +142,24 @@ def test_another_process_hashes_pairs_and_weights(files: list[Path], fresh_cache
     files[0].write_bytes(b"changed")
     assert memo(files[0], compute) == "here"
     memo.close()
+
+
+@pytest.mark.forks
+def test_a_worker_hashes_for_itself(
+    files: list[Path], fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hash_ahead, "_hash", lambda files: time.sleep(60))
+    hash_ahead.hash_ahead(_config(files[1].parent, files[0]))
+    (sibling,) = set(hash_ahead._hashing.values())
+    worker = os.fork()
+    if not worker:
+        try:
+            found = HashMemo(fresh_cache / "hashes.sqlite")(files[0])
+            os._exit(0 if found == _digest(files[0]) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 0
+    sibling.kill()
 
 
 @pytest.mark.forks
