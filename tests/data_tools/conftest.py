@@ -73,3 +73,57 @@ def questions(tmp_path: Path, write_rows: Callable[..., Path], tiny_models: Any)
     ]
     rows[2]["history"] = [{"role": "user", "text": "what is it?"}, {"role": "assistant", "text": "the chart"}]
     return write_rows(tmp_path / "questions.jsonl", rows)
+
+
+@pytest.fixture
+def completions(
+    tmp_path: Path, write_rows: Callable[..., Path], draw: Callable[..., Path]
+) -> Callable[..., Path]:
+    """`completions(prompts, answers)` writes a completions file with an image for every third prompt."""
+
+    def make(prompts: int = 6, answers: int = 4) -> Path:
+        rows = []
+        for number in range(prompts):
+            name = f"img/{number % 3}.png"
+            draw(tmp_path / name, number % 3)
+            for sample in range(answers):
+                text = f"It is {number}, I say {sample}."
+                rows.append(
+                    {
+                        "id": f"c{number}-{sample}",
+                        "question_id": f"q{number}",
+                        "images": [name],
+                        "question": f"What is {number}?",
+                        "text": text,
+                    }
+                )
+        return write_rows(tmp_path / "completions.jsonl", rows)
+
+    return make
+
+
+@pytest.fixture
+def annotate(
+    command: Callable[..., Any],
+    tmp_path: Path,
+    read_rows: Callable[[Path], list[Row]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Any]:
+    """Runs the command against a double; returns (exit code, rows, stdout, stderr)."""
+
+    def run(
+        double: Any,
+        path: Path,
+        *args: object,
+        out: str = "annotations.jsonl",
+        model: str = "gemini-3.8-flash",
+    ) -> tuple[int, list[Row], str, str]:
+        monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", double.url)
+        monkeypatch.setenv("GEMINI_API_KEY", double.api_key)
+        output = tmp_path / out
+        code, stdout, stderr = command(
+            "annotate", path, "-o", output, "--model", model, "--backoff", "0.01", *args
+        )
+        return code, read_rows(output) if output.exists() else [], stdout, stderr
+
+    return run

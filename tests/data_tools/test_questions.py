@@ -8,10 +8,10 @@ import pytest
 
 from fasttrain_data.errors import UserError
 from fasttrain_data.questions.build import QuestionSettings, build_questions
-from fasttrain_data.questions.duplicates import Duplicates, image_key
+from fasttrain_data.questions.duplicates import image_key
 from fasttrain_data.questions.readers import Draft, Unusable, read_drafts
 from fasttrain_data.questions.sample import BottomK, Shuffled, share_out
-from fasttrain_data.questions.text import clean_text, normal_form, similarity, trigrams
+from fasttrain_data.questions.text import clean_text
 
 
 def human(text):
@@ -204,66 +204,6 @@ def test_the_sample_does_not_depend_on_the_order_of_the_rows():
     for key in keys:
         other.offer(key, key)
     assert other.ordered() != picked[0]
-
-
-def test_near_duplicates_are_found_on_one_image_and_a_changed_word_is_not_one():
-    def close(one, other):
-        return similarity(trigrams(normal_form(one)), trigrams(normal_form(other)))
-
-    assert normal_form("What is the colour of a Car?") == normal_form("what is colour of car")
-    assert (
-        close(
-            "What does the blue line in the upper left panel show?",
-            "What does the red line in the upper left panel show?",
-        )
-        < 0.8
-    )
-    assert (
-        close(
-            "So, what does the blue line in the upper left panel of it show?",
-            "What does the blue line in the upper left panel of it show?",
-        )
-        >= 0.8
-    )
-
-
-@pytest.mark.parametrize("near", [0.1, 0.3, 0.7, 0.8, 0.99, 1.0])
-def test_duplicates_are_those_that_comparing_with_every_earlier_question_finds(near):
-    rng = random.Random(5)
-    words = [f"w{n}" for n in range(7)]
-    starts = [[rng.choice(words) for _ in range(rng.randint(1, 14))] for _ in range(6)]
-    earlier, found = {}, Duplicates(near)
-    verdicts = []
-    for _ in range(600):
-        text = list(rng.choice(starts))
-        for _ in range(rng.randint(0, 3)):
-            text.insert(rng.randint(0, len(text)), rng.choice(words))
-        image, question = f"{rng.randrange(40)}.png", " ".join(text)
-        grams = trigrams(normal_form(question))
-        asked = earlier.setdefault(image, {})
-        closest = max((similarity(grams, other) for other in asked.values()), default=0)
-        wanted = "near duplicate" if near < 1 and closest >= near else None
-        wanted = "duplicate" if question in asked else wanted
-        if wanted is None:
-            asked[question] = grams
-        assert found.verdict(Draft("plain", "line 1", question, [image]), [None]) == wanted
-        verdicts.append(wanted)
-    assert set(verdicts) == {None, "duplicate", *(["near duplicate"] if near < 0.9 else [])}
-
-
-def test_questions_from_one_template_are_not_compared_each_with_each(monkeypatch):
-    """5,000 about one image took three minutes."""
-    compared = []
-    monkeypatch.setattr(
-        "fasttrain_data.questions.duplicates.similarity",
-        lambda *sets: compared.append(sets) or similarity(*sets),
-    )
-    found = Duplicates(0.8)
-    for n in range(400):
-        question = f"What is the value of bar {n} of group {n * 7} in the chart for year {n * 3} shown above?"
-        draft = Draft("plain", "line 1", question, [f"{n % 3}.png"])
-        assert found.verdict(draft, [None]) is None
-    assert len(compared) < 400
 
 
 @pytest.fixture
