@@ -82,7 +82,10 @@ def main() -> None:
         sys.path.pop(0)
     )  # transformers looks for a package called kernels, which is a script here
     if name == "fasttrain":
+        from fasttrain.command import leave_triton_out
+
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # as the command leaves it out
+        leave_triton_out()
     import torch
     from step_cases import CASES
     from step_contenders import Files, make

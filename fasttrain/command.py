@@ -65,9 +65,19 @@ def quick_imports(config: DPOConfig) -> Iterator[None]:
         sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
     gc.disable()  # a tenth of the time goes to looking for garbage among what is being imported
     try:
+        if not config.train.compile and not config.model.trust_remote_code:
+            leave_triton_out()
         yield
     finally:
         gc.enable()
+
+
+def leave_triton_out() -> None:
+    """Make Triton impossible to import where nothing can run it: transformers imports it with torch's compiler, 74 MB."""
+    import torch
+
+    if os.environ.get("TRITON_INTERPRET", "0") in ("", "0") and not torch.accelerator.is_available():
+        sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
 
 
 def _plain_weights(config: DPOConfig) -> bool:

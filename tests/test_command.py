@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import accelerator
 
 from fasttrain import hash_ahead
 from fasttrain.config import DPOConfig, config_from_dict
@@ -25,14 +26,14 @@ from fasttrain.command import main
 try:
     main()
 finally:
-    names = ("bitsandbytes", "torch")
+    names = ("bitsandbytes", "torch", "triton")
     print(json.dumps([os.environ.get("GLIBC_TUNABLES"), os.getpid(), *(sys.modules.get(name) is not None for name in names)]))
 """
 
 
 @pytest.fixture
 def command(fresh_cache: Path, tmp_path: Path) -> Callable[..., list[Any]]:
-    """Runs the command in a process; its C library's settings, whether it is the process that was started, bitsandbytes, torch."""
+    """Runs the command in a process; its C library's settings, whether it is the process that was started, bitsandbytes, torch, triton."""
 
     def run(*words: object, **environment: str) -> list[Any]:
         clean = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
@@ -66,12 +67,13 @@ def recipe(tmp_path: Path, text_pairs: Callable[..., Path]) -> Callable[[Path], 
     return write
 
 
-def test_training_starts_with_its_memory_settings_and_without_bitsandbytes(
+def test_training_starts_with_its_memory_settings_and_without_what_it_does_not_use(
     command: Callable[..., list[Any]], recipe: Callable[[Path], Path], tiny_text: Path
 ) -> None:
-    tunables, same, bitsandbytes, torch = command("dpo", "-c", recipe(tiny_text))
+    tunables, same, bitsandbytes, torch, triton = command("dpo", "-c", recipe(tiny_text))
     assert tunables == "glibc.malloc.mxfast=0:glibc.malloc.tcache_count=0" and same
     assert torch and not bitsandbytes
+    assert triton is accelerator.is_available()
 
 
 def test_what_the_user_set_stays_and_a_run_that_quantises_has_bitsandbytes(
@@ -79,7 +81,19 @@ def test_what_the_user_set_stays_and_a_run_that_quantises_has_bitsandbytes(
 ) -> None:
     own = "glibc.malloc.arena_max=2"
     found = command("dpo", "-c", recipe(tiny_text), "-s", "model.quantize=nf4", GLIBC_TUNABLES=own)
-    assert found == [own, True, True, True]
+    assert found[:4] == [own, True, True, True]
+
+
+@pytest.mark.parametrize("setting", ["TRITON_INTERPRET", "train.compile", "model.trust_remote_code"])
+def test_triton_stays_for_what_may_use_it(
+    command: Callable[..., list[Any]], recipe: Callable[[Path], Path], tiny_text: Path, setting: str
+) -> None:
+    pytest.importorskip("triton")
+    words = ["-s", f"{setting}=true"] if "." in setting else []
+    found = command(
+        "dpo", "-c", recipe(tiny_text), "--dry-run", *words, TRITON_INTERPRET="0" if words else "1"
+    )
+    assert found[-1]
 
 
 def test_weights_that_are_quantised_already_are_not_taken_for_plain_ones(
@@ -103,7 +117,7 @@ def test_weights_that_are_quantised_already_are_not_taken_for_plain_ones(
 
 
 def test_other_commands_are_not_started_again(command: Callable[..., list[Any]]) -> None:
-    assert command("--version") == [None, True, False, False]
+    assert command("--version") == [None, True, False, False, False]
 
 
 def _config(model: object, pairs: object) -> DPOConfig:
