@@ -96,15 +96,17 @@ class Fasttrain(Contender):
 
 @contextlib.contextmanager
 def _peft_layers() -> Iterator[None]:
-    """Models built meanwhile keep peft's LoRA layers and transformers' norms, MLPs and rotary positions."""
+    """Models built meanwhile keep peft's LoRA layers and transformers' norms, MLPs and rotary positions, the last layer's whole."""
+    from fasttrain.model import policy
     from fasttrain.train import job
 
-    ours = job.fuse_lora, job.fuse_layers, job.fuse_rotary
+    ours = job.fuse_lora, job.fuse_layers, job.fuse_rotary, policy.trim_last_layer
     job.fuse_lora = job.fuse_layers = job.fuse_rotary = lambda model: 0
+    policy.trim_last_layer = lambda decoder: None
     try:
         yield
     finally:
-        job.fuse_lora, job.fuse_layers, job.fuse_rotary = ours
+        job.fuse_lora, job.fuse_layers, job.fuse_rotary, policy.trim_last_layer = ours
 
 
 def _plain_head(head: Any) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from fasttrain.model.last_layer import trimmed_mlp
 from fasttrain.model.lora import fused_experts, in_projector, language_model
 from fasttrain.ranks import full_shape
 
@@ -29,6 +30,8 @@ class ModelShape:
     fed_by_embeddings: int  # elements of matrices whose input has no gradient if the embeddings have none
     embeddings_trained: bool
     not_recomputed: int  # elements of matrices whose result no backward needs: checkpointing stops before
+    last_frozen: int  # elements of the last layer's matrices that shared passes run for predicting rows only
+    last_trained: int  # the same of those with a gradient, adapters included
 
 
 def measure_shape(model: Any) -> ModelShape:
@@ -58,6 +61,7 @@ def measure_shape(model: Any) -> ModelShape:
     head = model.get_output_embeddings().weight
     vision, projector_backward = _vision_flops(model)
     fed, last = _edges(language_model(model))
+    last_frozen, last_trained = _last_mlp(language_model(model))
     return ModelShape(
         frozen_weights=frozen,
         trained_weights=trained,
@@ -70,6 +74,8 @@ def measure_shape(model: Any) -> ModelShape:
         fed_by_embeddings=fed,
         embeddings_trained=model.get_input_embeddings().weight.requires_grad,
         not_recomputed=last,
+        last_frozen=last_frozen,
+        last_trained=last_trained,
     )
 
 
@@ -95,7 +101,21 @@ def _edges(decoder: nn.Module) -> tuple[int, int]:
         for name, size in _sizes(entry).items()
         if "lora_B" not in name and "lora_embedding" not in name
     )
-    return fed, sum(_last_product(layer) for layer in layers)
+    # a trimmed layer puts its rows in place behind that product
+    ending = layers if trimmed_mlp(decoder) is None else layers[:-1]
+    return fed, sum(_last_product(layer) for layer in ending)
+
+
+def _last_mlp(decoder: nn.Module) -> tuple[int, int]:
+    """Elements of the trimmed MLP's frozen matrices, and of those that train."""
+    mlp, frozen, trained = trimmed_mlp(decoder), 0, 0
+    for module in mlp.modules() if mlp is not None else ():
+        if isinstance(module, nn.Linear):
+            size = module.in_features * module.out_features
+            frozen, trained = (
+                (frozen, trained + size) if module.weight.requires_grad else (frozen + size, trained)
+            )
+    return frozen, trained
 
 
 def _sizes(module: nn.Module) -> dict[str, int]:
@@ -162,16 +182,25 @@ def pass_flops(
     *,
     backward: bool,
     checkpointing: bool,
+    shared: bool = True,
 ) -> int:
-    """Operations of one pack: forward, and backward with the unit-gradient head and recomputation if asked."""
+    """Operations of one pack: forward, and backward with the unit-gradient head and recomputation if asked.
+
+    shared: the layout is one pass over shared prompts, else an ordinary pass per completion.
+    """
     tokens = sum(prompt + sum(completions) for prompt, completions in layout)
     rows = sum(sum(completions) for _, completions in layout)
+    left_out = (
+        tokens - sum(1 + sum(completions) - len(completions) for _, completions in layout) if shared else 0
+    )
     linear = 2 * tokens * (shape.frozen_weights + shape.trained_weights + shape.adapter_weights)
+    linear -= 2 * left_out * (shape.last_frozen + shape.last_trained)
     attention = 4 * visible_pairs(layout) * shape.attention_width
     head = 2 * rows * shape.head_weights
     flops = linear + attention + head + images * shape.vision_per_image
     if backward:
         flops += 2 * tokens * (shape.frozen_weights + 2 * (shape.trained_weights + shape.adapter_weights))
+        flops -= 2 * left_out * (shape.last_frozen + 2 * shape.last_trained)
         if not shape.embeddings_trained and not (images and shape.projector_backward_per_image):
             flops -= 2 * tokens * shape.fed_by_embeddings
         flops += attention * 5 // 2

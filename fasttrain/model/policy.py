@@ -15,6 +15,8 @@ from fasttrain.data.batch import PackBatch
 from fasttrain.errors import UserError
 from fasttrain.model.attention import SHARED, check_attention
 from fasttrain.model.head import LogprobHead, check_head, install_head, trunk
+from fasttrain.model.last_layer import trim_last_layer
+from fasttrain.model.lora import language_model
 from fasttrain.model.no_waiting import embed_with_images, images_are_alike, trust_placeholders
 from fasttrain.model.routing import find_top_k, router_sums
 from fasttrain_kernels import SharedPrefixLayout
@@ -60,6 +62,7 @@ class Policy(nn.Module):
         self.ordinary_attention = model.config.get_text_config()._attn_implementation
         self.head: LogprobHead
         object.__setattr__(self, "head", install_head(model))  # registered once, inside the model
+        trim_last_layer(language_model(model))
         # kept here: under ZeRO-3 even asking a weight for its device inside a forward gathers it, on the ranks that ask
         self.device: torch.device = self.head.weight.device
         self.counts = Counts()

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from fasttrain.errors import UserError
+from fasttrain.model.last_layer import trimmed_mlp
 from fasttrain.model.lora import language_model
 from fasttrain.plan.stand_ins import PLANNED, planned_head
 from fasttrain.plan.tracker import LiveBytes, unique_parameters
+from fasttrain_kernels import SharedPrefixLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ def _forward(
     """Log-probs (N,) and the most bytes alive while images were encoded."""
     ids_T = torch.empty(1, size.tokens, dtype=torch.int64, device="meta")
     images, outputs = 0, None
-    inputs = {"input_ids": ids_T}
+    inputs: dict[str, Any] = {"input_ids": ids_T}
     if size.images and tower:
         embedded_TD = model.get_input_embeddings()(ids_T)
         start = live.now
@@ -103,7 +105,12 @@ def _forward(
         images = live.peak - start
         del embedded_TD, mask_T1
     positions = torch.empty(1, size.tokens, dtype=torch.int64, device="meta")
-    out = language_model(model)(**inputs, position_ids=positions, use_cache=False, return_dict=True)
+    decoder = language_model(model)
+    if trimmed_mlp(decoder) is not None:  # its last layer is told which rows predict
+        inputs["shared_prefix_layout"] = SharedPrefixLayout.from_groups(
+            [(size.tokens - size.rows, [size.rows])]
+        )
+    out = decoder(**inputs, position_ids=positions, use_cache=False, return_dict=True)
     hidden_TD = out.last_hidden_state[0]
     del out, outputs, inputs, positions
     rows_N = torch.empty(size.rows, dtype=torch.int64, device="meta")

@@ -19,6 +19,7 @@ from fasttrain.model.fused_layers import fuse_layers
 from fasttrain.model.fused_lora import fuse_lora
 from fasttrain.model.fused_rotary import fuse_rotary
 from fasttrain.model.head import install_head
+from fasttrain.model.last_layer import trim_last_layer
 from fasttrain.model.load import model_mistakes, read_model_config
 from fasttrain.model.lora import attach_lora, choose_trainable, in_projector, language_model
 from fasttrain.plan.known_models import known_config
@@ -110,6 +111,7 @@ def build_planned_model(
         )
     silence_dropout(model)
     install_head(model)
+    trim_last_layer(language_model(model))
     lora = config.lora and _fresh(config.lora)
     with torch.device("meta"):
         adapted = attach_lora(model, lora, config.model.train_projector) if lora else None

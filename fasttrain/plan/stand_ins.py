@@ -85,11 +85,12 @@ class HeadTiles:
         rows = min(n, plan.rows[0].stop) if plan.rows else 0
         tasks = min(plan.together, len(plan.rows)) * len(plan.vocabulary)
         wide = self.device.type == "cpu" and hidden_ND.dtype.itemsize == 2
-        made = [hidden_ND.new_empty(rows * plan.columns, dtype=torch.float32) for _ in range(tasks)]
+        columns = min(plan.columns, len(weight_VD))
+        made = [hidden_ND.new_empty(rows * columns, dtype=torch.float32) for _ in range(tasks)]
         if accumulate:
             made += [hidden_ND.new_empty(rows, d, dtype=torch.float32) for _ in range(tasks)]
         if wide:
-            made += [hidden_ND.new_empty(rows + plan.columns, d, dtype=torch.float32) for _ in range(tasks)]
+            made += [hidden_ND.new_empty(rows + columns, d, dtype=torch.float32) for _ in range(tasks)]
         return made
 
 

@@ -60,7 +60,7 @@ def measure_work(
         busiest_tokens=float(tokens.max(1).mean()),
         busiest_flops=float(flops.max(1).mean()),
         balance=float((tokens.max(1) / tokens.mean(1)).mean()),
-        reference_flops=_reference(histogram, shape),
+        reference_flops=_reference(histogram, shape, train.share_prefix),
     )
 
 
@@ -78,9 +78,13 @@ def _count(
             layout += [(lengths[0], completions)] if pack.shared else [(lengths[0], [c]) for c in completions]
             images += histogram.image_count(piece.group) * (1 if pack.shared else len(completions))
         held = sum(prompt + sum(completions) for prompt, completions in layout)
-        spent = pass_flops(shape, layout, images, backward=True, checkpointing=checkpointing)
+        spent = pass_flops(
+            shape, layout, images, backward=True, checkpointing=checkpointing, shared=pack.shared
+        )
         if pack.twice:
-            spent += pass_flops(shape, layout, images, backward=False, checkpointing=False)
+            spent += pass_flops(
+                shape, layout, images, backward=False, checkpointing=False, shared=pack.shared
+            )
         tokens[index % ranks] += held * (2 if pack.twice else 1)
         flops[index % ranks] += spent
     return tokens, flops
@@ -94,15 +98,13 @@ def _unshared(step: Step, data: Any) -> int:
     return total
 
 
-def _reference(histogram: Histogram, shape: ModelShape) -> int:
-    return sum(
-        entry.count
-        * pass_flops(
-            shape,
-            [(entry.prompt, list(entry.completions))],
-            entry.images,
-            backward=False,
-            checkpointing=False,
+def _reference(histogram: Histogram, shape: ModelShape, shared: bool) -> int:
+    total = 0
+    for entry in histogram.shapes:
+        runs = [list(entry.completions)] if shared else [[length] for length in entry.completions]
+        layout = [(entry.prompt, completions) for completions in runs]
+        images = entry.images * len(runs)
+        total += entry.count * pass_flops(
+            shape, layout, images, backward=False, checkpointing=False, shared=shared
         )
-        for entry in histogram.shapes
-    )
+    return total

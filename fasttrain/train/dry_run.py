@@ -132,7 +132,9 @@ def _work(job: Job, steps) -> tuple[int, int, int]:  # type: ignore[no-untyped-d
                 layout.append((int(lengths[0]), [int(lengths[1 + c]) for c in piece.completions]))
                 images += job.train.image_count(piece.group)
             shared += _tokens(job, pack)
-            flops += pass_flops(job.shape, layout, images, backward=True, checkpointing=job.checkpointing)
+            flops += pass_flops(
+                job.shape, layout, images, backward=True, checkpointing=job.checkpointing, shared=pack.shared
+            )
         for group in step.groups:
             lengths = job.train.lengths(group)
             unshared += job.loss.unshared_tokens(lengths, job.train.pairs(group))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,8 +43,9 @@ def work_of(job: Job, step: Step, result: StepResult, seconds: dict[str, float])
         times = 2 if twice else 1
         prompts += times * sum(prompt for prompt, _ in layout)
         answers += times * sum(sum(completions) for _, completions in layout)
-        flops += pass_flops(job.shape, layout, images, backward=True, checkpointing=job.checkpointing)
-        flops += pass_flops(job.shape, layout, images, backward=False, checkpointing=False) if twice else 0
+        count = functools.partial(pass_flops, job.shape, layout, images, shared=job.policy.shared)
+        flops += count(backward=True, checkpointing=job.checkpointing)
+        flops += count(backward=False, checkpointing=False) if twice else 0
     unshared, lengths_2 = 0, np.zeros(2, np.int64)
     for group in step.groups:
         lengths, pairs = job.train.lengths(group), job.train.pairs(group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,13 +49,13 @@ def llava_config(**changes: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def real_pass() -> Callable[..., RealPass]:
-    """`real_pass(config, lora=..., projector=..., checkpointing=..., layout=..., images=...)`."""
+    """`real_pass(config, lora=..., projector=..., checkpointing=..., layout=..., images=..., shared=...)`."""
     return make_real_pass
 
 
 def make_real_pass(
     config: Any, *, lora: dict[str, Any] | None, projector: bool = False, checkpointing: bool = False,
-    layout: list[tuple[int, list[int]]], images: int = 0,
+    layout: list[tuple[int, list[int]]], images: int = 0, shared: bool = True,
 ) -> RealPass:  # fmt: skip
     import torch
     from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
@@ -69,6 +70,7 @@ def make_real_pass(
     from fasttrain.model.policy import Policy
     from fasttrain.train.engine import TorchEngine
 
+    config = copy.deepcopy(config)  # it notes which attention a model uses
     vision = config.model_type == "llava"
     torch.manual_seed(0)
     model = (
@@ -83,7 +85,7 @@ def make_real_pass(
     if adapted is not None:
         fuse_lora(model)
     fuse_layers(language_model(model))
-    policy.set_shared(True)
+    policy.set_shared(shared)
     policy.train()
     engine = TorchEngine(policy, TrainConfig(output="unused"), checkpointing)
     tokens = sum(prompt + sum(completions) for prompt, completions in layout)
@@ -95,9 +97,10 @@ def make_real_pass(
         ids_T[: images * config.image_seq_length] = config.image_token_id
         pixel_ICHW = torch.randn(images, 3, side, side)
     batch = PackBatch(
-        pack=Pack(()), shared=True, layout=layout, input_ids_T=ids_T, uses_T=torch.zeros(tokens), target_N=torch.randint(8, 300, (sum(lengths),)),
+        pack=Pack((), shared), shared=shared, layout=layout, input_ids_T=ids_T, uses_T=torch.zeros(tokens), target_N=torch.randint(8, 300, (sum(lengths),)),
         lengths_S=torch.tensor(lengths), sequence_ids=[],
-        inputs=[{} if pixel_ICHW is None else {"pixel_values": pixel_ICHW}], images_per_run=[images], both_ways=[[] for _ in layout],
+        inputs=[{} if pixel_ICHW is None else {"pixel_values": pixel_ICHW}] * (1 if shared else len(layout)),
+        images_per_run=[images] * (1 if shared else len(layout)), both_ways=[[] for _ in layout],
         pairs_P2=torch.zeros(0, 2, dtype=torch.int64), reference_N=None, keys=[], broken=[],
     )  # fmt: skip
 

@@ -81,6 +81,20 @@ def test_predicted_operations_are_the_counted_ones(
     assert predicted == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_ordinary_passes_run_every_row_of_the_last_layer(
+    checkpointing: bool, configs: Any, real_pass: Callable[..., Any]
+) -> None:
+    layout = [(41, [13]), (33, [5])]
+    made = real_pass(configs["llama"], lora=LORA, checkpointing=checkpointing, layout=layout, shared=False)
+    with FlopCounterMode(display=False, custom_mapping=MAPPING) as counter:
+        made.run()
+    predicted = pass_flops(
+        measure_shape(made.model), layout, 0, backward=True, checkpointing=checkpointing, shared=False
+    )
+    assert predicted == counter.get_total_flops()
+
+
 @pytest.mark.parametrize("family", ["LLaVA-NeXT", "LLaVA-OneVision", "Gemma 3", "Pixtral", "Aya Vision"])
 def test_no_work_is_made_up_for_towers_that_see_tiles_any_size_or_pool(
     family: str, tiny_families: ModuleType, tiny_models: ModuleType
