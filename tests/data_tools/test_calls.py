@@ -16,7 +16,7 @@ from fasttrain_data.calls.dispatch import CallLimits, Dispatcher
 from fasttrain_data.calls.failures import CallFailed, failure_of, without_key
 from fasttrain_data.calls.journal import Journal
 from fasttrain_data.calls.limits import Limiter
-from fasttrain_data.errors import UserError
+from fasttrain_data.errors import BadRow, UserError
 
 
 def run_limiter(limiter, seconds, *, late=lambda: 0.0, tokens=0):
@@ -407,3 +407,25 @@ def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
     journal.append("cc", {"n": 3})
     journal.close()
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["aa", "cc"]
+
+
+def test_a_pace_slower_than_any_timer_can_wait_can_be_stopped():
+    """The second call is due in more seconds than a timer takes."""
+    dispatcher = Dispatcher(lambda job: job, lambda job, result: None, CallLimits(rpm=1e-300))
+    threading.Timer(0.2, dispatcher.stop).start()
+    dispatcher.run(iter(range(2)))
+
+
+def test_a_failure_before_the_first_entry_leaves_no_journal_that_was_not_there(tmp_path):
+    new, old = tmp_path / "new.jsonl", tmp_path / "old.jsonl"
+    Journal(old).close()
+    for path in (new, old):
+        with pytest.raises(UserError, match="nothing"), Journal(path):
+            raise UserError("nothing to do")
+    assert old.exists() and not new.exists()
+
+
+def test_a_journal_key_that_is_no_hash_is_named(tmp_path):
+    (tmp_path / "j.jsonl").write_text('{"key": "from another tool"}\n')
+    with pytest.raises(BadRow, match="line 1: key: wanted a content hash"):
+        Journal(tmp_path / "j.jsonl")

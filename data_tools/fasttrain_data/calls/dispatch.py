@@ -20,6 +20,8 @@ from fasttrain_data.calls.limits import Limiter
 
 JobType = TypeVar("JobType")
 _LONGEST_BACKOFF_S = 60.0
+# Timers overflow at some length; whoever wakes up looks again how long there is to wait.
+_LONGEST_NAP_S = 3600.0
 # A server that says when to come back is believed this many times as often as one that does not.
 _PATIENCE_WHEN_TOLD = 4
 
@@ -159,6 +161,7 @@ class Dispatcher(Generic[JobType]):
 
     def _take_results(self, timeout_s: float | None) -> None:
         """Wait for one result, at most `timeout_s`, and take whatever else is there."""
+        timeout_s = None if timeout_s is None else min(timeout_s, _LONGEST_NAP_S)
         if not self._running:
             self._stopping.wait(timeout_s)
             return

@@ -29,6 +29,7 @@ class Journal:
         """Open or create; `visit` sees every entry there is, replaced ones included, oldest first."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
+        self._is_new = not path.exists()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -43,7 +44,7 @@ class Journal:
         self._synced_s = time.monotonic()
         self._index = OffsetIndex()
         for offset, place, row in read_lines(path):
-            if not isinstance(row.get("key"), str):
+            if not _is_hash(row.get("key")):
                 raise BadRow(path, place, "key", "a content hash", row.get("key"))
             self._index.put(row["key"], offset)
             visit(row)
@@ -85,7 +86,8 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        # what fails before its first entry leaves no file behind
+        self.close(keep_empty=kind is None or not self._is_new)
 
     def _read_at(self, offset: int) -> Row:
         line, at = b"", offset
@@ -110,6 +112,13 @@ class Journal:
         if at < size:
             os.ftruncate(self._file, at)
         return at
+
+
+def _is_hash(key: object) -> bool:
+    try:
+        return isinstance(key, str) and bool(bytes.fromhex(key))
+    except ValueError:
+        return False
 
 
 def journal_path(output: Path) -> Path:
