@@ -215,6 +215,16 @@ def has_non_finite(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(map(has_non_finite, value))
 
 
+def finite_number(value: Any) -> float | None:
+    """A JSON number as a float; None for anything else, NaN and infinity, and a whole number that no float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
 def encoded(text: str) -> bytes:
     """UTF-8; a lone surrogate, which JSON can hold and UTF-8 cannot, as the escape that JSON has for it."""
     return text.encode("utf-8", "backslashreplace")

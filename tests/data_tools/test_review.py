@@ -364,3 +364,45 @@ def test_pairs_that_share_an_id_are_all_reviewed(tmp_path, write_rows):
     assert [item.id for item in Review(path, 10, 0).open("anna")] == [
         item.id for item in review.items if item.id != "q#3"
     ]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("verdict", "up"),
+        ("verdict", ["left"]),
+        ("chosen_side", None),
+        ("margin", "4"),
+        ("differences", {"helpfulness": "3"}),
+    ],
+)
+def test_a_judgement_that_nothing_can_be_reckoned_from_is_named(pairs, command, field, value):
+    row = {
+        "id": "p1",
+        "rater": "anna",
+        "verdict": "left",
+        "chosen_side": "left",
+        "margin": 2.0,
+        "differences": {},
+    }
+    reviews_path(pairs).write_text(json.dumps(row | {field: value}) + "\n")
+    code, _, stderr = command("review", pairs, "--report")
+    assert code == 2 and f"line 1: {field}: wanted" in stderr and stderr.count("\n") == 1
+
+
+def test_a_last_line_without_an_end_is_passed_over_whoever_wrote_the_lines(pairs, command):
+    whole = '{"verdict":"left","chosen_side":"left","id":"p1","rater":"anna"}\n'
+    reviews_path(pairs).write_text(whole + whole[:20])
+    code, stdout, _ = command("review", pairs, "--report")
+    assert code == 0 and "1 of 1 agree" in stdout
+
+
+def test_a_margin_that_is_no_finite_number_is_none(tmp_path, write_rows):
+    """Other projects' files hold anything: 400 digits, which no float can hold, NaN, true."""
+    margins = {"big": 10**400, "nan": float("nan"), "true": True, "text": "2", "good": 2}
+    rows = [
+        {"id": name, "prompt": "q", "chosen": "a", "rejected": "b", "margin": margin}
+        for name, margin in margins.items()
+    ]
+    review = Review(write_rows(tmp_path / "p.jsonl", rows), 9, 0)
+    assert {item.id: item.margin for item in review.items} == dict.fromkeys(margins) | {"good": 2.0}

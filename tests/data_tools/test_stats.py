@@ -276,3 +276,22 @@ def test_a_file_of_neither_kind_is_refused(tmp_path, write_rows, command):
     only_failed = [{"question": "x", "completions": [{"text": "t"}], "status": "empty"}]
     code, stdout, _ = command("stats", write_rows(tmp_path / "x.jsonl", only_failed))
     assert (code, "1 empty" in stdout) == (0, True)
+
+
+def test_margins_that_are_no_finite_numbers_are_left_out(tmp_path):
+    pair = '{"prompt": "Why?", "chosen": "x%d", "rejected": "y", "margin": %s}\n'
+    margins = ("2", "1" + "0" * 400, "NaN", "Infinity", "true", "4")
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(pair % item for item in enumerate(margins)))
+    assert make_report(path)["margin"] == {"mean": 3.0, "counts": {"2": 1, "4": 1}}
+
+
+def test_a_prompt_annotated_again_over_the_same_answers_counts_once(tmp_path, write_rows, command):
+    once = annotation([row(12), row(2)], [9, 5]) | {"cost_usd": 0.25}
+    failed = {"question": once["question"], "completions": once["completions"], "status": "quota"}
+    more = annotation([row(3), row(4)], [7, 8])  # the same question with other answers
+    path = write_rows(tmp_path / "a.jsonl", [failed, once, once, more, {**once, "created": "later"}])
+    report = make_report(path)
+    assert report["repeated_rows"] == 2
+    assert (report["prompts"], report["answers"], report["usd"]) == (3, 4, 0.25)
+    assert "2 rows repeat a prompt" in command("stats", path, "--no-files")[1]

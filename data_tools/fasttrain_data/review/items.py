@@ -10,7 +10,7 @@ from fasttrain_data.errors import UserError
 from fasttrain_data.formats import read_pairs
 from fasttrain_data.formats.messages import text_of
 from fasttrain_data.ids import content_hash, rng_of
-from fasttrain_data.jsonl import Row
+from fasttrain_data.jsonl import Row, finite_number
 from fasttrain_data.questions.sample import BottomK
 from fasttrain_data.records import ATTRIBUTES
 from fasttrain_data.spill import KeyCounts
@@ -59,14 +59,13 @@ def _item(own: str, row: Row) -> Item:
     for turn in row["prompt"]:
         parts = turn["content"]
         texts.append((turn["role"], "".join(part["text"] for part in parts if part["type"] == "text")))
-    margin = row.get("margin")
     return Item(
         id=own,
         messages=texts,
         images=row["images"],
         chosen=text_of(row["chosen"][0]),
         rejected=text_of(row["rejected"][0]),
-        margin=float(margin) if isinstance(margin, int | float) else None,
+        margin=finite_number(row.get("margin")),
         differences=_differences(row.get("scores_chosen"), row.get("scores_rejected")),
     )
 

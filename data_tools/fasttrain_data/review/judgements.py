@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from fasttrain_data.jsonl import Row, dump_row, parse_line
+from fasttrain_data.errors import BadRow
+from fasttrain_data.jsonl import Row, dump_row, finite_number, parse_line
 from fasttrain_data.records import now
 
 Verdict = Literal["left", "right", "tie", "skip"]
@@ -85,7 +86,27 @@ def read_judgements(path: Path) -> Iterator[Row]:
                 continue
             row = parse_line(raw, path, f"line {number}")
             if "id" in row and "rater" in row:
+                if not row.get("undone"):
+                    _check(row, path, f"line {number}")
                 yield row
+
+
+def _check(row: Row, path: Path, place: str) -> None:
+    """BadRow for a judgement whose agreement cannot be reckoned."""
+    margin, differences = row.get("margin"), row.get("differences")
+    numbers = differences.values() if isinstance(differences, dict) else [differences]
+    for field, right, wanted in (
+        ("verdict", row.get("verdict") in VERDICTS, ", ".join(VERDICTS)),
+        ("chosen_side", row.get("chosen_side") in ("left", "right"), "left or right"),
+        ("margin", margin is None or finite_number(margin) is not None, "a finite number or null"),
+        (
+            "differences",
+            differences is None or all(finite_number(number) is not None for number in numbers),
+            "numbers by attribute",
+        ),
+    ):
+        if not right:
+            raise BadRow(path, place, field, wanted, row.get(field))
 
 
 def _is_cut(raw: bytes) -> bool:
@@ -93,5 +114,7 @@ def _is_cut(raw: bytes) -> bool:
     try:
         json.loads(raw)
     except ValueError:
+        if not raw.endswith(b"\n"):  # every writer of lines ends them
+            return True
         return raw.startswith(_BEGINNING) or _BEGINNING.startswith(raw.rstrip(b"\n"))
     return False

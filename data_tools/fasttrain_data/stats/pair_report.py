@@ -11,6 +11,7 @@ import numpy as np
 from fasttrain_data.formats import read_pairs
 from fasttrain_data.formats.messages import text_of
 from fasttrain_data.ids import content_hash
+from fasttrain_data.jsonl import finite_number
 from fasttrain_data.spill import SeenKeys
 
 Report = dict[str, Any]
@@ -34,8 +35,8 @@ def pair_report(path: Path) -> Report:
         with_images += bool(images)
         chosen.append(len(text_of(row["chosen"][0])))
         rejected.append(len(text_of(row["rejected"][0])))
-        if isinstance(row.get("margin"), int | float):
-            margins.append(row["margin"])
+        if (margin := finite_number(row.get("margin"))) is not None:
+            margins.append(margin)
     prompts.close()
     report: Report = {
         "kind": "pairs",

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from fasttrain_data.errors import UserError, shorten
+from fasttrain_data.ids import content_hash
 from fasttrain_data.jsonl import read_rows
 from fasttrain_data.records import Annotation, parse_record
+from fasttrain_data.spill import SeenKeys
 from fasttrain_data.stats.annotation_report import annotation_report
 from fasttrain_data.stats.collect import AnnotationSums
 
@@ -30,7 +32,14 @@ def make_report(path: Path) -> dict[str, Any]:
 
 
 def _annotations(path: Path) -> dict[str, Any]:
-    sums = AnnotationSums()
+    """A prompt annotated with the same outcome again, over the same answers, counts once, as in `pair`."""
+    sums, seen, repeated = AnnotationSums(), SeenKeys(), 0
     for place, row in read_rows(path):
-        sums.add(parse_record(Annotation, row, path, place))
-    return annotation_report(sums)
+        annotation = parse_record(Annotation, row, path, place)
+        answers = sorted(completion.text for completion in annotation.completions)
+        if seen.add(content_hash(annotation.prompt_key(), answers, annotation.status == "ok")):
+            sums.add(annotation)
+        else:
+            repeated += 1
+    seen.close()
+    return annotation_report(sums) | {"repeated_rows": repeated}

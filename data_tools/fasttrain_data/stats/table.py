@@ -18,6 +18,8 @@ def table_lines(report: Report) -> Iterator[str]:
 def _annotation_lines(report: Report) -> Iterator[str]:
     yield f"{report['prompts']:,} prompts, {report['answers']:,} scored answers, {report['usd']:,.2f} USD"
     yield "  " + ", ".join(f"{count:,} {status}" for status, count in report["statuses"].items())
+    if report.get("repeated_rows"):
+        yield f"  {report['repeated_rows']:,} rows repeat a prompt with the same answers and are left out"
     for flag, count in report["flags"].items():
         yield f"  flagged {count:,}: {flag}"
     if "attributes" not in report:
