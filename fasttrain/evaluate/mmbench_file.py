@@ -168,7 +168,7 @@ def _cells(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                     raise UserError(
                         f"{path}: wanted MMBench's columns, got none called {name!r} among {columns[:12]}"
                     )
-            for number, cells in enumerate(reader, start=1):
+            for number, cells in enumerate(filter(None, reader), start=1):  # a blank line is no row
                 where = f"{path} row {number}"
                 if len(cells) != len(columns):
                     raise BadRow(where, "row", f"{len(columns)} cells", f"{len(cells)}")
@@ -201,7 +201,7 @@ def _row(where: str, cells: dict[str, str]) -> MMBenchRow:
         answer = ""
     if answer and answer not in options:
         raise BadRow(where, "answer", f"one of {', '.join(options)}", answer)
-    hint = cells.get("hint", "")
+    hint, category = cells.get("hint", ""), cells.get("category", "")
     return MMBenchRow(
         where=where,
         index=index,
@@ -209,7 +209,7 @@ def _row(where: str, cells: dict[str, str]) -> MMBenchRow:
         hint="" if hint.strip().lower() in _EMPTY else hint,
         options=options,
         answer=answer or None,
-        category=cells.get("category") or None,
+        category=None if category.strip().lower() in _EMPTY else category,
         image=None,
     )
 

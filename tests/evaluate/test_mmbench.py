@@ -328,3 +328,13 @@ def test_a_spreadsheet_keeps_text_that_xml_would_spoil(tmp_path: Path) -> None:
     openpyxl = pytest.importorskip("openpyxl", reason="openpyxl reads the file as spreadsheet programs do")
     sheet = openpyxl.load_workbook(path).active
     assert [cell.value for cell in sheet["B"]][1:3] == [' <a> & "b"\n', "=1+1"]
+
+
+def test_blank_lines_are_no_rows_and_a_category_nan_is_none(tmp_path: Path) -> None:
+    """pandas, which reads the official tables, passes over the former and reads the latter as missing."""
+    row = {"index": 7, "question": "q?", "A": "x", "B": "y", "answer": "A", "image": "1", "category": "nan"}
+    table = write_table(tmp_path / "t.tsv", [row, row | {"index": 8, "category": "color"}])
+    first, second, third = table.read_text().splitlines()
+    table.write_text(f"{first}\n{second}\n\n{third}\n\n\n")
+    rows = read_rows(table, images=False)
+    assert [(row.index, row.category) for row in rows] == [(7, None), (8, "color")]
