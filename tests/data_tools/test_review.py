@@ -406,3 +406,12 @@ def test_a_margin_that_is_no_finite_number_is_none(tmp_path, write_rows):
     ]
     review = Review(write_rows(tmp_path / "p.jsonl", rows), 9, 0)
     assert {item.id: item.margin for item in review.items} == dict.fromkeys(margins) | {"good": 2.0}
+
+
+def test_agreement_by_margin_counts_margins_that_look_alike_together():
+    rows = [
+        {"id": f"p{n}", "rater": "anna", "verdict": "left", "chosen_side": side, "margin": 2.0 + n / 1e7}
+        for n, side in enumerate(("left", "left", "right"))
+    ]
+    by_margin = agreement(rows)["by_margin"]
+    assert {name: (part["agree"], part["decided"]) for name, part in by_margin.items()} == {"2": (2, 3)}

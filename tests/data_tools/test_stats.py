@@ -295,3 +295,13 @@ def test_a_prompt_annotated_again_over_the_same_answers_counts_once(tmp_path, wr
     assert report["repeated_rows"] == 2
     assert (report["prompts"], report["answers"], report["usd"]) == (3, 4, 0.25)
     assert "2 rows repeat a prompt" in command("stats", path, "--no-files")[1]
+
+
+def test_margins_that_look_alike_are_counted_together_and_many_are_not_spelled_out(
+    tmp_path, write_rows, command
+):
+    margins = [1234567.8, 1234567.9, *range(1, 41)]
+    rows = [{"prompt": f"q{m}", "chosen": "a", "rejected": "b", "margin": m} for m in margins]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    assert make_report(path)["margin"]["counts"]["1.23457e+06"] == 2
+    assert "(41 different ones from 1 to 1.23457e+06)" in command("stats", path, "--no-files")[1]

@@ -28,6 +28,7 @@ def agreement(rows: Sequence[Row]) -> dict[str, Any]:
     """Everything that is reported of standing judgements, as JSON-able numbers; null where a number has no meaning."""
     raters = sorted({str(row["rater"]) for row in rows})
     margins = sorted({float(row["margin"]) for row in rows if row.get("margin") is not None})
+    shown = dict.fromkeys(f"{margin:g}" for margin in margins)
     sided = [row for row in rows if row["verdict"] in ("left", "right")]
     return {
         "judgements": len(rows),
@@ -36,8 +37,10 @@ def agreement(rows: Sequence[Row]) -> dict[str, Any]:
             rater: with_annotator([r for r in rows if str(r["rater"]) == rater]) for rater in raters
         },
         "by_margin": {
-            f"{margin:g}": with_annotator([r for r in rows if r.get("margin") == margin])
-            for margin in margins
+            name: with_annotator(
+                [r for r in rows if r.get("margin") is not None and f"{r['margin']:g}" == name]
+            )
+            for name in shown
         },
         "by_attribute": {name: _by_attribute(rows, name) for name in ATTRIBUTES if _has(rows, name)},
         "between_raters": _between(rows, raters),

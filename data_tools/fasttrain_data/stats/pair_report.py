@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,8 @@ def pair_report(path: Path) -> Report:
     }
     if margins:
         values = np.frombuffer(margins, dtype=np.float64)
-        counts = dict(zip(*(part.tolist() for part in np.unique(values, return_counts=True)), strict=True))
-        report["margin"] = {
-            "mean": float(values.mean()),
-            "counts": {f"{key:g}": count for key, count in counts.items()},
-        }
+        counts = Counter(f"{value:g}" for value in np.sort(values).tolist())
+        report["margin"] = {"mean": float(values.mean()), "counts": dict(counts)}
     return report
 
 

@@ -9,6 +9,7 @@ from fasttrain_data.records import ATTRIBUTES
 
 Report = dict[str, Any]
 _SHORT = ("H", "C", "Co", "Cx", "V")
+_MOST_MARGINS = 30  # more fill the screen
 
 
 def table_lines(report: Report) -> Iterator[str]:
@@ -88,5 +89,8 @@ def _pair_lines(report: Report) -> Iterator[str]:
     )
     yield f"chosen is longer in {length['share_chosen_longer']:.1%}, shorter in {length['share_chosen_shorter']:.1%}"
     if "margin" in report:
-        counts = ", ".join(f"{margin}: {count:,}" for margin, count in report["margin"]["counts"].items())
-        yield f"mean margin {report['margin']['mean']:.2f} ({counts})"
+        counts = report["margin"]["counts"]
+        shown = ", ".join(f"{margin}: {count:,}" for margin, count in counts.items())
+        if len(counts) > _MOST_MARGINS:
+            shown = f"{len(counts):,} different ones from {next(iter(counts))} to {next(reversed(counts))}"
+        yield f"mean margin {report['margin']['mean']:.2f} ({shown})"
