@@ -15,7 +15,7 @@ body{font:1rem/1.45 system-ui,sans-serif;max-width:76rem;margin:2rem auto;paddin
 h1,td.word,td,.label{overflow-wrap:anywhere}
 table{border-collapse:collapse;margin:1rem 0;font-size:.88rem;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .55rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap;vertical-align:top}
-th{border-bottom:2px solid var(--strong);font-weight:600}
+th{border-bottom:2px solid var(--strong);font-weight:600;white-space:normal;overflow-wrap:anywhere;min-width:5.5rem}
 th.word,td.word{text-align:left}
 td.word{white-space:normal;min-width:9rem}
 .scroll{overflow-x:auto}
@@ -33,11 +33,14 @@ align-items:flex-start}
 .pair>div:last-child{flex:1;min-width:min(100%,18rem)}
 .pair img{width:100%;min-width:8rem;max-width:16rem;max-height:16rem;object-fit:contain;border:1px solid var(--line)}
 .lead{font-weight:600;margin-bottom:.5rem}
-.text{white-space:pre-wrap;overflow-wrap:anywhere;margin:.2rem 0 .8rem}
+.text{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:plaintext;margin:.2rem 0 .8rem}
 .chosen{border-left:4px solid #009e73;padding-left:.7rem}
 .rejected{border-left:4px solid #d55e00;padding-left:.7rem}
 .label{color:var(--quiet);font-size:.85rem}
 summary{cursor:pointer;margin:.5rem 0}
+@media (max-width:40rem){td.word{min-width:6rem}}
+@media print{body{max-width:none;margin:0}.scroll{overflow:visible}table{font-size:.7rem}th,td{white-space:normal;padding:.2rem .3rem}
+th,td.word{min-width:3.8rem}figure,img,tr{break-inside:avoid}}
 """
 # Nothing is fetched and nothing runs, whatever text the page shows.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

@@ -20,6 +20,7 @@ _PAGE = """<!doctype html>
 @media (prefers-color-scheme:dark){{:root{{--text:#e4e6e9;--back:#16181b;--card:#22262b}}}}
 body{{font-family:system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:var(--text);background:var(--back)}}
 h1{{overflow-wrap:anywhere}}pre{{background:var(--card);padding:1rem;overflow-x:auto}}img{{max-width:100%;background:#fff;border-radius:6px}}
+@media print{{pre{{white-space:pre-wrap;overflow:visible;font-size:.7rem}}}}
 </style></head>
 <body><h1>{title}</h1><pre>{table}</pre>{images}</body></html>
 """
