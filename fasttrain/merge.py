@@ -111,6 +111,8 @@ def _untie_head(model: Any) -> None:
     embedding, head = (_without_adapter(end) for end in ends)
     if embedding.weight is not getattr(head, "weight", None) or (embedding, head) == ends:
         return
+    if _share_a_copy(*ends):
+        return
     if len(getattr(model, "all_tied_weights_keys", ())) != 1:
         raise UserError(
             f"RUN: wanted an adapter without the embedding or the head, which share their weights, got one with it, and "
@@ -129,6 +131,12 @@ def _without_adapter(module: Any) -> Any:
     """The base model's module under what peft has put around it: a LoRA layer, or a copy that was trained."""
     module = getattr(module, "original_module", module)
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+def _share_a_copy(embedding: Any, head: Any) -> bool:
+    """Whether the adapter holds one trained copy for both (peft's `ensure_weight_tying`): they stay tied."""
+    copies: list[Any] = [getattr(end, "modules_to_save", {}) for end in (embedding, head)]
+    return all("default" in copy for copy in copies) and copies[0].default.weight is copies[1].default.weight
 
 
 def _configs(config: Any) -> Iterator[Any]:

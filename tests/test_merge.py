@@ -117,6 +117,28 @@ def test_a_head_tied_to_an_adapted_embedding_stays_where_it_was(
     assert not (model.config.tie_word_embeddings or model.config.get_text_config().tie_word_embeddings)
 
 
+def test_a_head_and_an_embedding_trained_as_one_stay_tied(tiny_text: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base = tied(tiny_text, tmp_path / "base", vision=False)
+    about = LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True, task_type="CAUSAL_LM"
+    )  # fmt: skip
+    adapted = get_peft_model(load(base, False), about)
+    with torch.no_grad():
+        adapted.get_input_embeddings().weight.add_(
+            0.1 * torch.randn(adapted.get_input_embeddings().weight.shape)
+        )
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = load(merge(tmp_path / "adapter", tmp_path / "merged"), False)
+    expected, answer = answers(
+        PeftModel.from_pretrained(load(base, False), tmp_path / "adapter").eval(), False
+    )
+    logits, written = answers(model, False)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert written == answer and model.config.tie_word_embeddings
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("torchvision") is not None, reason="videos are read where it is there"
 )
