@@ -145,9 +145,10 @@ def _fresh(lora: LoraConfig) -> LoraConfig:
     if found.peft_type != "LORA":
         raise UserError(f"lora.init_from: wanted a LoRA adapter, got {found.peft_type}")
     targets = found.target_modules
+    if not isinstance(targets, str):
+        targets = sorted({*(targets or ()), *(found.target_parameters or ())})  # fused experts are parameters
     return LoraConfig(
-        rank=found.r, alpha=found.lora_alpha, dropout=lora.dropout,
-        targets=sorted(targets) if isinstance(targets, (set, list)) else targets,
+        rank=found.r, alpha=found.lora_alpha, dropout=lora.dropout, targets=targets,
     )  # fmt: skip
 
 

@@ -141,6 +141,17 @@ def test_dora_and_rank_stabilised_adapters_go_on_as_what_they_are(
     assert loaded.peft_config["default"].use_dora and loaded.peft_config["default"].use_rslora
 
 
+def test_an_adapter_on_fused_experts_alone_is_gone_on_with(
+    tiny_models: Any, adapter: Callable[..., Path], train: Callable[..., Any], tmp_path: Path
+) -> None:
+    base = tiny_models.build_mixture(tmp_path / "mixture")
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
+    start = adapter(base, target_modules=[], target_parameters=experts)
+    before, after = weights_of(start), weights_of(train(base, start).adapter)
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_final_names_the_hub_model_not_a_folder_of_this_machine(
     tiny_text: Path, adapter: Callable[..., Path], train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
