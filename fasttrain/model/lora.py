@@ -201,7 +201,25 @@ def read_adapter_config(folder: Path) -> Any:
         raise UserError(f"lora.init_from: cannot read {folder / 'adapter_config.json'}: {problem}") from None
     if config.peft_type != "LORA":
         raise UserError(f"lora.init_from: wanted a LoRA adapter, got {config.peft_type}")
+    _refuse_variants(config, folder)
     return config
+
+
+def _refuse_variants(config: Any, folder: Path) -> None:
+    """UserError for LoRA that is another function, or stands on another base, than the one we would run."""
+    start = str(config.init_lora_weights).lower()
+    reasons = {
+        "alora_invocation_tokens": "it acts behind its invocation tokens only, which fasttrain does not look for",
+        "layer_replication": "it runs layers of the base several times, which is another model",
+    }
+    for name, reason in reasons.items():
+        if getattr(config, name, None):
+            raise UserError(f"lora.init_from: wanted an adapter without {name}, got {folder}: {reason}")
+    if start.startswith("pissa_niter"):
+        raise UserError(
+            f"lora.init_from: wanted an adapter over the base's own weights, got {folder} (init_lora_weights {start}): what it "
+            "takes off them is drawn anew at each load; save it as ordinary LoRA (peft: path_initial_model_for_weight_conversion)"
+        )
 
 
 def read_adapter(model: Any, folder: Path, config: Any, *, trainable: bool) -> Any:

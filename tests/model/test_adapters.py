@@ -141,6 +141,18 @@ def test_dora_and_rank_stabilised_adapters_go_on_as_what_they_are(
     assert loaded.peft_config["default"].use_dora and loaded.peft_config["default"].use_rslora
 
 
+@pytest.mark.parametrize(
+    "options", [{"alora_invocation_tokens": [4]}, {"layer_replication": [[0, 2], [1, 2]]}, {"init_lora_weights": "pissa_niter_4"}],
+    ids=str,
+)  # fmt: skip
+def test_adapters_that_would_run_as_another_function_are_refused(
+    tiny_text: Path, adapter: Callable[..., Path], train: Callable[..., Any], options: dict[str, Any]
+) -> None:
+    name, wanted = next(iter(options)), "wanted an adapter (without|over)"
+    with pytest.raises(UserError, match=rf"^lora.init_from: {wanted} .*{name}"):
+        train(tiny_text, adapter(tiny_text, **options))
+
+
 def test_an_adapter_on_fused_experts_alone_is_gone_on_with(
     tiny_models: Any, adapter: Callable[..., Path], train: Callable[..., Any], tmp_path: Path
 ) -> None:
