@@ -85,13 +85,27 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     if not path.exists():
         temporary.rename(path)
         return
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    old = _aside(path)
     path.rename(old)
     try:
         temporary.rename(path)
     except BaseException:
         old.rename(path)
         raise
+    shutil.rmtree(old)
+
+
+def _aside(path: Path) -> Path:
+    """The free name beside a folder under which it may be deleted bit by bit."""
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of a killed process that had this one's number, as in a container
+    return old
+
+
+def delete_whole(path: Path) -> None:
+    """Delete a folder so that a kill leaves all of it, or only what `remove_leftovers` clears away."""
+    old = _aside(path)
+    path.rename(old)
     shutil.rmtree(old)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fasttrain.errors import UserError
-from fasttrain.files import atomic_folder, remove_leftovers, write_json
+from fasttrain.files import atomic_folder, delete_whole, remove_leftovers, write_json
 from fasttrain.ranks import is_node_writer, ranks
 from fasttrain.train.engine import TrainedState
 from fasttrain.train.tensor_file import TensorFile, TensorStream, content_hash, write_tensors
@@ -61,7 +60,7 @@ def save_checkpoint(
             state = {"step": step, "ranks": ranks().size, "inputs": inputs or {}, "files": files}
             write_json(temporary / "state.json", state | {"optimizer": plain})
         for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            delete_whole(old)
     ranks().barrier()
     return path
 

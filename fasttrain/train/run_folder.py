@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fasttrain.config import DPOConfig, read_yaml_mapping
 from fasttrain.errors import UserError
-from fasttrain.files import remove_leftovers, user_path, write_atomic, write_json
+from fasttrain.files import delete_whole, remove_leftovers, user_path, write_atomic, write_json
 from fasttrain.ranks import ranks
 from fasttrain.run_lines import read_steps
 from fasttrain.train.run_lock import RunLock
 
+# In the order of deletion. As long as there are checkpoints, config.yaml keeps `--resume` with another recipe from them.
 OURS = (
-    "config.yaml", "environment.json", "metrics.jsonl", "skipped.jsonl", "report.html", "plots",
-    "checkpoints", "final", "tensorboard", "watch_start.json", "pair_changes.jsonl",
+    "checkpoints", "environment.json", "metrics.jsonl", "skipped.jsonl", "report.html", "plots",
+    "final", "tensorboard", "watch_start.json", "pair_changes.jsonl", "config.yaml",
 )  # fmt: skip
 MAY_CHANGE = {
     "train.max_steps", "train.epochs", "train.log_every", "train.eval_every", "train.checkpoint_every",
@@ -56,7 +56,7 @@ def open_run_folder(config: DPOConfig, command: str, lock: RunLock, *, resume: b
         for name in OURS:
             path = folder / name
             if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
+                delete_whole(path)
             else:
                 path.unlink(missing_ok=True)
     remove_leftovers(folder)
