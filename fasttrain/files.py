@@ -98,7 +98,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 def _aside(path: Path) -> Path:
     """The free name beside a folder under which it may be deleted bit by bit."""
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    shutil.rmtree(old, ignore_errors=True)  # of a killed process that had this one's number, as in a container
+    shutil.rmtree(old, ignore_errors=True)  # left by a killed process of the same number
     return old
 
 
