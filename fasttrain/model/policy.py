@@ -188,7 +188,8 @@ class Policy(nn.Module):
         self, ids_T: Tensor, inputs: dict[str, Tensor], images: int, blank: bool = False, uses_T: Tensor | None = None,
         **extra: Any,
     ) -> Tensor:  # fmt: skip
-        """Hidden states (T, D); with `uses_T` the router's sums are added to those of this pass."""
+        """Hidden states (T, D), whole in the rows that predict (`last_layer.py`); with `uses_T` the router's sums are added to
+        those of this pass."""
         dtype = self.model.dtype
         if uses_T is not None:
             extra["output_router_logits"] = True
