@@ -63,14 +63,22 @@ def _rows(layout: SharedPrefixLayout, like: Tensor) -> Tensor:
 
 def trim_last_layer(decoder: nn.Module) -> None:
     """Let the last layer's MLP run for predicting rows only, in passes over shared prompts, where it is one that works row by
-    row: written as Llama's. Call it before the layers' classes are changed."""
+    row: written as Llama's. Call it before the layers' classes are changed.
+
+    Only where the code of decoder and layer is transformers': a model's own may run the last layer again, or others behind it.
+    """
     layers = _layers(decoder)
-    parts = dict(layers[-1].named_children()) if layers else {}
+    known = layers and all(_of_transformers(part) for part in (decoder, layers[-1]))
+    parts = dict(layers[-1].named_children()) if known else {}
     attention = [part for part in parts.values() if "attention" in type(part).__name__.lower()]
     mlps = [name for name, part in parts.items() if reads_like(type(part), LlamaMLP)]
     if len(attention) == len(mlps) == 1:
         _PredictorRows(attention[0], parts[mlps[0]])
         decoder._trimmed = mlps[0]  # type: ignore[assignment]
+
+
+def _of_transformers(part: nn.Module) -> bool:
+    return type(part).__module__.startswith("transformers.")
 
 
 def trimmed_mlp(decoder: nn.Module) -> nn.Module | None:

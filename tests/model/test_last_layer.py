@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaModel
 
 from fasttrain.model.attention import SHARED
 from fasttrain.model.checkpointing import checkpoint_decoder
@@ -107,3 +107,19 @@ def test_an_mlp_that_is_not_known_runs_whole(family: str) -> None:
     decoder = model.get_decoder()
     trim_last_layer(decoder)
     assert trimmed_mlp(decoder) is None
+
+
+class LoopedLlama(LlamaModel):
+    """Runs its layers twice, as models with code of their own do."""
+
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None, **given: Any) -> Any:
+        once = super().forward(input_ids, inputs_embeds=inputs_embeds, **given)
+        return super().forward(inputs_embeds=once.last_hidden_state, **given)
+
+
+def test_layers_of_own_code_run_whole_for_they_may_run_again() -> None:
+    torch.manual_seed(0)
+    whole = LoopedLlama._from_config(AutoConfig.for_model("llama", **SIZES), attn_implementation=SHARED)
+    trimmed = copy.deepcopy(whole)
+    trim_last_layer(trimmed)
+    same(found(whole), found(trimmed))
