@@ -15,8 +15,8 @@ Made from the tests by `python tests/models_page.py`; a test checks that it is c
 a prompt with all its answers. A family that cannot share says so in one line and runs every answer as an ordinary sequence.
 Last made with transformers {version}.
 
-Any other causal language model, and any other vision-language model that `AutoModelForImageTextToText` knows, is checked before
-its first step: two groups in one pass, one of them that of the longest prompt, against ordinary sequences. Where the log-probs differ
+Any other causal language model, any other vision-language model that `AutoModelForImageTextToText` knows, and any model whose code
+comes with it, whatever type it says it is, is checked before its first step: two groups in one pass, one of them that of the longest prompt, against ordinary sequences. Where the log-probs differ
 by more than rounding, a warning says so and every completion runs as its own sequence. Models whose tokens see what follows them, or
 whose logits are no linear function of the last hidden states (with a scale or a softcap), are refused by name.
 """

@@ -208,6 +208,44 @@ def test_own_code_with_eager_attention_only_gives_the_losses_of_transformers_own
     assert losses(own_code) == pytest.approx(losses(tiny_text), abs=1e-4)
 
 
+def test_own_code_under_a_known_models_type_is_checked_before_it_shares_prompts(
+    own_code: Path, text_pairs: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fasttrain import train_dpo
+    from fasttrain.config import config_from_dict
+
+    code = own_code / "modeling_my.py"
+    looks_back = """
+from transformers import LlamaModel
+
+
+class MyDecoder(LlamaModel):
+    def forward(self, input_ids=None, **given):
+        out = super().forward(input_ids, **given)
+        out.last_hidden_state = out.last_hidden_state + out.last_hidden_state.cumsum(1)
+        return out
+
+
+class MyModel(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = MyDecoder(config)
+"""
+    code.write_text(code.read_text().split("class MyConfig")[0] + looks_back)
+    about = json.loads((own_code / "config.json").read_text())
+    about |= {"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "modeling_my.MyModel"}}
+    (own_code / "config.json").write_text(json.dumps(about))
+    raw = {
+        "model": {"name": own_code, "trust_remote_code": True},
+        "lora": {"rank": 4, "alpha": 8},
+        "data": {"train": text_pairs(tmp_path / "pairs.jsonl", 8), "workers": 0},
+        "train": {"output": tmp_path / "run", "max_steps": 1},
+        "track": [],
+    }
+    train_dpo(config_from_dict(raw))
+    assert "sharing prefixes changes the log-probs of MyModel" in capsys.readouterr().err
+
+
 def test_references_of_changed_code_are_computed_again_and_a_run_does_not_go_on_with_it(
     own_code: Path, text_pairs: Callable[..., Path], tmp_path: Path, fresh_cache: Path
 ) -> None:

@@ -36,13 +36,15 @@ def tolerance(job: Job, lengths_S: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_sharing(job: Job) -> None:
-    """For decoders the tests do not cover: two groups in one pack against ordinary sequences; fall back when they differ.
+    """For decoders the tests do not cover, and code of a model's own: two groups in one pack against ordinary sequences; fall
+    back when they differ.
 
     The group of the longest prompt is one of them: some layers look back only so far, or scale positions from some length on.
     """
     policy = job.policy
     kinds = {policy.model.config.model_type, policy.model.config.get_text_config().model_type}
-    if not policy.shared or kinds <= VERIFIED:
+    of_transformers = type(policy.model).__module__.startswith("transformers.")
+    if not policy.shared or (of_transformers and kinds <= VERIFIED):
         return
     pieces = _telling_pieces(job)
     try:
