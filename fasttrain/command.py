@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fasttrain.signals import end_with_parent
+
 if TYPE_CHECKING:
     from fasttrain.config import DPOConfig
 
@@ -25,6 +27,8 @@ _alone = False
 def main() -> None:
     """Entry point of `fasttrain` and `python -m fasttrain`."""
     global _alone
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()  # a torchrun that is killed outright leaves its ranks waiting for each other
     if sys.argv[1:2] and sys.argv[1] in _TRAINING:
         _start_with_tunables()
     _alone = True

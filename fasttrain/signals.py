@@ -7,6 +7,15 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with_parent() -> None:
+    """On Linux: SIGTERM for this process when its parent ends, however that ends; also after execv, not for its own children."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
 
 @contextlib.contextmanager
 def on_sigterm(act: Callable[[], object]) -> Iterator[None]:

@@ -192,3 +192,20 @@ def test_small_or_missing_files_start_no_process(files: list[Path], monkeypatch:
     monkeypatch.setattr(hash_ahead, "_WORTH", 1 << 26)
     hash_ahead.hash_ahead(_config(files[1].parent, files[0]))
     assert not hash_ahead._hashing
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent is gone")
+def test_a_rank_ends_with_its_torchrun() -> None:
+    """A torchrun that is killed outright, before its ranks have met, left them waiting for each other for hours."""
+    rank = (
+        "import time; import fasttrain.cli; from fasttrain.command import main; "
+        "fasttrain.cli.main = lambda: [print('began', flush=True), time.sleep(20), print('went on', flush=True)]; main()"
+    )
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
+    with subprocess.Popen(
+        [sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"TORCHELASTIC_RUN_ID": "none"},
+    ) as torchrun:  # fmt: skip
+        assert torchrun.stdout is not None and torchrun.stdout.readline() == "began\n"
+        torchrun.kill()
+        assert torchrun.stdout.read() == ""  # both processes have closed it

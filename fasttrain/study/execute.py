@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import time
@@ -11,11 +10,9 @@ from pathlib import Path
 
 from fasttrain.answering.command import EXIT_TYPED_FAILURES
 from fasttrain.errors import UserError
-from fasttrain.signals import on_sigterm
+from fasttrain.signals import end_with_parent, on_sigterm
 from fasttrain.study.notes import Task, begin, keep_time, succeed
 from fasttrain.study.tasks import environment, executable
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def execute(tasks: list[Task], logs: Path, echo: Callable[[str], object]) -> None:
@@ -73,7 +70,8 @@ def _call(task: Task, log: Path) -> int:
             stdout=file,
             stderr=file,
             env=environment(),
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            # no training goes on unseen while a study that was killed is started again
+            preexec_fn=end_with_parent if sys.platform == "linux" else None,
         ) as child:
             try:
                 return child.wait()
@@ -81,13 +79,6 @@ def _call(task: Task, log: Path) -> int:
                 child.terminate()  # training saves a checkpoint at SIGTERM
                 child.wait()
                 raise
-
-
-def _end_with_parent() -> None:
-    """In the child: SIGTERM when the study is killed, so that no training goes on unseen while the study is started again."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _last_line(log: Path) -> str:
