@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 from fasttrain.errors import UserError
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LEFTOVER = re.compile(r"\..+\.\d+\.(tmp|old)")  # .name.pid.tmp
 
 
@@ -38,11 +40,30 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """For a block that writes to `path`: OSError with its name when there is no room, which the system tells without one."""
+    try:
+        yield
+    except Exception as error:
+        number = _no_room(error)
+        if number is None or getattr(error, "filename", None) is not None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from None
+
+
+def _no_room(error: Exception) -> int | None:
+    """The system's number of a full disk, also from libraries in Rust (safetensors, tokenizers), which tell it in words."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    return number if number in _NO_ROOM else None
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write beside, fsync, rename: a reader sees the old file or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -67,7 +88,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
         for file in [temporary, *temporary.rglob("*")]:
             handle = os.open(file, os.O_RDONLY)
             try:

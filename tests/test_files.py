@@ -6,9 +6,14 @@ import errno
 import hashlib
 import os
 import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from fasttrain.errors import UserError
 from fasttrain.files import (
@@ -20,6 +25,7 @@ from fasttrain.files import (
     write_atomic,
     write_json,
 )
+from fasttrain.train.metrics import MetricsFile
 
 
 def full_disk(*arguments: object) -> None:
@@ -169,3 +175,39 @@ def test_the_cache_stands_where_the_environment_says(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_root() == tmp_path / ".cache" / "fasttrain"
+
+
+@pytest.fixture
+def little_room() -> Iterator[None]:
+    """No file may grow beyond 4 kB: the system and libraries in Rust tell that as they tell a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_write_that_finds_no_room_names_its_file(little_room: None, tmp_path: Path) -> None:
+    """The system names none: `No space left on device` alone does not tell a run folder's disk from a cache's."""
+    path = tmp_path / "made"
+
+    def metrics() -> None:
+        file = MetricsFile(path, 0)
+        try:
+            file.write({"step": "0" * 9000})
+        finally:
+            file.close()
+
+    def folder(write: Callable[[Path], object]) -> None:
+        with atomic_folder(path) as temporary:
+            write(temporary / "weights")
+
+    for write in (
+        lambda: write_atomic(path, bytes(9000)),
+        lambda: folder(lambda file: file.write_bytes(bytes(9000))),
+        lambda: folder(lambda file: save_file({"a": torch.zeros(9000)}, file)),
+        lambda: folder(lambda file: Tokenizer(WordLevel({"a" * 9000: 0}, unk_token="a")).save(str(file))),
+        metrics,
+    ):
+        with pytest.raises(OSError, match="File too large") as told:
+            write()
+        assert told.value.filename == str(path)

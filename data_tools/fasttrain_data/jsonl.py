@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import datetime
+import errno
 import glob
 import json
 import math
@@ -247,8 +248,10 @@ def whole_file(path: Path) -> Iterator[Any]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            error.filename = str(path)  # a write of the system's tells no name
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:

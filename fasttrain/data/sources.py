@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from fasttrain.data.bad_row import BadRow, printable
 from fasttrain.data.json_lines import JsonLines, json_problem
 from fasttrain.errors import UserError, mistakes_of_data_tools
-from fasttrain.files import cache_root
+from fasttrain.files import cache_root, naming
 
 _AT_ONCE = 64  # rows with images inside are some MB
 _READ = ("images", "image", "prompt", "chosen", "rejected", "completion", "id")  # by `pairs.read_pair`
@@ -202,7 +202,10 @@ def _spool(rows: Iterable[Any], path: Path, unit: str = "row") -> JsonLines:
     """Rows as JSON lines in an unlinked temporary file that lives as long as its mapping."""
     folder = cache_root() / "spool"
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".jsonl", encoding="utf-8") as file:
+    with (
+        naming(folder),
+        tempfile.NamedTemporaryFile("w", dir=folder, suffix=".jsonl", encoding="utf-8") as file,
+    ):
         for row in rows:
             file.write(json.dumps(row, default=_as_json) + "\n")
         file.flush()
@@ -226,7 +229,7 @@ def _open_parquet(path: Path) -> ArrowRows:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         parquet = pq.ParquetFile(path)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".arrow") as file:
+        with naming(folder), tempfile.NamedTemporaryFile(dir=folder, suffix=".arrow") as file:
             with pa.ipc.new_file(file, parquet.schema_arrow) as writer:
                 for batch in parquet.iter_batches(batch_size=64):
                     writer.write_batch(batch)

@@ -8,7 +8,7 @@ from array import array
 import numpy as np
 
 from fasttrain.data.group_tokens import GroupTokens
-from fasttrain.files import cache_root
+from fasttrain.files import cache_root, naming
 
 
 class TokenSpool:
@@ -17,16 +17,17 @@ class TokenSpool:
     ARRAYS = ("tokens", "lengths", "pairs", "token_starts", "length_starts", "pair_starts")
 
     def __init__(self) -> None:
-        folder = cache_root() / "spool"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by seal or discard)
+        self._folder = cache_root() / "spool"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed by seal or discard)
         self._lengths, self._pairs = array("i"), array("i")
         self._token_starts, self._length_starts, self._pair_starts = (array("q", [0]) for _ in range(3))
 
     def append(self, tokens: GroupTokens) -> int:
         """The slot of the group."""
         for ids in (tokens.prompt, *tokens.completions):
-            self._file.write(ids.astype(np.int32).tobytes())
+            with naming(self._folder):
+                self._file.write(ids.astype(np.int32).tobytes())
             self._lengths.append(len(ids))
         self._token_starts.append(self._token_starts[-1] + tokens.tokens)
         self._length_starts.append(len(self._lengths))
@@ -36,7 +37,8 @@ class TokenSpool:
 
     def seal(self) -> dict[str, np.ndarray]:
         """The arrays, tokens mapped from the file, which has no name any more."""
-        self._file.flush()
+        with naming(self._folder):
+            self._file.flush()
         tokens = np.memmap(self._file, np.int32, "r") if self._lengths else np.zeros(0, np.int32)
         self._file.close()  # the mapping keeps it
         rest = {name: np.asarray(getattr(self, f"_{name}")) for name in self.ARRAYS[1:]}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.errors import UserError
-from fasttrain.files import write_atomic
+from fasttrain.files import naming, write_atomic
 from fasttrain.model.routing import balance_loss
 from fasttrain.run_lines import read_steps
 from fasttrain.train.objective import Objective
@@ -61,15 +61,18 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self.sync()
-        self._file.close()
+        with naming(self.path):
+            self._file.close()
 
 
 def peak_memory(device: torch.device) -> int:

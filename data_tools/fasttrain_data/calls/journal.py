@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -60,10 +61,13 @@ class Journal:
         """Write an entry; when this returns, a killed process has not lost it."""
         line = (dump_row({"key": key, **entry}) + "\n").encode()
         offset = self._end
-        written = os.write(self._file, line)
+        try:
+            written = os.write(self._file, line)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
         if written < len(line):
             os.ftruncate(self._file, offset)
-            raise OSError(f"{self.path}: the disk is full")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self._end += written
         self._index.put(key, offset)
         if time.monotonic() - self._synced_s > _SYNC_EVERY_S:
