@@ -59,10 +59,15 @@ def save_checkpoint(
             files = {name: write_tensors(stream, temporary / name) for name, stream in streams.items()}
             state = {"step": step, "ranks": ranks().size, "inputs": inputs or {}, "files": files}
             write_json(temporary / "state.json", state | {"optimizer": plain})
-        for old in list_checkpoints(folder)[:-keep]:
-            delete_whole(old)
+        delete_old(folder, keep)
     ranks().barrier()
     return path
+
+
+def delete_old(folder: Path, keep: int) -> None:
+    """Delete all checkpoints but the newest `keep`."""
+    for old in list_checkpoints(folder)[:-keep]:
+        delete_whole(old)
 
 
 def _random() -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from fasttrain.progress import Progress, say
 from fasttrain.ranks import ranks
 from fasttrain.run_lines import read_steps
 from fasttrain.signals import on_sigterm
-from fasttrain.train.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
+from fasttrain.train.checkpoint import delete_old, latest_checkpoint, restore_checkpoint, save_checkpoint
 from fasttrain.train.engine import Engine, join_ranks, make_engine
 from fasttrain.train.final import write_final
 from fasttrain.train.first_step import check_first_step, check_routing, check_sharing
@@ -304,6 +304,8 @@ class Trainer:
         if path is None:
             return 0
         done = restore_checkpoint(path, engine.optimizer)
+        if ranks().main:  # a kill may have come between the newest and the deletion of the oldest
+            delete_old(path.parent, self.config.train.keep_checkpoints)
         say(f"resumed from {path}")
         return done
 

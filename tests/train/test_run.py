@@ -299,6 +299,15 @@ def test_old_checkpoints_go_and_the_newest_stay(tiny_text: Path, text: Path, run
     assert sorted(p.name for p in (result.folder / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
 
 
+def test_a_checkpoint_that_a_kill_kept_from_being_deleted_goes_on_resume(
+    tiny_text: Path, text: Path, run: Runner
+) -> None:
+    settings = "train.checkpoint_every=1", "train.max_steps=2"
+    checkpoints = run(tiny_text, text, *settings, "train.keep_checkpoints=2").folder / "checkpoints"
+    run(tiny_text, text, *settings, "train.keep_checkpoints=1", resume=True)
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000002"]
+
+
 def test_a_damaged_file_of_the_run_folder_is_named_on_resume(
     tiny_text: Path, text: Path, run: Runner
 ) -> None:
