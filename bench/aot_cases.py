@@ -101,7 +101,7 @@ def cases() -> list[Case]:
     sorting = tuple(KINDS.index(k) for k in ("aot", "aot_unpaired"))
     loss = lambda kinds, lengths: {  # noqa: E731
         "KINDS": kinds, "WEIGHTS": (1.0,) * len(kinds), "F": 0, "HAS_REFERENCE": True, "HAS_LENGTHS": lengths,
-        "HAS_WEIGHT": lengths, "BLOCK": preference._BLOCK}  # fmt: skip
+        "HAS_WEIGHT": lengths, "PER_TOKEN": False, "BLOCK": preference._BLOCK}  # fmt: skip
     gated: Callable[[bool], dict[str, Any]] = lambda gelu: {"GELU": gelu, "BLOCK": layer._BLOCK}  # noqa: E731
     norm = {"ONE_PLUS": False, **layer.tile(HIDDEN)}
     norm_warps = norm.pop("num_warps")

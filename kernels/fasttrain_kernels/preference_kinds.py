@@ -7,7 +7,7 @@ c, r are log(policy / reference) summed over the chosen and the rejected answer;
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -197,6 +197,12 @@ def log1mexp(x: Tensor) -> Tensor:
     return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
+def rewards_per_token(kinds: Collection[str], has_reference: bool) -> bool:
+    """Whether the rewards of these kinds are of mean log-probs, as the kinds themselves: TRL's and Liger's for SimPO and ORPO."""
+    preferences = set(kinds) - {"sft"}
+    return not has_reference and bool(preferences) and preferences <= PER_TOKEN
+
+
 _FORMULAS = (sigmoid, robust, hinge, ipo, sigmoid_norm, exo_pair, nca_pair, bco_pair, sppo_hard, aot, aot_unpaired,
              apo_zero, apo_down, discopop, sft, cpo, simpo, orpo)  # fmt: skip
 
@@ -208,3 +214,4 @@ TAKE_F_DIVERGENCE = frozenset(
     {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 )
 COUPLE_PAIRS = frozenset({"aot", "aot_unpaired"})
+PER_TOKEN = frozenset({"simpo", "orpo"})  # compare mean log-probs of answers

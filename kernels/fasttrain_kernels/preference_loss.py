@@ -20,11 +20,16 @@ from .preference_kinds import (
     REFERENCE_FREE,
     TAKE_F_DIVERGENCE,
     Terms,
+    rewards_per_token,
 )
 
 
 class PreferenceLoss(NamedTuple):
-    """loss (): mean of `losses`; losses (P,), differentiable too; rewards (P,), beta * log-ratio, detached. fp32."""
+    """loss (): mean of `losses`; losses (P,), differentiable too; rewards (P,), detached. fp32.
+
+    A reward is beta * log(policy / reference) of the answer, whatever the kind. Without a reference it is beta * log-prob, of simpo
+    and orpo (alone or with sft) beta * mean log-prob of a token.
+    """
 
     loss: Tensor
     losses: Tensor
@@ -93,7 +98,7 @@ def preference_loss(
     assert isinstance(losses, Tensor)
     if pair_weight is not None:
         losses = losses * pair_weight
-    chosen_reward, rejected_reward = _rewards(terms)
+    chosen_reward, rejected_reward = _rewards(terms, kinds)
     return PreferenceLoss(losses.mean(), losses, chosen_reward, rejected_reward)
 
 
@@ -137,7 +142,10 @@ def _backend(name: str | None, kinds: tuple[str, ...], tensor: Tensor) -> str:
 
 
 @torch.no_grad()
-def _rewards(t: Terms) -> tuple[Tensor, Tensor]:
+def _rewards(t: Terms, kinds: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    if rewards_per_token(kinds, t.ref_chosen is not None):
+        chosen_length, rejected_length = t.lengths
+        return t.beta * t.chosen / chosen_length, t.beta * t.rejected / rejected_length
     if t.ref_chosen is None:
         return t.beta * t.chosen, t.beta * t.rejected
     c, r = t.ratios

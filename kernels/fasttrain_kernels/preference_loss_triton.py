@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .backends import device_of
-from .preference_kinds import F_DIVERGENCES, KINDS, Terms
+from .preference_kinds import F_DIVERGENCES, KINDS, Terms, rewards_per_token
 
 _BLOCK = 256
 
@@ -200,7 +200,7 @@ def preference_kernel(
     loss_ptr, mean_ptr, da_ptr, db_ptr, dsft_ptr, reward_a_ptr, reward_b_ptr,
     pairs, beta, s, log_1ms, log_s, tau, gamma, f_a,
     KINDS: tl.constexpr, WEIGHTS: tl.constexpr, F: tl.constexpr, HAS_REFERENCE: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, HAS_WEIGHT: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = a_ptr.dtype.element_ty
     total = tl.zeros((BLOCK,), dtype)
@@ -241,6 +241,8 @@ def preference_kernel(
         tl.store(da_ptr + i, da * weight, mask=inside)
         tl.store(db_ptr + i, db * weight, mask=inside)
         tl.store(dsft_ptr + i, dsft * weight, mask=inside)
+        if PER_TOKEN:
+            c, r = c / lc, r / lr
         tl.store(reward_a_ptr + i, beta * c, mask=inside)
         tl.store(reward_b_ptr + i, beta * r, mask=inside)
     tl.store(mean_ptr, tl.sum(total, axis=0) / pairs)
@@ -278,7 +280,7 @@ def launch(t: Terms, kinds: tuple[str, ...], factors: tuple[float, ...], weight:
             *arguments, KINDS=tuple(KINDS.index(k) for k in kinds), WEIGHTS=factors, F=F_DIVERGENCES.index(divergence),
             HAS_REFERENCE=t.ref_chosen is not None,
             HAS_LENGTHS=t.chosen_length is not None and t.rejected_length is not None, HAS_WEIGHT=weight is not None,
-            BLOCK=_BLOCK, num_warps=4,
+            PER_TOKEN=rewards_per_token(kinds, t.ref_chosen is not None), BLOCK=_BLOCK, num_warps=4,
         )  # fmt: skip
     return out
 

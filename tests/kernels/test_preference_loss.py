@@ -148,6 +148,21 @@ def test_equal_answers_cost_ln_2_and_rewards_are_beta_times_the_log_ratio() -> N
     assert not out.chosen_reward.requires_grad
 
 
+@pytest.mark.parametrize("kind", ["simpo", "orpo", ["orpo", "sft"]])
+def test_without_a_reference_simpo_and_orpo_reward_an_answer_by_its_mean_log_prob(
+    kind: str | list[str],
+) -> None:
+    # The long chosen answer is likelier a token, and less likely as a whole.
+    chosen, rejected = torch.tensor([-20.0]), torch.tensor([-15.0])
+    lengths = {"chosen_length": torch.tensor([40]), "rejected_length": torch.tensor([10])}
+    out = preference_loss(chosen, rejected, None, None, kind=kind, beta=2.0, **lengths)
+    assert (out.chosen_reward.item(), out.rejected_reward.item()) == (-1.0, -3.0)
+    with_cpo = preference_loss(chosen, rejected, None, None, kind="cpo", beta=2.0, **lengths)
+    assert (with_cpo.chosen_reward.item(), with_cpo.rejected_reward.item()) == (-40.0, -30.0)
+    referred = preference_loss(chosen, rejected, chosen - 1, rejected + 1, kind=kind, beta=2.0, **lengths)
+    assert (referred.chosen_reward.item(), referred.rejected_reward.item()) == (2.0, -2.0)
+
+
 def test_a_batch_cut_in_packs_has_the_same_losses() -> None:
     data = pairs()
     mean_length = data["chosen_length"].double().mean()

@@ -254,6 +254,13 @@ def test_preference_losses_and_gradients_equal_torch(kind: str, dtype: torch.dty
         assert worst(mine, theirs) < (1e-7 if dtype == torch.float64 else 2e-6)
 
 
+@pytest.mark.parametrize("kind", ["cpo", "simpo", "orpo", ["orpo", "sft"], ["simpo", "cpo"]])
+def test_rewards_without_a_reference_equal_torch(kind: str | list[str]) -> None:
+    data = {k: v for k, v in pairs(torch.float64).items() if not k.startswith("ref_")}
+    for mine, theirs in zip(*both({**data, "ref_chosen_P": None, "ref_rejected_P": None}, kind=kind)):
+        assert worst(mine, theirs) < 1e-7
+
+
 @pytest.mark.parametrize("kind", ["ipo", "sigmoid_norm", "simpo", "orpo", "sft"])
 def test_an_answer_without_tokens_counts_as_one_token_long(kind: str) -> None:
     data = pairs(torch.float64)
