@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import os
 import types
@@ -110,6 +111,8 @@ def _read_yaml(text: str) -> Any:
         raise ValueError(f"line {mark.line + 1}: {problem}" if mark else problem) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except AttributeError:  # PyYAML's, for `!!timestamp 5`
+        raise ValueError("a value does not fit its !!tag") from None
 
 
 def _read_override(override: str) -> tuple[list[str], Any]:
@@ -138,11 +141,14 @@ def _build(cls: type, raw: Any, prefix: str) -> Any:
 
 def _suggest(key: str, known: list[str], prefix: str) -> str:
     # a key in the wrong place, like a bare `learning_rate` at top level: point at the section that has it
-    for section, hint in typing.get_type_hints(DPOConfig).items():
+    sections = typing.get_type_hints(DPOConfig)
+    for section, hint in sections.items():
         for cls in [hint, *typing.get_args(hint)]:
             if dataclasses.is_dataclass(cls) and key in {f.name for f in dataclasses.fields(cls)}:
                 return f"; did you mean '{section}.{key}'?"
-    return did_you_mean(key, known)
+    if prefix and key in sections:
+        return f"; {key!r} stands at the top of the recipe, not in {prefix.rstrip('.')!r}"
+    return did_you_mean(key, known) or f"; wanted one of {', '.join(known)}"
 
 
 def _coerce(value: Any, hint: Any, key: str) -> Any:
@@ -157,7 +163,20 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         if matched:
             return result
     wanted = " or ".join(type_name(option) for option in options)
-    raise UserError(f"{key}: wanted {wanted}, got {value!r}")
+    # 2026-11-23, 0123 and no are values of other types in YAML
+    quote = (
+        "; put it in quotes"
+        if str in options and isinstance(value, (bool, int, float, datetime.date))
+        else ""
+    )
+    raise UserError(f"{key}: wanted {wanted}, got {_shown(value)}{quote}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return str(value) if isinstance(value, datetime.date) else repr(value)
+    except ValueError:  # Python spells no integer of more than 4300 digits
+        return f"an integer of {value.bit_length()} bits"
 
 
 def is_union(hint: Any) -> bool:

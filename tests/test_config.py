@@ -200,6 +200,15 @@ def test_yaml_merge_keys_work(tmp_path: Path) -> None:
         ("rank: 1\n", "unknown key rank; did you mean 'lora.rank'?"),  # not 'train'
         ("train: {beta: 1}\n", "unknown key train.beta; did you mean 'loss.beta'?"),
         ("1: 2\n", "unknown key 1"),
+        (
+            "model_name_or_path: x\n",
+            "; wanted one of model, lora, data, loss, train, reference, distributed, track",
+        ),
+        ("lora: {r: 16}\n", "unknown key lora.r; wanted one of rank, alpha, dropout, targets, init_from"),
+        (
+            "train: {data: {train: x}}\n",
+            "unknown key train.data; 'data' stands at the top of the recipe, not in 'train'",
+        ),
         ("loss: {kind: sigmod}\n", "got 'sigmod'; did you mean 'sigmoid'?"),
     ],
 )
@@ -247,6 +256,13 @@ def test_an_unknown_word_is_answered_with_the_closest_known_one(text: str, said:
         ("distributed: {zero_stage: 1}\n", "distributed.zero_stage: wanted null, 2 or 3, got 1"),
         ("lora: null\nreference: {cache: ''}\n", "reference.cache: wanted auto or a folder"),
         ("train: {seed: 1" + 400 * "0" + "}\n", "train.seed: wanted an integer"),
+        ("train: {output: 2026-11-23}\n", "train.output: wanted text, got 2026-11-23; put it in quotes"),
+        ("train: {output: 12}\n", "train.output: wanted text, got 12; put it in quotes"),
+        ("lora: {init_from: no}\n", "lora.init_from: wanted text or null, got False; put it in quotes"),
+        (
+            "train: {seed: 0x" + 5000 * "f" + "}\n",
+            "train.seed: wanted an integer, got an integer of 20000 bits",
+        ),
         (r'train: {output: "C:\0runs"}', r"train.output: wanted text, got 'C:\x00runs'"),
         (r'reference: {cache: "a\ud800b"}', r"reference.cache: wanted text, got 'a\ud800b'"),
     ],
@@ -377,6 +393,7 @@ def test_a_capability_that_does_not_exist_yet_is_refused_by_name(override: str, 
         ("train: {output: 2024-01-05}\n", "train.output: wanted text"),
         ("train: {seed: " + 5000 * "1" + "}\n", "not valid YAML: Exceeds the limit"),
         ("\0\n", "not valid YAML"),
+        ("train: {output: !!timestamp 5}\n", "not valid YAML: a value does not fit its !!tag"),
     ],
 )
 def test_broken_yaml_names_the_file_and_where_it_breaks(text: str, said: str, tmp_path: Path) -> None:
