@@ -4,6 +4,19 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from typing import Any
+
+
+class _Connection(sqlite3.Connection):
+    """OSError where the disk has no room for the temporary file."""
+
+    def execute(self, *arguments: Any) -> sqlite3.Cursor:
+        try:
+            return super().execute(*arguments)
+        except sqlite3.OperationalError as error:
+            raise OSError(
+                f"no room for temporary files ({error}); SQLITE_TMPDIR may name another folder"
+            ) from None
 
 
 class Spill:
@@ -13,7 +26,9 @@ class Spill:
     """
 
     def __init__(self, *tables: str) -> None:
-        self.database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self.database = sqlite3.connect(
+            "", isolation_level=None, check_same_thread=False, factory=_Connection
+        )
         for pragma in ("journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE", "cache_size=-4000"):
             self.database.execute(f"PRAGMA {pragma}")
         for table in tables:
