@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -35,8 +36,11 @@ __all__ = [
 ]  # fmt: skip
 
 
+_OCTAL = re.compile(r"[-+]?0[0-7_]*[1-7][0-7_]*")
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads 1e-6 as a number."""
+    """SafeLoader that refuses duplicate keys, and numbers that YAML 1.1 reads as nobody means them: 010 as 8, 1:30 as 90."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -52,6 +56,18 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        text = str(node.value)
+        if ":" in text or _OCTAL.fullmatch(text):
+            base = "60" if ":" in text else "8"
+            problem = f"{text} is a number to the base {base} in YAML; write it in decimal, or in quotes if it is text"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return yaml.SafeLoader.yaml_constructors[node.tag](self, node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DPOConfig:

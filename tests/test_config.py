@@ -357,6 +357,18 @@ def test_compiled_layers_are_refused_where_zero_3_swaps_their_weights(tmp_path: 
     assert "train.compile: wanted false with distributed.zero_stage 3" in told
 
 
+@pytest.mark.parametrize(("number", "base"), [("010", 8), ("-0_7", 8), ("1:30", 60), ("1:30.5", 60)])
+def test_numbers_that_yaml_reads_to_another_base_are_refused(number: str, base: int, tmp_path: Path) -> None:
+    wanted = f"{number} is a number to the base {base} in YAML"
+    assert wanted in mistake(f"train: {{max_steps: {number}}}\n", tmp_path)
+    assert wanted in mistake("", tmp_path, f"train.max_steps={number}")
+
+
+def test_numbers_with_a_zero_that_changes_nothing_are_read(tmp_path: Path) -> None:
+    train = recipe("train: {seed: 00, max_steps: 0x10, grad_clip: 0.5, epochs: 08}\n", tmp_path).train
+    assert (train.seed, train.max_steps, train.grad_clip, train.epochs) == (0, 16, 0.5, 8)
+
+
 def test_a_rate_for_a_projector_that_is_not_trained_is_refused(tmp_path: Path) -> None:
     told = mistake("", tmp_path, "train.projector_learning_rate=1e-4")
     assert "train.projector_learning_rate: wanted no value without model.train_projector, got 0.0001" in told
