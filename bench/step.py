@@ -123,7 +123,7 @@ def measure(case: Case, names: tuple[str, ...], options: argparse.Namespace) -> 
                 )
                 workers.append(Worker(name, described, options.threads))
             steps, rates = _turns(workers, options.turns)
-            counted = {worker.name: worker.ask("count") for worker in workers}
+            counted = _count(workers)
         finally:
             for worker in workers:
                 worker.close()
@@ -157,6 +157,15 @@ def _turns(
         if max(losses) - min(losses) > SAME_LOSS * max(losses):
             raise SystemExit(f"the contenders compute different losses: {losses}")
     return steps, rates
+
+
+def _count(workers: list[Worker]) -> dict[str, dict[str, int]]:
+    """Each counts its operations in one step more and ends: beside others that keep their memory that needs too much."""
+    counted = {}
+    for worker in workers:
+        counted[worker.name] = worker.ask("count")
+        worker.close()
+    return counted
 
 
 def _step(worker: Worker, workers: int) -> dict[str, Any]:
