@@ -16,6 +16,7 @@ from fasttrain.answering.command import answer_command
 from fasttrain.command import quick_imports
 from fasttrain.errors import SharedMistake, UserError, is_out_of_memory
 from fasttrain.evaluate.command import eval_command
+from fasttrain.progress import close_bars
 from fasttrain.rank_watch import fail_all, is_consequence
 from fasttrain.study.command import study_command
 
@@ -410,6 +411,7 @@ def main() -> None:
         if is_out_of_memory(error):
             _fail(f"out of memory: {str(error) or 'no more of it on this machine'}; lower train.tokens_per_pack, or set "
                   "train.gradient_checkpointing", 1)  # fmt: skip
+        close_bars()
         _end_all_ranks(error)
         raise
     else:
@@ -425,6 +427,7 @@ def _tell(result: str) -> None:
 
 def _fail(message: str, code: int, shared: bool = False) -> None:
     text = " ".join(message.split())
+    close_bars()
     if not shared:
         fail_all(text, code)  # one of several ranks: ends here
     # before ranks meet, every one of a machine finds the same mistake

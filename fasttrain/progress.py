@@ -9,6 +9,7 @@ from typing import Any
 
 _PLAIN_EVERY_S = 20.0
 _quiet = False
+_open: list[Progress] = []
 
 
 def be_quiet() -> None:
@@ -17,10 +18,16 @@ def be_quiet() -> None:
     _quiet = True
 
 
-class Progress:
-    """Counts up to `total`; `note` is shown beside the count."""
+def close_bars() -> None:
+    """Take away the bars that a failure left, so that what is said about it has a line of its own."""
+    for progress in list(_open):
+        progress.close()
 
-    def __init__(self, name: str, total: int, unit: str, initial: int = 0) -> None:
+
+class Progress:
+    """Counts up to `total`; `note` is shown beside the count. A bar comes after `delay_s`."""
+
+    def __init__(self, name: str, total: int, unit: str, initial: int = 0, delay_s: float = 0.0) -> None:
         self.name, self.total, self.unit, self.done = name, total, unit, initial
         self._note = ""
         self._last = time.monotonic()
@@ -28,7 +35,16 @@ class Progress:
         if sys.stderr.isatty() and not _quiet:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=initial, desc=name, unit=unit, file=sys.stderr, leave=False)
+            self._bar = tqdm(
+                total=total,
+                initial=initial,
+                desc=name,
+                unit=unit,
+                file=sys.stderr,
+                leave=False,
+                delay=delay_s,
+            )
+            _open.append(self)
 
     def tick(self, count: int = 1, note: str = "") -> None:
         self.done += count
@@ -45,7 +61,8 @@ class Progress:
             )
 
     def close(self) -> None:
-        if self._bar is not None:
+        if self in _open:
+            _open.remove(self)
             self._bar.close()
 
     def __enter__(self) -> Progress:
@@ -69,9 +86,7 @@ def say(text: str) -> None:
 
 def ticker(name: str, total: int) -> Callable[[int], object]:
     """A counter for data preparation; short work shows nothing."""
-    progress = Progress(name, total, "rows")
-    if progress._bar is not None:
-        progress._bar.delay = 1.0
+    progress = Progress(name, total, "rows", delay_s=1.0)
 
     def tick(count: int) -> None:
         progress.tick(count)
