@@ -7,6 +7,7 @@ one finds the batch by its name, or learns that it was never made, and no call g
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import uuid
@@ -125,20 +126,19 @@ class BatchRun:
 
     def _collect_all(self) -> None:
         """Wait for all live batches and take in their results, each when it is done."""
-        progress = Progress(len(self._state.batches), "batches", self._quiet)
-        while self._state.batches:
-            for name, batch in list(self._state.batches.items()):
-                assert batch is not None
-                job = self._api.get(batch)
-                if job.state in BATCH_ENDED:
-                    self._take(name, job)
-                    del self._state.batches[name]
-                    self._ledger.live_batches.discard(name)
-                    self._state.save()
-                    progress.add()
-            if self._state.batches:
-                self._sleep(self._poll_s)
-        progress.close()
+        with contextlib.closing(Progress(len(self._state.batches), "batches", self._quiet)) as progress:
+            while self._state.batches:
+                for name, batch in list(self._state.batches.items()):
+                    assert batch is not None
+                    job = self._api.get(batch)
+                    if job.state in BATCH_ENDED:
+                        self._take(name, job)
+                        del self._state.batches[name]
+                        self._ledger.live_batches.discard(name)
+                        self._state.save()
+                        progress.add()
+                if self._state.batches:
+                    self._sleep(self._poll_s)
 
     def _take(self, name: str, job: BatchJob) -> None:
         """Write every call of an ended batch to the journal: its reply, or what went wrong."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,15 +42,14 @@ def complete(
     names = ImageNames.between(questions, output, settings.image_root)
     with account_of(output) as account, Journal(journal_path(output)) as journal:
         result = CompleteResult(account)
-        progress = Progress(None, "samples", quiet)
 
         def done(sample: Sample, drawn: Drawn | CallFailed) -> None:
             result.drawn += not isinstance(drawn, CallFailed)
             journal.append(sample.key, _entry(sample, drawn))
             progress.add()
 
-        sampler.draw(_missing(questions, names, settings, sampler, journal), done)
-        progress.close()
+        with contextlib.closing(Progress(None, "samples", quiet)) as progress:
+            sampler.draw(_missing(questions, names, settings, sampler, journal), done)
         seen = SeenKeys()
         with whole_rows(output) as write:
             for question, place, images in _read(questions, names):
