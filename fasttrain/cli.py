@@ -393,8 +393,10 @@ def main() -> None:
     except click.ClickException as error:
         command = getattr(error, "ctx", None)
         _fail(error.format_message() + (f" (see {command.command_path} --help)" if command else ""), 2)
-    except (click.Abort, KeyboardInterrupt):
-        _fail(f"interrupted{_HOW_TO_GO_ON.get(sys.argv[1] if sys.argv[1:] else '', '')}", 130)
+    except (click.Abort, KeyboardInterrupt) as error:
+        first = error.__cause__ if isinstance(error.__cause__, KeyboardInterrupt) else error  # click wraps it
+        told = str(first) or _HOW_TO_GO_ON.get(sys.argv[1] if sys.argv[1:] else "", "")
+        _fail(f"interrupted{told}", 130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)

@@ -32,8 +32,11 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in _TRAINING:
         _start_with_tunables()
     _alone = True
-    from fasttrain.cli import main as run
-
+    try:
+        from fasttrain.cli import main as run
+    except KeyboardInterrupt:  # later ones are told there
+        print("fasttrain: interrupted", file=sys.stderr)
+        sys.exit(130)
     run()
 
 

@@ -472,16 +472,23 @@ def test_a_run_goes_on_from_the_checkpoint_that_a_full_disk_left(
     assert weights[0] == weights[1]
 
 
-def test_an_interrupt_says_that_what_is_done_is_kept(
-    project: Path, fasttrain: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ((), "; what is done is kept, go on with --resume"),
+        (("; the checkpoint x is kept",), "; the checkpoint x is kept"),
+    ],
+)
+def test_an_interrupt_says_what_is_kept(
+    where: tuple[str, ...], said: str, project: Path, fasttrain: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(*where)
 
     monkeypatch.setattr("fasttrain.train.loop.train", interrupted)
     answer = fasttrain("dpo", "-c", project)
     assert answer.code == 130
-    assert answer.err.strip() == "fasttrain: interrupted; what is done is kept, go on with --resume"
+    assert answer.err.strip() == f"fasttrain: interrupted{said}"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -114,6 +115,23 @@ def test_weights_that_are_quantised_already_are_not_taken_for_plain_ones(
     (quantised / "config.json").write_text("{")
     assert not plain(quantised)
     assert not plain("nobody/has-this-model") and not plain("no/such/folder") and not plain("a b")
+
+
+def test_an_interrupt_while_the_command_is_imported_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fasttrain import command
+
+    class Interrupted(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "fasttrain.cli", Interrupted("fasttrain.cli"))
+    monkeypatch.setattr(command, "_alone", False)
+    monkeypatch.setattr(sys, "argv", ["fasttrain", "env"])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 130 and capsys.readouterr().err == "fasttrain: interrupted\n"
 
 
 def test_other_commands_are_not_started_again(command: Callable[..., list[Any]]) -> None:

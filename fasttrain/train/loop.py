@@ -25,7 +25,13 @@ from fasttrain.progress import Progress, say
 from fasttrain.ranks import ranks
 from fasttrain.run_lines import read_steps
 from fasttrain.signals import on_sigterm
-from fasttrain.train.checkpoint import delete_old, latest_checkpoint, restore_checkpoint, save_checkpoint
+from fasttrain.train.checkpoint import (
+    delete_old,
+    latest_checkpoint,
+    list_checkpoints,
+    restore_checkpoint,
+    save_checkpoint,
+)
 from fasttrain.train.engine import Engine, join_ranks, make_engine
 from fasttrain.train.final import write_final
 from fasttrain.train.first_step import check_first_step, check_routing, check_sharing
@@ -160,6 +166,8 @@ class Trainer:
                 Progress(self.loss.command, total, "steps", initial=done) as progress,
             ):
                 done = self._steps(engine, order, done, total, log, progress, peak_flops)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self._kept()) from None
         finally:
             log.close()
         if done < total:
@@ -317,6 +325,13 @@ class Trainer:
             f"training: {account.pairs:,} {self.loss.unit} in {account.groups:,} groups, steps {done + 1} to {total}, "
             f"prompts {'shared' if policy.shared else 'not shared'}, packs of {self.job.packs_filled_to:,} tokens"
         )
+
+    def _kept(self) -> str:
+        """What Ctrl-C leaves of the steps."""
+        found = list_checkpoints(self.folder / "checkpoints")
+        if not found:
+            return "; there is no checkpoint yet (train.checkpoint_every), --resume begins at the first step"
+        return f"; the checkpoint {found[-1].name} is kept, go on from it with --resume"
 
     def _finish_this_step(self) -> None:
         """SIGTERM: end the run after the step that is running, with a checkpoint."""

@@ -52,6 +52,29 @@ def test_sigterm_within_a_step_saves_without_evaluating(
     assert "eval_loss" in train(tiny_text, pairs, resume=True).metrics[-1]
 
 
+@pytest.mark.parametrize(
+    ("every", "said"),
+    [("null", "; there is no checkpoint yet"), ("1", "; the checkpoint step-000002 is kept, go on from it")],
+)
+def test_ctrl_c_says_which_steps_are_kept(
+    every: str, said: str, tiny_text: Path, text_pairs: Callable[..., Path], train: Callable[..., Any],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from fasttrain.train import loop
+
+    run = loop.StepRunner.run
+
+    def interrupted(self: Any, step: Any, *rest: Any, **options: Any) -> Any:
+        if step.number == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return run(self, step, *rest, **options)
+
+    monkeypatch.setattr(loop.StepRunner, "run", interrupted)
+    pairs = text_pairs(tmp_path / "pairs.jsonl", 18)
+    with pytest.raises(KeyboardInterrupt, match=f"^{said}"):
+        train(tiny_text, pairs, f"train.checkpoint_every={every}")
+
+
 def test_sigterm_within_an_evaluation_ends_it_and_saves_the_step(
     tiny_text: Path, text_pairs: Callable[..., Path], train: Callable[..., Any], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
