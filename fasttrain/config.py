@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from fasttrain.errors import UserError, did_you_mean
+from fasttrain.other_trainers import OURS
 from fasttrain.settings import (
     F_DIVERGENCES,
     LOSS_KINDS,
@@ -162,6 +163,8 @@ def _suggest(key: str, known: list[str], prefix: str) -> str:
         for cls in [hint, *typing.get_args(hint)]:
             if dataclasses.is_dataclass(cls) and key in {f.name for f in dataclasses.fields(cls)}:
                 return f"; did you mean '{section}.{key}'?"
+    if key in OURS:  # another trainer's name
+        return f"; did you mean {'the option ' if OURS[key].startswith('-') else ''}'{OURS[key]}'?"
     if prefix and key in sections:
         return f"; {key!r} stands at the top of the recipe, not in {prefix.rstrip('.')!r}"
     return did_you_mean(key, known) or f"; wanted one of {', '.join(known)}"

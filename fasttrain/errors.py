@@ -24,7 +24,7 @@ def did_you_mean(word: str, known: list[str]) -> str:
     """A `; did you mean 'x'?` for the closest known word, or an empty string."""
     from difflib import get_close_matches
 
-    close = get_close_matches(word, known, n=1, cutoff=0.5)
+    close = get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -22,6 +22,7 @@ from fasttrain.config import (
     load_config,
 )
 from fasttrain.errors import UserError
+from fasttrain.other_trainers import OURS
 
 # The published recipe, key for key; what it leaves to the user has its own value in MINE.
 PUBLISHED = """
@@ -201,10 +202,21 @@ def test_yaml_merge_keys_work(tmp_path: Path) -> None:
         ("train: {beta: 1}\n", "unknown key train.beta; did you mean 'loss.beta'?"),
         ("1: 2\n", "unknown key 1"),
         (
-            "model_name_or_path: x\n",
+            "stage: dpo\n",
             "; wanted one of model, lora, data, loss, train, reference, distributed, track",
         ),
-        ("lora: {r: 16}\n", "unknown key lora.r; wanted one of rank, alpha, dropout, targets, init_from"),
+        ("model_name_or_path: x\n", "unknown key model_name_or_path; did you mean 'model.name'?"),
+        ("loss_type: ipo\n", "unknown key loss_type; did you mean 'loss.kind'?"),  # not 'loss'
+        ("lora: {r: 16}\n", "unknown key lora.r; did you mean 'lora.rank'?"),
+        (
+            "train: {save_steps: 9}\n",
+            "unknown key train.save_steps; did you mean 'train.checkpoint_every'?",
+        ),  # not 'max_steps'
+        (
+            "train: {template: llava}\n",
+            "unknown key train.template; wanted one of output, epochs",
+        ),  # not 'compile'
+        ("train: {resume_from_checkpoint: true}\n", "did you mean the option '--resume'?"),
         (
             "train: {data: {train: x}}\n",
             "unknown key train.data; 'data' stands at the top of the recipe, not in 'train'",
@@ -214,6 +226,17 @@ def test_yaml_merge_keys_work(tmp_path: Path) -> None:
 )
 def test_an_unknown_word_is_answered_with_the_closest_known_one(text: str, said: str, tmp_path: Path) -> None:
     assert said in mistake(text, tmp_path)
+
+
+def test_names_of_other_trainers_stand_for_settings_that_exist() -> None:
+    keys = set(flat(config_from_dict(MINE).to_dict())) | {
+        "lora",
+        "track",
+        "--resume",
+        "--overwrite",
+    }
+    assert set(OURS.values()) <= keys
+    assert not set(OURS) & {key.rpartition(".")[2] for key in keys}
 
 
 @pytest.mark.parametrize(
