@@ -128,7 +128,7 @@ def open_source(path: Path) -> Source:
 
 def _convert_foreign(path: Path, source: Source) -> Source:
     """Rows in another project's layout become rows in ours, spooled to a temporary file."""
-    first = _first_readable(source)
+    first = first_readable(source)
     if first is None or _is_ours(first):
         return source
     from fasttrain_data.formats import detect_format, read_pairs
@@ -156,7 +156,8 @@ def _convert_foreign(path: Path, source: Source) -> Source:
     return spooled
 
 
-def _first_readable(source: Source) -> dict[str, Any] | None:
+def first_readable(source: Source) -> dict[str, Any] | None:
+    """The first row that can be read, of those that are looked at to tell the layout."""
     for number in range(min(len(source), _LOOKED_AT)):
         try:
             return source.row(number)

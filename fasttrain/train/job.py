@@ -60,6 +60,7 @@ from fasttrain.train.job_checks import (
     may_share,
     notes,
     refuse_quantized,
+    warn_of_unread_images,
 )  # fmt: skip
 from fasttrain.train.losses import PairLoss
 from fasttrain.train.objective import Objective
@@ -311,7 +312,11 @@ def _finish(preparing: tuple[Preparation, Preparation | None], chat: ChatTokeniz
             f"it in front of a chat, as model.bos: tokenizer does here"
         )
     with notes(chat):
-        return [train.finish(), *([evaluation.finish()] if evaluation else [])]
+        datasets = [train.finish(), *([evaluation.finish()] if evaluation else [])]
+    if chat.pixels is not None:
+        for data in datasets:
+            warn_of_unread_images(data)
+    return datasets
 
 
 def _workers(config: DPOConfig, data: PreparedData) -> int:

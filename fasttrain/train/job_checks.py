@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from fasttrain.config import DPOConfig
 from fasttrain.data.prepare import tokenize_all
 from fasttrain.data.prepared import PreparedData
+from fasttrain.data.sources import first_readable
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
 from fasttrain.model.attention import why_unshared
 from fasttrain.model.positions import why_too_long
 from fasttrain.progress import say, ticker
 from fasttrain.ranks import full_shape, ranks
+
+_IMAGE_WORD = re.compile(r"image|img|picture|photo")
 
 
 def check_same_everywhere(config: DPOConfig, datasets: list[PreparedData]) -> None:
@@ -73,6 +77,20 @@ def check_blank(model: Any, train: PreparedData) -> None:
             f"distributed.zero_stage: wanted null for {type(model).__name__} with images: it runs other layers with images than "
             "without, and under ZeRO all passes must run the same"
         )
+
+
+def warn_of_unread_images(data: PreparedData) -> None:
+    """Name a key that seems to hold images and is none that is read: extra keys are allowed, a run without its images is not meant."""
+    for source in data.files.sources:
+        row = first_readable(source) or {}
+        if row.get("images") or row.get("image"):
+            continue
+        for key, value in row.items():
+            if _IMAGE_WORD.search(key.lower()) and isinstance(value, str | list | dict) and value:
+                say(
+                    f"warning: {source.where(0)}: {key} is not read; images go under images or image, and pairs without them train on "
+                    "text alone"
+                )
 
 
 def check_vocabulary(chat: ChatTokenizer, model: Any) -> None:
