@@ -176,6 +176,8 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         if dataclasses.is_dataclass(option) and isinstance(option, type):
             if value is None and type(None) in options:
                 return None
+            if type(None) in options and not isinstance(value, dict):
+                raise UserError(f"{key}: wanted a section with keys, or null, got {value!r}")
             return _build(option, {} if value is None else value, f"{key}.")
     for option in options:
         matched, result = _match(value, option)
@@ -183,12 +185,14 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
             return result
     wanted = " or ".join(type_name(option) for option in options)
     # 2026-11-23, 0123 and no are values of other types in YAML
-    quote = (
+    advice = (
         "; put it in quotes"
         if str in options and isinstance(value, (bool, int, float, datetime.date))
         else ""
     )
-    raise UserError(f"{key}: wanted {wanted}, got {_shown(value)}{quote}")
+    if typing.get_origin(hint) is list and not isinstance(value, list):
+        advice = "; [] for none" if value in (None, False, "none", "None") else f"; did you mean [{value}]?"
+    raise UserError(f"{key}: wanted {wanted}, got {_shown(value)}{advice}")
 
 
 def _shown(value: Any) -> str:

@@ -207,7 +207,7 @@ class LossConfig:
             if kind not in LOSS_KINDS:
                 raise UserError(
                     f"loss.kind: wanted one of {', '.join(LOSS_KINDS)}, got {kind!r}"
-                    + did_you_mean(kind, list(LOSS_KINDS))
+                    + ("; DPO's own is sigmoid" if kind == "dpo" else did_you_mean(kind, list(LOSS_KINDS)))
                 )
         require(
             self.weights is None or len(self.weights) == len(self.kinds),

@@ -14,7 +14,8 @@ from fasttrain.settings import DPOConfig
 HEAD = """# Settings
 
 Every key of a recipe, its type and default. Unknown keys are errors. `-s key=value` on the command line overrides a recipe; values
-are YAML. Paths may start with `~`. This page is made by `python -m fasttrain.settings_page > docs/settings.md`.
+are YAML. Relative paths start at the working directory, not at the recipe; paths may start with `~`. This page is made by
+`python -m fasttrain.settings_page > docs/settings.md`.
 """
 
 

@@ -275,7 +275,11 @@ def test_names_of_other_trainers_stand_for_settings_that_exist() -> None:
         ("lora: {targets: '['}\n", "lora.targets: wanted auto, names or a regular expression, got '['"),
         ("lora: {targets: []}\n", "lora.targets: wanted auto, names or a regular expression, got []"),
         ("track: [tensorbord]\n", "track: wanted any of tensorboard"),
-        ("track: tensorboard\n", "track: wanted a list of text"),
+        ("track: wandb\n", "track: wanted a list of text, got 'wandb'; did you mean [wandb]?"),
+        ("track: none\n", "track: wanted a list of text, got 'none'; [] for none"),
+        ("track: null\n", "track: wanted a list of text, got None; [] for none"),
+        ("lora: false\n", "lora: wanted a section with keys, or null, got False"),
+        ("loss: {kind: dpo}\n", "got 'dpo'; DPO's own is sigmoid"),  # not ipo
         ("distributed: {zero_stage: 1}\n", "distributed.zero_stage: wanted null, 2 or 3, got 1"),
         ("lora: null\nreference: {cache: ''}\n", "reference.cache: wanted auto or a folder"),
         ("train: {seed: 1" + 400 * "0" + "}\n", "train.seed: wanted an integer"),

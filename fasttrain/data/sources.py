@@ -106,7 +106,12 @@ class ArrowRows:
 def open_source(path: Path) -> Source:
     """Open a pair file or datasets folder; UserError if it cannot be read as one."""
     if not path.exists():
-        raise UserError(f"{path}: data.train/data.eval: wanted a pair file or folder, got nothing there")
+        start = (
+            "" if path.is_absolute() else f" (relative paths start at the working directory, {Path.cwd()})"
+        )
+        raise UserError(
+            f"{path}: data.train/data.eval: wanted a pair file or folder, got nothing there{start}"
+        )
     source: Source
     suffix = path.suffix.lower()
     if path.is_dir():

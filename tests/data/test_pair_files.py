@@ -159,6 +159,14 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         open_source(tmp_path / "none.jsonl")
 
 
+def test_a_missing_file_says_where_relative_paths_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"relative paths start at the working directory, {tmp_path}\)"):
+        open_source(Path("none.jsonl"))
+
+
 def test_parquet_without_rows_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS).slice(0, 0), tmp_path / "p.parquet")
     with pytest.raises(UserError, match="wanted at least one row, got none"):
