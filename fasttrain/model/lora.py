@@ -151,7 +151,9 @@ def attach_lora(model: Any, lora: LoraConfig, train_projector: bool) -> Any:
         task_type="CAUSAL_LM", modules_to_save=_to_train(model, train_projector), target_parameters=parameters,
     )  # fmt: skip
     try:
-        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # what other packages tell each other
+            adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
     _refuse_head(model, "lora.targets")

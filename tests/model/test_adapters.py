@@ -67,6 +67,13 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_what_packages_tell_each_other_about_a_new_adapter_is_not_told_on(
+    tiny_text: Path, train: Callable[..., Any]
+) -> None:
+    assert train(tiny_text, Path("none"), "lora.init_from=null").metrics
+
+
 @pytest.mark.parametrize(
     "options", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str
 )
