@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from torch import Tensor
 class LogitTransform:
     """z = cap(logit_scale * (h.W + bias)) / temperature, with cap(x) = softcap * tanh(x / softcap) or x.
 
-    ValueError when temperature or softcap is not positive, or logit_scale is not finite.
+    ValueError when temperature or softcap is not positive, or logit_scale is not finite. They are plain numbers: a tensor would get
+    no gradient here.
     """
 
     temperature: float = 1.0
@@ -20,12 +22,12 @@ class LogitTransform:
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "softcap"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"linear_logprob: {name}: wanted a positive finite number, got {value}")
-        if not abs(self.logit_scale) < float("inf"):
-            raise ValueError(f"linear_logprob: logit_scale: wanted a finite number, got {self.logit_scale}")
+        for name, value in (("temperature", self.temperature), ("softcap", self.softcap)):
+            unset = name == "softcap" and value is None
+            if not unset and not (isinstance(value, Real) and 0 < value < float("inf")):
+                raise ValueError(f"linear_logprob: {name}: wanted a positive finite number, got {value!r}")
+        if not (isinstance(self.logit_scale, Real) and abs(self.logit_scale) < float("inf")):
+            raise ValueError(f"linear_logprob: logit_scale: wanted a finite number, got {self.logit_scale!r}")
 
     @property
     def product_scale(self) -> float:

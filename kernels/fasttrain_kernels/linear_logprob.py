@@ -25,6 +25,8 @@ from .once_differentiable import once_differentiable
 
 IGNORED = -100
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 class LinearLogprob(NamedTuple):
     """Per row (N,), fp32: logprob, and by request entropy in nats, log_p2 = log sum_v p_v^2, bool top1, mean_logit."""
@@ -281,10 +283,15 @@ def _refuse(name: str, wanted: object, got: object) -> None:
 
 
 def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
+    for name, x in (("hidden_ND", hidden), ("weight_VD", weight), ("target_N", target), ("bias", bias)):
+        if hasattr(x, "full_tensor"):  # a DTensor
+            _refuse(name, "a whole tensor, as a weight is inside the forward of its FSDP module", "a DTensor")
     if hidden.dim() != 2:
         _refuse("hidden_ND", "shape (N, D)", tuple(hidden.shape))
-    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        _refuse("hidden_ND", "a floating dtype", hidden.dtype)
+    # autocast would round the integers of a quantised weight too
+    for name, x in (("hidden_ND", hidden), ("weight_VD", weight), ("bias", bias)):
+        if x is not None and x.dtype not in _DTYPES:
+            _refuse(name, "a floating dtype", x.dtype)
     n, d = hidden.shape
     if weight.dim() != 2 or weight.shape[1] != d or weight.shape[0] == 0:
         _refuse("weight_VD", f"shape (V, {d})", tuple(weight.shape))

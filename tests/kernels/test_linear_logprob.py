@@ -308,7 +308,18 @@ def test_autocast_means_operands_of_its_dtype_and_fp32_log_probs() -> None:
         ({"target_N": torch.ones(3, dtype=torch.int32)}, "target_N: wanted torch.int64, got torch.int32"),
         ({"bias": torch.ones(6)}, r"bias: wanted shape \(7,\), got \(6,\)"),
         ({"weight_VD": torch.ones(7, 4, device="meta")}, "weight_VD: wanted device cpu, got meta"),
+        (
+            {"weight_VD": torch.ones(7, 4, dtype=torch.int8)},
+            "weight_VD: wanted a floating dtype, got torch.int8",
+        ),
+        (
+            {"bias": torch.ones(7, dtype=torch.complex64)},
+            "bias: wanted a floating dtype, got torch.complex64",
+        ),
         ({"temperature": 0.0}, "temperature: wanted a positive finite number, got 0.0"),
+        ({"temperature": None}, "temperature: wanted a positive finite number, got None"),
+        ({"softcap": torch.tensor(2.0)}, r"softcap: wanted a positive finite number, got tensor\(2.\)"),
+        ({"logit_scale": torch.tensor(2.0)}, r"logit_scale: wanted a finite number, got tensor\(2.\)"),
         ({"softcap": -1.0}, "softcap: wanted a positive finite number, got -1.0"),
         ({"backend": "cuda"}, "backend: wanted 'triton', 'torch' or None, got 'cuda'"),
         ({"backend": "triton"}, "backend: 'triton' wants CUDA tensors"),
@@ -322,3 +333,27 @@ def test_a_wrong_argument_is_named_with_what_was_wanted_and_what_came(change: di
     }
     with pytest.raises(ValueError, match=message):
         linear_logprob(**{**right, **change})
+
+
+def test_autocast_makes_no_logits_of_a_quantised_weights_integers() -> None:
+    hidden, _, target, _ = problem(5, 16, 301)
+    quantised = torch.randint(-127, 128, (301, 16), dtype=torch.int8)
+    with torch.autocast("cpu", torch.bfloat16):
+        for operation in (linear_logprob, linear_logprob_and_unit):
+            with pytest.raises(ValueError, match=r"weight_VD: wanted a floating dtype, got torch\.int8"):
+                operation(hidden, quantised, target)
+
+
+def test_a_sharded_weight_is_refused_with_where_it_is_whole() -> None:
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        hidden, weight, target, _ = problem(5, 16, 301)
+        sharded = DTensor.from_local(weight, init_device_mesh("cpu", (1,)), [Replicate()])
+        with pytest.raises(
+            ValueError, match=r"weight_VD: wanted a whole tensor, .* its FSDP module, got a DTensor"
+        ):
+            linear_logprob(hidden, sharded, target)
+    finally:
+        torch.distributed.destroy_process_group()
