@@ -61,6 +61,11 @@ class FusedLinearPreferenceLoss(nn.Module):
         ref_chosen_P, ref_rejected_P: (P,) cached sums; None for reference-free kinds.
         """
         if hidden.dim() == 3:
+            if lengths_S is not None or pairs_P2 is not None:
+                raise ValueError(
+                    "FusedLinearPreferenceLoss: lengths_S, pairs_P2: wanted with packed hidden (N, D) only, got "
+                    f"hidden {tuple(hidden.shape)}"
+                )
             hidden, target, lengths_S, pairs_P2 = _packed(hidden, target)
         elif lengths_S is None or pairs_P2 is None:
             raise ValueError(
@@ -88,7 +93,7 @@ class FusedLinearPreferenceLoss(nn.Module):
 def _scored_first(target_N: Tensor, lengths_S: Tensor) -> tuple[Tensor, Tensor]:
     """(N,) order of the rows with the ignored ones at the end, and each completion's scored tokens (S,).
 
-    RuntimeError if the lengths do not add up to N; the only wait for the device.
+    ValueError if the lengths do not add up to N; the only wait for the device.
     """
     ignored_N, lengths_S = target_N == IGNORED, lengths_S.to(target_N.device, non_blocking=True)
     lengths_S = lengths_S - sequence_sums(ignored_N, lengths_S).to(lengths_S.dtype)

@@ -141,6 +141,12 @@ def with_unit_gradient(hidden_ND: Tensor, logprob_N: Tensor, unit_ND: Tensor) ->
     For heads whose weight is only there inside a module's forward, as under ZeRO-3: the module returns numbers without
     history, so that nothing asks for the weight again in the backward.
     """
+    for name, x, shape in (
+        ("logprob_N", logprob_N, hidden_ND.shape[:1]),
+        ("unit_ND", unit_ND, hidden_ND.shape),
+    ):
+        if x.shape != shape:
+            raise ValueError(f"with_unit_gradient: {name}: wanted shape {tuple(shape)}, got {tuple(x.shape)}")
     return _UnitGradient.apply(hidden_ND, logprob_N, unit_ND)  # type: ignore[no-any-return]
 
 

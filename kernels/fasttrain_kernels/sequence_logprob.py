@@ -13,9 +13,11 @@ from .linear_logprob import linear_logprob
 def sequence_sums(value_N: Tensor, lengths_S: Tensor, validate: bool = True) -> Tensor:
     """(S,) fp32 (fp64) sums of consecutive stretches of value_N (N,); lengths_S int64 (S,) add up to N.
 
-    Summed in fp64 and in order, so a sequence's sum does not depend on its neighbours. RuntimeError if the lengths do not add
-    up; `validate=False` skips that check, for which the host must wait for the device: wrong lengths then read outside value_N.
+    Summed in fp64 and in order, so a sequence's sum does not depend on its neighbours. ValueError names the argument, what was
+    wanted and what came. `validate=False` skips checking that the lengths add up, for which the host must wait for the device: wrong
+    lengths then read outside value_N.
     """
+    _check("sequence_sums", value_N, lengths_S)
     return _wide_sums(value_N, lengths_S.to(value_N.device, non_blocking=True), validate).to(_result(value_N))
 
 
@@ -34,6 +36,7 @@ def pair_sums(
     """
     if ld_alpha is not None and not 0 <= ld_alpha <= 1:
         raise ValueError(f"pair_sums: ld_alpha: wanted a number in [0, 1] or None, got {ld_alpha}")
+    _check("pair_sums", value_N, lengths_S, pairs_P2)
     lengths_S = lengths_S.to(value_N.device, non_blocking=True)
     sums_P2 = _wide_sums(value_N, lengths_S, validate)[pairs_P2]
     if ld_alpha is not None:
@@ -53,9 +56,29 @@ def wpo_weights(
     w = exp(mean over tokens of (logp - log sum_v p_v^2)) per answer; a pair's weight is the product of its two. `validate` as in
     `sequence_sums`.
     """
+    _check("wpo_weights", logp_N, lengths_S, pairs_P2)
+    if log_p2_N.shape != logp_N.shape:
+        _refuse("wpo_weights", "log_p2_N", f"shape {tuple(logp_N.shape)} as logp_N", tuple(log_p2_N.shape))
     lengths_S = lengths_S.to(logp_N.device, non_blocking=True)
     mean_S = sequence_sums(logp_N.double() - log_p2_N.double(), lengths_S, validate) / lengths_S.clamp(min=1)
     return mean_S[pairs_P2].sum(1).exp().to(_result(logp_N))
+
+
+def _check(operation: str, value_N: Tensor, lengths_S: Tensor, pairs_P2: Tensor | None = None) -> None:
+    """What shapes and dtypes tell; the numbers in them are on the device."""
+    name = "logp_N" if operation == "wpo_weights" else "value_N"
+    if value_N.dim() != 1:
+        _refuse(operation, name, "shape (N,)", tuple(value_N.shape))
+    if lengths_S.dim() != 1 or lengths_S.dtype not in (torch.int64, torch.int32):
+        _refuse(operation, "lengths_S", "int64 of shape (S,)", f"{lengths_S.dtype} {tuple(lengths_S.shape)}")
+    if pairs_P2 is not None and (
+        pairs_P2.shape[1:] != (2,) or pairs_P2.dtype not in (torch.int64, torch.int32)
+    ):
+        _refuse(operation, "pairs_P2", "int64 of shape (P, 2)", f"{pairs_P2.dtype} {tuple(pairs_P2.shape)}")
+
+
+def _refuse(operation: str, name: str, wanted: object, got: object) -> None:
+    raise ValueError(f"{operation}: {name}: wanted {wanted}, got {got}")
 
 
 def _result(value: Tensor) -> torch.dtype:
@@ -66,7 +89,14 @@ def _wide_sums(value_N: Tensor, lengths_S: Tensor, validate: bool) -> Tensor:
     """(S,) fp64."""
     if not len(value_N) and not len(lengths_S):  # a batch without pairs: segment_reduce wants a segment
         return value_N.double()
-    return torch.segment_reduce(value_N.double(), "sum", lengths=lengths_S, axis=0, unsafe=not validate)
+    try:
+        return torch.segment_reduce(value_N.double(), "sum", lengths=lengths_S, axis=0, unsafe=not validate)
+    except RuntimeError:
+        total, least = (int(lengths_S.sum()), int(lengths_S.min())) if validate and len(lengths_S) else (0, 0)
+        if total == len(value_N) and least >= 0:
+            raise
+        got = total if least >= 0 else f"one of {least}"
+        raise ValueError(f"lengths_S: wanted lengths that add up to {len(value_N)} rows, got {got}") from None
 
 
 def _heads(value_N: Tensor, lengths_S: Tensor, pairs_P2: Tensor, shared_P: Tensor) -> Tensor:

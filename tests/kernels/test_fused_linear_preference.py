@@ -78,7 +78,7 @@ def test_ignored_rows_of_a_packed_batch_are_no_tokens_of_their_answer(options: d
     padded.loss.backward()
     assert ours.grad is not None and theirs.grad is not None and theirs.grad.any()
     assert torch.equal(ours.grad, theirs.grad)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="lengths_S: wanted lengths that add up to 66 rows, got 60"):
         loss(ours.flatten(0, 1), weight, target.flatten(), ref, ref,
              lengths_S=torch.full((6,), 10), pairs_P2=every_row["pairs_P2"])  # fmt: skip
 
@@ -139,6 +139,9 @@ def test_a_wrong_shape_is_named() -> None:
         FusedLinearPreferenceLoss()(hidden, weight, target[:, 1:])
     with pytest.raises(ValueError, match="lengths_S, pairs_P2: wanted with packed"):
         FusedLinearPreferenceLoss()(hidden[0], weight, target[0])
+    packed = {"lengths_S": torch.full((6,), 11), "pairs_P2": torch.tensor([[0, 3]])}
+    with pytest.raises(ValueError, match=r"lengths_S, pairs_P2: wanted with packed hidden .* only"):
+        FusedLinearPreferenceLoss()(hidden, weight, target, **packed)
     with pytest.raises(ValueError, match="softcap: wanted a positive"):
         FusedLinearPreferenceLoss(softcap=0.0)
 

@@ -236,6 +236,17 @@ def test_unit_gradients_made_apart_give_the_same_gradient(dtype: torch.dtype, op
         linear_logprob_and_unit(hidden, torch.ones_like(weight), target)
 
 
+def test_unit_gradients_of_other_rows_are_refused() -> None:
+    hidden, weight, target, _ = problem(5, 16, 301)
+    out, unit = linear_logprob_and_unit(hidden, weight, target)
+    for logprob, other, message in (
+        (out.logprob[:1], unit, r"logprob_N: wanted shape \(5,\), got \(1,\)"),
+        (out.logprob, unit[:1], r"unit_ND: wanted shape \(5, 16\), got \(1, 16\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            with_unit_gradient(hidden, logprob, other)
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_entropy_has_a_gradient_when_it_is_asked_for(trained: bool) -> None:
     hidden, weight, target, bias = problem(23, 40, 20011)

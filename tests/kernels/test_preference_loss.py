@@ -249,9 +249,35 @@ def test_sums_of_answers_that_many_pairs_cut_elsewhere(seed: int) -> None:
         torch.testing.assert_close(*slopes)
 
 
-def test_lengths_that_do_not_add_up_are_refused() -> None:
-    with pytest.raises(RuntimeError):
-        pair_sums(torch.ones(5), torch.tensor([2, 2]), torch.tensor([[0, 1]]))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths_S": torch.tensor([2, 2])}, "lengths_S: wanted lengths that add up to 5 rows, got 4"),
+        (
+            {"lengths_S": torch.tensor([-1, 6])},
+            "lengths_S: wanted lengths that add up to 5 rows, got one of -1",
+        ),
+        (
+            {"lengths_S": torch.tensor([2.0, 3.0])},
+            r"lengths_S: wanted int64 of shape \(S,\), got torch.float32 \(2,\)",
+        ),
+        (
+            {"pairs_P2": torch.tensor([0, 1])},
+            r"pairs_P2: wanted int64 of shape \(P, 2\), got torch.int64 \(2,\)",
+        ),
+        ({"pairs_P2": torch.tensor([[0, 1, 1]])}, r"pairs_P2: wanted .*, got torch.int64 \(1, 3\)"),
+        ({"value_N": torch.ones(5, 1)}, r"_N: wanted shape \(N,\), got \(5, 1\)"),
+        ({"log_p2_N": torch.ones(1)}, r"log_p2_N: wanted shape \(5,\) as logp_N, got \(1,\)"),
+    ],
+)
+def test_wrong_arguments_of_sums_are_named(change: dict[str, Tensor], message: str) -> None:
+    right = {"lengths_S": torch.tensor([2, 3]), "pairs_P2": torch.tensor([[0, 1]]), **change}
+    value_N, log_p2_N = right.pop("value_N", torch.ones(5)), right.pop("log_p2_N", torch.ones(5))
+    with pytest.raises(ValueError, match=message):
+        wpo_weights(value_N, log_p2_N, **right)
+    if "log_p2_N" not in change:
+        with pytest.raises(ValueError, match=message):
+            pair_sums(value_N, **right)
 
 
 def test_wpo_weights_are_products_of_mean_token_confidences() -> None:
