@@ -30,21 +30,21 @@ class SharedPrefixLayout:
         groups: Iterable[tuple[int, Sequence[int]]],
         bidirectional: Sequence[Sequence[tuple[int, int]]] | None = None,
     ) -> SharedPrefixLayout:
-        """Layout of [(prompt length, [completion lengths]), ...]; ValueError where a length is not positive.
+        """Layout of [(prompt length, [completion lengths]), ...]; ValueError where a length is no whole positive number.
 
         bidirectional: for each group, spans (start, stop) of its prompt, in order and apart from each other, whose tokens
         also see the span's later tokens: an image's tokens in Gemma 3, the whole prompt in PaliGemma.
         """
         checked = []
         for i, (prompt, completions) in enumerate(groups):
-            if int(prompt) < 1:
+            if int(prompt) < 1 or int(prompt) != prompt:
                 raise ValueError(
                     f"SharedPrefixLayout: groups[{i}]: wanted a prompt of 1 token or more, got {prompt}"
                 )
             if not len(completions):
                 raise ValueError(f"SharedPrefixLayout: groups[{i}]: wanted a completion or more, got none")
             for j, length in enumerate(completions):
-                if int(length) < 1:
+                if int(length) < 1 or int(length) != length:
                     raise ValueError(
                         f"SharedPrefixLayout: groups[{i}]: completion {j}: wanted 1 token or more, got {length}"
                     )
@@ -65,8 +65,9 @@ class SharedPrefixLayout:
     def cached(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` returned the first time this layout was asked for `key`."""
         if key not in self._made:
-            # Tensors made in inference mode could not be trained with later.
-            with torch.inference_mode(False):
+            # Tensors made in inference mode could not be trained with later; one that names no device is meant for the CPU,
+            # whatever torch.set_default_device says.
+            with torch.inference_mode(False), torch.device("cpu"):
                 self._made[key] = make()
         return self._made[key]
 

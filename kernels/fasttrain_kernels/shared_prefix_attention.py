@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -115,7 +117,11 @@ def _refuse(name: str, wanted: object, got: object) -> None:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout) -> None:
+    if not isinstance(layout, SharedPrefixLayout):
+        _refuse("layout", "a SharedPrefixLayout", type(layout).__name__)
     t = layout.tokens
+    if not q.is_floating_point():
+        _refuse("q", "a floating dtype", q.dtype)
     if q.dim() != 4 or q.shape[0] != 1 or q.shape[2] != t:
         _refuse("q", f"shape (1, H, {t}, K)", tuple(q.shape))
     if k.dim() != 4 or k.shape[0] != 1 or k.shape[2:] != q.shape[2:] or q.shape[1] % k.shape[1]:
@@ -132,11 +138,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout) -> None:
 def _check_options(
     q: Tensor, scale: float | None, window: int | None, softcap: float | None, sinks: Tensor | None
 ) -> None:
-    if window is not None and window < 1:
+    if window is not None and not (isinstance(window, Integral) and window >= 1):
         _refuse("window", "1 token or more", window)
     for name, number in (("scale", scale), ("softcap", softcap)):
-        # kernels hide scores with -inf before they scale them: any other number would make NaN of those
-        if number is not None and not 0 < number < float("inf"):
-            _refuse(name, "a positive number", number)
+        # kernels hide scores with -inf before they scale them: any other number would make NaN of those; a tensor would get
+        # no gradient
+        if number is not None and not (isinstance(number, Real) and 0 < number < float("inf")):
+            _refuse(name, "a positive number", repr(number))
     if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
         _refuse("sinks", f"shape ({q.shape[1]},) on {q.device}", f"{tuple(sinks.shape)} on {sinks.device}")

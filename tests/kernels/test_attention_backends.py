@@ -100,9 +100,12 @@ def test_a_forced_backend_that_cannot_run_is_an_error_that_says_why() -> None:
     layout = SharedPrefixLayout.from_groups([(3, [2, 2])])
     x = torch.ones(1, 2, 7, 8, requires_grad=True)
     for backend, reason in (("flash", "flash-attn wants a CUDA device, got cpu"),
-                            ("flex", "FlexAttention has no backward on CPU")):  # fmt: skip
-        with pytest.raises(ValueError, match=f"backend: wanted one that can run, got '{backend}': {reason}"):
-            shared_prefix_attention(x, x, x, layout, backend=backend)
+                            ("flex", "FlexAttention wants a CUDA device, got cpu")):  # fmt: skip
+        for queries in (x, x.detach()):
+            with pytest.raises(
+                ValueError, match=f"backend: wanted one that can run, got '{backend}': {reason}"
+            ):
+                shared_prefix_attention(queries, queries, queries, layout, backend=backend)
 
 
 def test_an_installation_that_cannot_be_imported_is_a_reason_not_a_crash(

@@ -60,6 +60,8 @@ def test_equal_layouts_are_equal_and_survive_pickling() -> None:
         ([(0, [1])], r"groups\[0\]: wanted a prompt of 1 token or more, got 0"),
         ([(4, [1]), (4, [])], r"groups\[1\]: wanted a completion or more"),
         ([(4, [1, 0])], r"groups\[0\]: completion 1: wanted 1 token or more, got 0"),
+        ([(4.5, [1])], r"groups\[0\]: wanted a prompt of 1 token or more, got 4.5"),
+        ([(4, [1.5])], r"groups\[0\]: completion 0: wanted 1 token or more, got 1.5"),
     ],
 )
 def test_empty_parts_of_a_layout_are_refused(groups: list, message: str) -> None:
@@ -259,6 +261,14 @@ def test_a_layout_first_read_in_inference_mode_can_be_trained_with() -> None:
     assert v.grad is not None
 
 
+def test_the_default_device_is_not_a_layouts() -> None:
+    layout = SharedPrefixLayout.from_groups([(20, [9, 6])])
+    with torch.device("meta"):
+        made = [layout.position_ids(), layout.predictor_rows("cpu"), layout.dense_mask("cpu", window=5)]
+    assert {x.device.type for x in made} == {"cpu"}
+    assert layout.position_ids("meta").device.type == "meta"
+
+
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_autocast_rounds_q_k_and_v_to_its_dtype_and_nothing_else(softcap: float | None) -> None:
     # As a stock model leaves them: rotary embeddings have made q and k fp32 again, v is the projection's bf16.
@@ -284,6 +294,11 @@ def test_autocast_rounds_q_k_and_v_to_its_dtype_and_nothing_else(softcap: float 
         ({"k": torch.ones(1, 3, 7, 8)}, r"k: wanted shape \(1, a divisor of 4, 7, 8\), got \(1, 3, 7, 8\)"),
         ({"v": torch.ones(1, 4, 7, 8)}, r"v: wanted shape \(1, 2, 7, 8\) as k"),
         ({"v": torch.ones(1, 2, 7, 8).double()}, "v: wanted dtype torch.float32 as q, got torch.float64"),
+        ({"q": torch.ones(1, 4, 7, 8, dtype=torch.int64)}, "q: wanted a floating dtype, got torch.int64"),
+        ({"layout": [(3, [2, 2])]}, "layout: wanted a SharedPrefixLayout, got list"),
+        ({"window": 2.5}, "window: wanted 1 token or more, got 2.5"),
+        ({"softcap": torch.tensor(3.0)}, r"softcap: wanted a positive number, got tensor\(3.\)"),
+        ({"scale": torch.tensor(3.0)}, r"scale: wanted a positive number, got tensor\(3.\)"),
         ({"window": 0}, "window: wanted 1 token or more, got 0"),
         ({"softcap": -1.0}, "softcap: wanted a positive number, got -1.0"),
         ({"softcap": float("inf")}, "softcap: wanted a positive number, got inf"),

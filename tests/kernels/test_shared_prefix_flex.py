@@ -80,7 +80,7 @@ def test_one_compilation_serves_packs_of_all_lengths_and_windows_beyond_a_block(
     ):
         layout = SharedPrefixLayout.from_groups(groups, spans)
         q, k, v = (heads_of(layout.tokens, heads, 32, heads) for heads in (4, 2, 2))
-        out = shared_prefix_attention(q, k, v, layout, backend="flex", window=window)
+        out = flex(q, k, v, layout, Scores(32**-0.5), layout.binding_window(window), None)
         assert (out - shared_prefix_attention_ref(q, k, v, layout, window=window)).abs().max() < 2e-6
         assert out.transpose(1, 2).is_contiguous()
         # a dimension of one is a kernel of its own to torch: packs of a single block have theirs
