@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .head_options import LogitTransform
 from .linear_logprob import IGNORED, linear_logprob
-from .preference_loss import PreferenceLoss, preference_loss
-from .sequence_logprob import pair_sums, sequence_sums, wpo_weights
+from .preference_loss import PreferenceLoss, check_options, preference_loss
+from .sequence_logprob import check_ld_alpha, pair_sums, sequence_sums, wpo_weights
 
 
 class FusedLinearPreferenceLoss(nn.Module):
@@ -23,7 +23,7 @@ class FusedLinearPreferenceLoss(nn.Module):
 
     It has no parameters. Options are those of `preference_loss` and of the logits; `ld_alpha` (LD-DPO) and
     `use_weighting` (WPO) work on the per-token log-probs that exist here. With `ld_alpha` the reference log-probs must
-    be LD sums too: `pair_sums` makes them from cached per-token values.
+    be LD sums too: `pair_sums` makes them from cached per-token values. ValueError where an option is wrong.
     """
 
     def __init__(
@@ -38,6 +38,8 @@ class FusedLinearPreferenceLoss(nn.Module):
             "kind": kind, "beta": beta, "weights": weights, "label_smoothing": label_smoothing,
             "f_divergence": f_divergence, "f_alpha": f_alpha, "discopop_tau": discopop_tau, "simpo_gamma": simpo_gamma,
         }  # fmt: skip
+        check_options(**self.loss, weighted=use_weighting)
+        check_ld_alpha(ld_alpha)
         LogitTransform(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
         self.head: dict[str, Any] = {
             "temperature": temperature,

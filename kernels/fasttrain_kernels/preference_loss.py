@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -65,9 +66,10 @@ def preference_loss(
     are aot and aot_unpaired, which sort over the batch (`COUPLE_PAIRS`) and must see all of it at once.
     ValueError names the argument, what was wanted and what came.
     """
-    kinds = (kind,) if isinstance(kind, str) else tuple(kind)
-    factors = tuple(float(w) for w in weights) if weights is not None else (1.0,) * len(kinds)
-    _check_options(kinds, factors, beta, label_smoothing, f_divergence, discopop_tau, weight)
+    kinds, factors = check_options(
+        kind, weights, beta=beta, label_smoothing=label_smoothing, f_divergence=f_divergence, f_alpha=f_alpha,
+        discopop_tau=discopop_tau, simpo_gamma=simpo_gamma, weighted=weight is not None,
+    )  # fmt: skip
     named = {"chosen_P": chosen_P, "rejected_P": rejected_P, "ref_chosen_P": ref_chosen_P,
              "ref_rejected_P": ref_rejected_P, "chosen_length": chosen_length, "rejected_length": rejected_length,
              "weight": weight, "sft_logprob": sft_logprob}  # fmt: skip
@@ -156,21 +158,32 @@ def _refuse(name: str, wanted: object, got: object) -> None:
     raise ValueError(f"preference_loss: {name}: wanted {wanted}, got {got}")
 
 
-def _check_options(kinds: tuple[str, ...], factors: tuple[float, ...], beta: float, label_smoothing: float,
-                   f_divergence: str, discopop_tau: float, weight: Tensor | None) -> None:  # fmt: skip
+def check_options(
+    kind: str | Sequence[str], weights: Sequence[float] | None, *, beta: float, label_smoothing: float, f_divergence: str,
+    f_alpha: float, discopop_tau: float, simpo_gamma: float, weighted: bool,
+) -> tuple[tuple[str, ...], tuple[float, ...]]:  # fmt: skip
+    """The kinds and a factor for each; ValueError where an option of `preference_loss` is wrong, or tensors where a kernel takes
+    numbers. `weighted`: pairs have weights."""
+    kinds = (kind,) if isinstance(kind, str) else tuple(kind)
     for name in kinds:
         if name not in FORMULAS:
             _refuse("kind", f"one of {', '.join(KINDS)}", repr(name))
     if not kinds:
         _refuse("kind", "a kind or more", "none")
+    factors = tuple(float(w) for w in weights) if weights is not None else (1.0,) * len(kinds)
     if len(factors) != len(kinds):
         _refuse("weights", f"{len(kinds)} numbers, one per kind", len(factors))
-    if not 0 < beta < float("inf"):
-        _refuse("beta", "a positive number", beta)
-    if discopop_tau <= 0:
-        _refuse("discopop_tau", "a positive number", discopop_tau)
-    if not 0 <= label_smoothing < 1 or ("robust" in kinds and label_smoothing >= 0.5):
-        _refuse("label_smoothing", "[0, 0.5) for robust, else [0, 1)", label_smoothing)
+    if not all(abs(factor) < float("inf") for factor in factors):
+        _refuse("weights", "finite numbers", list(factors))
+    for name, number in (("f_alpha", f_alpha), ("simpo_gamma", simpo_gamma)):
+        if not (isinstance(number, Real) and abs(number) < float("inf")):
+            _refuse(name, "a finite number", repr(number))
+    for name, number in (("beta", beta), ("discopop_tau", discopop_tau)):
+        if not (isinstance(number, Real) and 0 < number < float("inf")):
+            _refuse(name, "a positive number", repr(number))
+    smooths = isinstance(label_smoothing, Real) and 0 <= label_smoothing < 1
+    if not smooths or ("robust" in kinds and label_smoothing >= 0.5):
+        _refuse("label_smoothing", "[0, 0.5) for robust, else [0, 1)", repr(label_smoothing))
     if "exo_pair" in kinds and label_smoothing == 0:
         _refuse("label_smoothing", "a positive number for exo_pair", label_smoothing)
     if f_divergence not in F_DIVERGENCES:
@@ -179,12 +192,13 @@ def _check_options(kinds: tuple[str, ...], factors: tuple[float, ...], beta: flo
         _refuse(
             "f_divergence", f"'reverse_kl' with {sorted(set(kinds) - TAKE_F_DIVERGENCE)}", repr(f_divergence)
         )
-    if weight is not None and COUPLE_PAIRS & set(kinds):
+    if weighted and COUPLE_PAIRS & set(kinds):
         _refuse(
             "weight",
             f"None with {sorted(COUPLE_PAIRS & set(kinds))}, whose losses belong to no pair",
-            "a tensor",
+            "weights",
         )
+    return kinds, factors
 
 
 def _check_tensors(kinds: tuple[str, ...], named: dict[str, Tensor | None]) -> None:

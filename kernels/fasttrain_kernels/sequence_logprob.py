@@ -34,8 +34,7 @@ def pair_sums(
             fully, the rest times ld_alpha. None, or 1.0: the plain sum.
         validate: as in `sequence_sums`.
     """
-    if ld_alpha is not None and not 0 <= ld_alpha <= 1:
-        raise ValueError(f"pair_sums: ld_alpha: wanted a number in [0, 1] or None, got {ld_alpha}")
+    check_ld_alpha(ld_alpha)
     _check("pair_sums", value_N, lengths_S, pairs_P2)
     lengths_S = lengths_S.to(value_N.device, non_blocking=True)
     sums_P2 = _wide_sums(value_N, lengths_S, validate)[pairs_P2]
@@ -62,6 +61,12 @@ def wpo_weights(
     lengths_S = lengths_S.to(logp_N.device, non_blocking=True)
     mean_S = sequence_sums(logp_N.double() - log_p2_N.double(), lengths_S, validate) / lengths_S.clamp(min=1)
     return mean_S[pairs_P2].sum(1).exp().to(_result(logp_N))
+
+
+def check_ld_alpha(ld_alpha: float | None) -> None:
+    """ValueError where it is not a number in [0, 1] or None."""
+    if ld_alpha is not None and not 0 <= ld_alpha <= 1:
+        _refuse("pair_sums", "ld_alpha", "a number in [0, 1] or None", ld_alpha)
 
 
 def _check(operation: str, value_N: Tensor, lengths_S: Tensor, pairs_P2: Tensor | None = None) -> None:

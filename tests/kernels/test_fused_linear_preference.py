@@ -146,6 +146,21 @@ def test_a_wrong_shape_is_named() -> None:
         FusedLinearPreferenceLoss(softcap=0.0)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "dpo"}, "kind: wanted one of"),
+        ({"beta": -1.0}, "beta: wanted a positive number, got -1.0"),
+        ({"kind": "aot", "use_weighting": True}, "weight: wanted None with"),
+        ({"ld_alpha": 3.0}, r"ld_alpha: wanted a number in \[0, 1\] or None, got 3.0"),
+        ({"temperature": 0.0}, "temperature: wanted a positive finite number"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_a_model_has_run(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FusedLinearPreferenceLoss(**options)
+
+
 def test_preference_logps_sums_each_sequence() -> None:
     hidden, weight, target = batch()
     sums = preference_logps(hidden.flatten(0, 1), weight, target.flatten(), torch.full((6,), 11))

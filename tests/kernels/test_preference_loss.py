@@ -297,6 +297,21 @@ def test_wpo_weights_are_products_of_mean_token_confidences() -> None:
         ({"kind": "nca_pair", "f_divergence": "forward_kl"}, "f_divergence: wanted 'reverse_kl' with"),
         ({"kind": "aot", "weight": torch.ones(2)}, "weight: wanted None with"),
         ({"beta": 0.0}, "beta: wanted a positive number, got 0.0"),
+        ({"beta": torch.tensor(0.1)}, r"beta: wanted a positive number, got tensor\(0.1000\)"),
+        ({"label_smoothing": float("nan")}, "label_smoothing: wanted .*, got nan"),
+        (
+            {"f_divergence": "alpha_divergence", "f_alpha": float("nan")},
+            "f_alpha: wanted a finite number, got nan",
+        ),
+        (
+            {"kind": "simpo", "simpo_gamma": torch.tensor(0.5)},
+            r"simpo_gamma: wanted a finite number, got tensor\(0.5000\)",
+        ),
+        (
+            {"kind": "discopop", "discopop_tau": float("nan")},
+            "discopop_tau: wanted a positive number, got nan",
+        ),
+        ({"weights": [float("nan")]}, r"weights: wanted finite numbers, got \[nan\]"),
         ({"weight": torch.ones(3)}, r"weight: wanted shape \(2,\) as chosen_P, got \(3,\)"),
         ({"ref_chosen_P": None}, "ref_chosen_P: wanted a tensor"),
     ],
