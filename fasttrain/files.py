@@ -151,31 +151,44 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def file_state(path: str | Path) -> tuple[int, int, int]:
+    """What tells that a file has changed since it was last seen: its size, and when content and file were changed, in ns."""
+    found = os.stat(path)  # noqa: PTH116 (a million times: a Path would cost more than the call)
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 class HashMemo:
-    """Content hashes by (path, size, modification time), kept in a SQLite file so that nothing is read twice."""
+    """Content hashes by path, size and times, kept in a SQLite file so that nothing is read twice.
+
+    Of the times a tool can put back the modification's (`cp -p`, `rsync`, `tar`), the change's only the system's clock.
+    """
 
     def __init__(self, path: Path) -> None:
         import sqlite3
 
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._new: dict[str, tuple[str, int, int]] = {}
+        self._new: dict[str, tuple[str, int, int, int]] = {}
         with self._errors_named():
             self._database = sqlite3.connect(path, timeout=60)
             with self._database:
                 self._database.execute(
-                    "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, hash TEXT, size INTEGER, mtime_ns INTEGER)"
+                    "DROP TABLE IF EXISTS files"
+                )  # an earlier version's, without the change's time
+                self._database.execute(
+                    "CREATE TABLE IF NOT EXISTS hashes "
+                    "(path TEXT PRIMARY KEY, hash TEXT, size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER)"
                 )
 
     def __call__(self, path: Path, compute: Callable[[Path], str] = hash_file) -> str:
         resolved = path.resolve()
-        stat = resolved.stat()
+        state = file_state(resolved)
         self.elsewhere(resolved)
         row = self._new.get(str(resolved)) or self._stored(str(resolved))
-        if row and row[1:] == (stat.st_size, stat.st_mtime_ns):
+        if row and row[1:] == state:
             return str(row[0])
         digest = compute(resolved)
-        self._new[str(resolved)] = (digest, stat.st_size, stat.st_mtime_ns)
+        self._new[str(resolved)] = (digest, *state)
         if len(self._new) >= 1000:
             self.save()
         return digest
@@ -186,12 +199,11 @@ class HashMemo:
     def knows(self, path: Path) -> bool:
         """Whether the file's hash is remembered and the file has not changed since."""
         resolved = path.resolve()
-        stat = resolved.stat()
         row = self._new.get(str(resolved)) or self._stored(str(resolved))
-        return bool(row and row[1:] == (stat.st_size, stat.st_mtime_ns))
+        return bool(row and row[1:] == file_state(resolved))
 
     def _stored(self, path: str) -> Any:
-        query = "SELECT hash, size, mtime_ns FROM files WHERE path = ?"
+        query = "SELECT hash, size, mtime_ns, ctime_ns FROM hashes WHERE path = ?"
         with self._errors_named():
             return self._database.execute(query, (path,)).fetchone()
 
@@ -211,7 +223,7 @@ class HashMemo:
     def save(self) -> None:
         with self._errors_named(), self._database:
             self._database.executemany(
-                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?)",
                 [(path, *row) for path, row in self._new.items()],
             )
         self._new.clear()

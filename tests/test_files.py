@@ -136,6 +136,21 @@ def test_a_hash_is_computed_once_and_again_when_the_file_changes(tmp_path: Path)
     memo.close()
 
 
+def test_other_content_of_the_same_size_and_time_is_another_file(tmp_path: Path) -> None:
+    """As `cp -p`, `rsync -t` or unpacking an archive leaves it."""
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    memo = HashMemo(tmp_path / "hashes.sqlite")
+    before = memo(path)
+    memo.save()
+    was = path.stat()
+    while path.stat().st_ctime_ns == was.st_ctime_ns:  # the clock of files ticks some hundred times a second
+        path.write_bytes(b"two")
+        os.utime(path, ns=(was.st_mtime_ns, was.st_mtime_ns))
+    assert not memo.knows(path) and memo(path) != before
+    memo.close()
+
+
 def test_a_link_and_its_target_share_a_hash(tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(b"one")
     (tmp_path / "link").symlink_to(tmp_path / "image")

@@ -106,5 +106,5 @@ class GroupIndex:
 
 
 def image_hash(ref: ImageRef, memo: HashMemo) -> str:
-    """Content hash of an image; files are read once and remembered by size and modification time."""
+    """Content hash of an image; files are read once and remembered by size and times."""
     return hash_bytes(ref.content) if ref.content is not None else memo(ref._file())

@@ -62,8 +62,8 @@ class PreparedData:
 
     rows: the row that first held the prompt; images and counts (pairs) of a group; slots: -1 while it has no tokens, then
     `members` are its rows and `bounds` the most tokens of the group and of one of its sequences. `key` names the entry of the
-    prepared cache that holds this data, None if none does; `image_state` is a hash over the sizes and modification times of its
-    image files.
+    prepared cache that holds this data, None if none does; `image_state` is a hash over the sizes and times of its image
+    files.
     """
 
     BY_NUMBER = ("rows", "images", "counts", "slots", "bounds", "member_starts")

@@ -2,7 +2,7 @@
 
 An entry is a folder under `prepared/` of the cache root, named by a hash of everything that the tokens depend on: contents of
 the pair files, where their image paths start, the settings of `data`, tokenizer, template, image settings, versions. Image
-files may change beside a pair file that does not: their sizes and modification times are compared when an entry is opened, and
+files may change beside a pair file that does not: their sizes and times are compared when an entry is opened, and
 the data carries what they were as `image_state`. An entry that does not fit, or whose files are not byte for byte what was
 written, is made again; the newest `KEPT` stay.
 """
@@ -30,7 +30,7 @@ from fasttrain.data.group_tokens import Tokenizing
 from fasttrain.data.groups import PairFiles, Skipped
 from fasttrain.data.prepared import Account, PreparedData
 from fasttrain.data.tokens import ChatTokenizer
-from fasttrain.files import HashMemo, atomic_folder, cache_root, user_path
+from fasttrain.files import HashMemo, atomic_folder, cache_root, file_state, user_path
 
 VERSION = 4  # raised when the same rows become other tokens, groups or pairs
 KEPT = 8
@@ -86,7 +86,7 @@ def _files(path: Path) -> list[Path]:
 
 
 class ImageWitness:
-    """The image files that rows name, with sizes and modification times, folded into one hash as the rows go by."""
+    """The image files that rows name, with sizes and times, folded into one hash as the rows go by."""
 
     def __init__(self) -> None:
         self._digest = blake2b(digest_size=16)
@@ -110,10 +110,10 @@ class ImageWitness:
 
 def _state_of(path: str) -> bytes:
     try:
-        found = os.stat(path)  # noqa: PTH116 (a million times: a Path would cost more than the call)
+        size, *times = file_state(path)
     except OSError:
         return b"gone"
-    return f"{path} {found.st_size} {found.st_mtime_ns}".encode("utf-8", "surrogatepass")
+    return f"{path} {size} {times}".encode("utf-8", "surrogatepass")
 
 
 def _images_now(folder: Path) -> str:

@@ -23,7 +23,7 @@ def model_identity(
     """What identifies the reference model: contents of its weights, configuration and own code, dtype, quantisation, adapter.
 
     Weights are identified by content: a hub file by the blob hash its link points to, a local file by its own hash,
-    remembered by size and modification time.
+    remembered by size and times.
     """
     settings = {key: value for key, value in model_config.to_dict().items() if key not in _INCIDENTAL}
     identity: dict[str, Any] = {
