@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ class Trackers:
 
     def __init__(self, names: list[str], folder: Path, config: dict[str, Any], first_step: int) -> None:
         self._open: dict[str, Any] = {}
+        # what ended TensorBoard's own thread, which writes its file
+        self._lost: list[BaseException | None] = []
+        self._hook = threading.excepthook
+        threading.excepthook = self._note_lost
         for name in names:
             try:
                 if name == "tensorboard":
@@ -69,8 +74,18 @@ class Trackers:
                 del self._open[name]
 
     def close(self) -> None:
-        for tracker in self._open.values():
+        for name, tracker in self._open.items():
             try:
                 tracker.close()
+                if name == "tensorboard" and self._lost and self._lost[0]:
+                    raise self._lost[0]
             except Exception as error:  # noqa: BLE001 (a tracker must not stop a run)
-                print(f"fasttrain: a tracker failed while closing: {error}", file=sys.stderr)
+                print(f"fasttrain: {name} failed while closing: {error}", file=sys.stderr)
+        threading.excepthook = self._hook
+
+    def _note_lost(self, given: threading.ExceptHookArgs) -> None:
+        """Keep TensorBoard's failure for where it is told: the thread's traceback says no more."""
+        if type(given.thread).__module__.startswith("tensorboard."):
+            self._lost.append(given.exc_value)
+        else:
+            self._hook(given)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -72,3 +75,25 @@ def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(
     trackers.close()
     assert lines == [1, 2]
     assert capsys.readouterr().err == "fasttrain: wandb failed, no longer tracked: server gone\n"
+
+
+@pytest.mark.parametrize("lines", [1, 20])
+def test_a_full_disk_under_tensorboard_is_one_line(
+    lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its file is written by a thread of its own, whose failure may come with a line's or not before the end."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    hook = threading.excepthook
+    trackers = Trackers(["tensorboard"], tmp_path, {}, 1)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    for step in range(lines):
+        trackers.log({"step": step, "loss": 0.5}, step)
+    trackers.close()
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and told[0].startswith("fasttrain: tensorboard failed")
+    assert "No space left on device" in told[0] and threading.excepthook is hook
