@@ -42,19 +42,29 @@ class Task:
     def is_done(self) -> bool:
         if not (self.output.exists() and self.note.exists()):
             return False
-        if (
-            self.after
-            and self.after.exists()
-            and self.after.stat().st_mtime_ns > self.note.stat().st_mtime_ns
-        ):
-            return False  # what it used was made anew
         if self.tried.exists() and _read(self.tried)["found"] != _modified_ns(self.output):
             return False  # a later attempt left another output
         said, now = _read(self.note), self.read()
+        if not self._used_that(said):
+            return False
         if not self._is_command(said["command"], said.get("folder")):
             return False
         # notes of earlier versions do not tell what was read; paths are the command's, by whatever name
         return list(said.get("inputs", now).values()) == list(now.values())
+
+    def used(self) -> str | None:
+        """A hash of the note of what this task uses, which is another one when that is made anew; None without one."""
+        return hash_file(self.after) if self.after and self.after.exists() else None
+
+    def _used_that(self, said: dict[str, Any]) -> bool:
+        """Whether the note `said` is of what is there now to use."""
+        used = self.used()
+        if "used" in said:
+            return bool(said["used"] == used)
+        if self.after is None or used is None:
+            return True
+        # notes of earlier versions do not tell: theirs is the older one, if the clock was never set back
+        return self.after.stat().st_mtime_ns <= self.note.stat().st_mtime_ns
 
     def is_same(self, attempt: Attempt) -> bool:
         """Whether it was at this command with these files."""
@@ -94,7 +104,7 @@ class Attempt:
     """A command that runs, or ended without success. seconds: over all attempts at the same result; None if not known.
 
     found: when the output was modified last before the first attempt since the task's note; None if there was none. As
-    long as the output is that one, the note tells the truth of it. folder: the study's then.
+    long as the output is that one, the note tells the truth of it. folder: the study's then. used: as `Task.used`.
     """
 
     command: str
@@ -102,6 +112,7 @@ class Attempt:
     seconds: float | None
     found: int | None
     folder: str | None = None
+    used: str | None = None
 
 
 def begin(task: Task) -> Attempt:
@@ -119,7 +130,9 @@ def begin(task: Task) -> Attempt:
     elif found is not None and not task.note.exists():
         seconds = None  # made outside the study, as by a scheduler: to go on with it takes no time
     folder = None if task.folder is None else str(task.folder)
-    attempt = Attempt(command=command, inputs=inputs, seconds=seconds, found=found, folder=folder)
+    attempt = Attempt(
+        command=command, inputs=inputs, seconds=seconds, found=found, folder=folder, used=task.used()
+    )
     write_json(task.tried, asdict(attempt))
     return attempt
 
@@ -134,7 +147,8 @@ def keep_time(task: Task, attempt: Attempt, seconds: float) -> Attempt:
 
 def succeed(task: Task, attempt: Attempt, *, incomplete: bool) -> None:
     """Note which command made the output, from which files, in what time."""
-    note = {name: getattr(attempt, name) for name in ("command", "inputs", "seconds", "folder")}
+    names = ("command", "inputs", "seconds", "folder", "used")
+    note = {name: getattr(attempt, name) for name in names}
     write_json(task.note, note | ({"incomplete": True} if incomplete else {}))
     task.tried.unlink()
 

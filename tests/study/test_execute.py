@@ -58,6 +58,22 @@ def test_what_is_done_is_not_done_again_and_what_failed_is(tmp_path: Path, pytho
     assert [(tmp_path / name).read_text() for name in ("first", "third")] == ["xx", "xx"]
 
 
+@pytest.mark.parametrize("ns", [1, 10**18 * 4])
+def test_what_was_made_anew_is_used_anew_whatever_the_clock_says(
+    ns: int, tmp_path: Path, python_tasks: None
+) -> None:
+    """Set back between two starts, or all times alike, as a copy of the study has them."""
+    first = _task(tmp_path, "first", COUNT)
+    third = _task(tmp_path, "third", COUNT, after=first.note)
+    execute([first, third], tmp_path / "logs", lambda text: None)
+    os.utime(first.note, ns=(ns, ns))
+    assert third.is_done()
+    changed = _task(tmp_path, "first", COUNT + "\n")
+    execute([changed], tmp_path / "logs", lambda text: None)
+    os.utime(first.note, ns=(ns, ns))
+    assert not third.is_done()
+
+
 def test_what_was_made_from_other_files_is_made_again(tmp_path: Path, python_tasks: None) -> None:
     pairs = tmp_path / "pairs"
     task = dataclasses.replace(_task(tmp_path, "one", COUNT), inputs=(pairs, tmp_path / "recipe"))
