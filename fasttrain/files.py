@@ -41,13 +41,19 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """For a block that writes to `path`: OSError with its name when there is no room, which the system tells without one."""
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """For a block that writes to `path`: OSError with its name when there is no room, which the system tells without one.
+
+    What is under `temporary`, which is to become `path`, is told by the name it is to have.
+    """
     try:
         yield
     except Exception as error:
-        number = _no_room(error)
-        if number is None or getattr(error, "filename", None) is not None:
+        number, told = _no_room(error), getattr(error, "filename", None)
+        if isinstance(error, OSError) and temporary and str(told).startswith(str(temporary)):
+            name = str(path) + str(told).removeprefix(str(temporary))
+            raise OSError(error.errno, error.strerror, name) from None
+        if number is None or told is not None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from None
 
@@ -63,11 +69,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Write beside, fsync, rename: a reader sees the old file or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with naming(path), temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with naming(path, temporary):
+            with temporary.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -86,17 +93,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        with naming(path):
+        with naming(path, temporary):
+            temporary.mkdir(parents=True)
             yield temporary
-        for file in [temporary, *temporary.rglob("*")]:
-            handle = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        _put_in_place(temporary, path)
+            for file in [temporary, *temporary.rglob("*")]:
+                handle = os.open(file, os.O_RDONLY)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+            _put_in_place(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -114,7 +121,10 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     except BaseException:
         old.rename(path)
         raise
-    shutil.rmtree(old)
+    if old.is_symlink():  # what it leads to is the user's
+        old.unlink()
+    else:
+        shutil.rmtree(old)
 
 
 def _aside(path: Path) -> Path:

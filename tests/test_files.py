@@ -192,6 +192,27 @@ def test_the_cache_stands_where_the_environment_says(monkeypatch: pytest.MonkeyP
     assert cache_root() == tmp_path / ".cache" / "fasttrain"
 
 
+def test_an_error_names_the_file_as_it_is_to_be_called(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as file:
+        write_atomic(tmp_path / "absent" / "made", "text")
+    with pytest.raises(FileNotFoundError) as part, atomic_folder(tmp_path / "made") as temporary:
+        write_json(temporary / "absent" / "state.json", {})
+    with pytest.raises(FileNotFoundError) as other, atomic_folder(tmp_path / "made"):
+        (tmp_path / "other").read_text()
+    told = [str(error.value.filename) for error in (file, part, other)]
+    assert told == [str(tmp_path / name) for name in ("absent/made", "made/absent/state.json", "other")]
+
+
+def test_a_link_in_the_place_of_a_folder_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "kept").touch()
+    (tmp_path / "final").symlink_to(tmp_path / "mine")
+    with atomic_folder(tmp_path / "final") as temporary:
+        (temporary / "new").touch()
+    assert names(tmp_path / "final") == ["new"] and names(tmp_path / "mine") == ["kept"]
+    assert names(tmp_path) == ["final", "mine"]
+
+
 @pytest.fixture
 def little_room() -> Iterator[None]:
     """No file may grow beyond 4 kB: the system and libraries in Rust tell that as they tell a full disk."""

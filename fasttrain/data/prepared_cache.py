@@ -30,7 +30,7 @@ from fasttrain.data.group_tokens import Tokenizing
 from fasttrain.data.groups import PairFiles, Skipped
 from fasttrain.data.prepared import Account, PreparedData
 from fasttrain.data.tokens import ChatTokenizer
-from fasttrain.files import HashMemo, atomic_folder, cache_root, file_state, user_path
+from fasttrain.files import HashMemo, atomic_folder, cache_root, file_state, naming, user_path
 
 VERSION = 4  # raised when the same rows become other tokens, groups or pairs
 KEPT = 8
@@ -94,12 +94,14 @@ class ImageWitness:
 
     def see(self, paths: list[str]) -> None:
         for path in paths:
-            self._file.write(json.dumps(path) + "\n")
+            with naming(Path(tempfile.gettempdir())):
+                self._file.write(json.dumps(path) + "\n")
             self._digest.update(_state_of(path))
 
     def written(self, folder: Path) -> str:
         """Write the names into `folder`; the hash over them."""
-        self._file.seek(0)
+        with naming(Path(tempfile.gettempdir())):
+            self._file.seek(0)
         with (folder / "images.jsonl").open("w", encoding="utf-8") as out:
             shutil.copyfileobj(self._file, out)
         return self._digest.hexdigest()
