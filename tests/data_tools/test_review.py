@@ -1,5 +1,6 @@
 """Blind review: the page's server, what it reveals, what it keeps through crashes, agreement, Argilla's format."""
 
+import errno
 import json
 import os
 import random
@@ -349,6 +350,25 @@ def test_judgements_are_synced_before_they_are_acknowledged(pairs, monkeypatch):
     review = Review(pairs, 3, 0)
     review.judge("anna", review.items[0], "left")
     assert len(synced) == 1
+
+
+def test_a_full_disk_is_told_to_the_page_and_what_is_told_as_lost_is_not_there_later(
+    pairs, serve, monkeypatch
+):
+    review = Review(pairs, 3, 0)
+    url = serve(review, pairs.parent).url
+
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    body = {"rater": "anna", "id": review.items[0].id, "verdict": "left"}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        code, told = fetch(f"{url}judge", body)
+    assert code == 500 and told.decode() == f"not kept: No space left on device: {reviews_path(pairs)}"
+    assert not Judgements(reviews_path(pairs)).standing() and not review.judgements.of("anna")
+    assert fetch(f"{url}judge", body)[0] == 200
+    assert len(Judgements(reviews_path(pairs)).standing()) == 1
 
 
 def test_pairs_that_share_an_id_are_all_reviewed(tmp_path, write_rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from fasttrain_data.errors import BadRow
-from fasttrain_data.jsonl import Row, dump_row, finite_number, parse_line
+from fasttrain_data.jsonl import Row, dump_row, finite_number, naming, parse_line
 from fasttrain_data.records import now
 
 Verdict = Literal["left", "right", "tie", "skip"]
@@ -66,14 +67,19 @@ class Judgements:
 
     def _write(self, row: Row) -> None:
         line = (dump_row(row) + "\n").encode()
-        with self.path.open("ab+") as file:
-            if file.seek(0, os.SEEK_END):
+        with naming(self.path), self.path.open("ab+", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if end:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     line = b"\n" + line
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)  # what is told as not kept is not there at the next start
+                raise
 
 
 def read_judgements(path: Path) -> Iterator[Row]:

@@ -104,6 +104,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(400, str(mistake).encode(), "text/plain; charset=utf-8")
         except ConnectionError:
             self.close_connection = True
+        except TimeoutError:  # of the connection
+            raise
+        except OSError as error:  # a full disk
+            told = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+            self._send(500, f"not kept: {told}".encode(), "text/plain; charset=utf-8")
 
     def _next(self, values: dict[str, str]) -> None:
         rater = values.get("rater", "")
