@@ -150,6 +150,7 @@ def test_a_wrong_key_or_model_ends_the_run_at_once_and_the_key_is_not_shown(
         assert stderr.count("\n") == 1
         written = "".join(path.read_text() for path in tmp_path.glob("annotations*"))
         assert "SECRET-KEY-123" not in stdout + stderr + written
+        assert not list(tmp_path.glob("annotations*"))
 
 
 def test_a_missing_key_or_a_bad_address_is_a_mistake_of_the_user(completions, command, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -76,19 +77,18 @@ def annotate(
     prompts left without reply then have status quota.
     """
     run = _Run(completions, output, settings)
-    try:
-        if settings.batch:
-            run.call_in_batches(judge, quiet)
-        else:
-            run.call(judge, quiet)
-        return run.write()
-    except MixedVersions as mixed:
-        raise UserError(
-            f"{output}: wanted replies of one model version, got {mixed}; pass --allow-mixed-versions to keep "
-            "them together, or annotate to another file"
-        ) from None
-    finally:
-        run.close()
+    with contextlib.closing(run.prompts), run.journal:
+        try:
+            if settings.batch:
+                run.call_in_batches(judge, quiet)
+            else:
+                run.call(judge, quiet)
+            return run.write()
+        except MixedVersions as mixed:
+            raise UserError(
+                f"{output}: wanted replies of one model version, got {mixed}; pass --allow-mixed-versions to keep "
+                "them together, or annotate to another file"
+            ) from None
 
 
 def forecast(completions: Path, output: Path, settings: AnnotateSettings) -> Forecast:
@@ -108,7 +108,8 @@ def forecast(completions: Path, output: Path, settings: AnnotateSettings) -> For
             result.usd = result.price.of(result.prompt_tokens, result.output_tokens, settings.batch)
         return result
     finally:
-        run.close(keep_empty=False)
+        run.journal.close(keep_empty=False)
+        run.prompts.close()
 
 
 class _Run:
@@ -127,10 +128,6 @@ class _Run:
         self.ledger.journal = self.journal
         self.settled = self.bad_images = 0
         self.stopped: str | None = None
-
-    def close(self, *, keep_empty: bool = True) -> None:
-        self.journal.close(keep_empty=keep_empty)
-        self.prompts.close()
 
     def open_calls(self) -> Iterator[PlannedCall]:
         """Calls that are still to be made, prompt by prompt; equal calls once."""
