@@ -20,6 +20,7 @@ from fasttrain_data.errors import BadRow, UserError
 
 Row = dict[str, Any]
 _CHUNK = 1 << 20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NON_FINITE = "NaN or infinity written as null"
 _BETWEEN = re.compile(r"[\s,]*")
 
@@ -165,12 +166,19 @@ class LineFile:
 
 
 def check_output(output: Path, *inputs: Path) -> None:
-    """UserError if the output is a folder or one of the files it is made from."""
+    """UserError if the output is a folder, a device, or one of the files it is made from."""
     if output.is_dir():
         raise UserError(f"--out: wanted a file, got the folder {output}")
+    if _is_special(output):
+        raise UserError(f"--out: wanted a file, got {output}, a device or a pipe")
     for path in inputs:
         if output.exists() and path.exists() and output.samefile(path):
             raise UserError(f"--out: wanted another file than the input, got {output}")
+
+
+def _is_special(path: Path) -> bool:
+    """Whether the path is something else than a file or a folder: a file put in its place would end it."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def dump_row(row: Row) -> str:
@@ -237,25 +245,46 @@ def is_unicode(text: str) -> bool:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """OSError of the block with the file's name: the system tells none when a write fails."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Any]:
-    """A binary file to write; it takes the name `path` only when the block ends well (fsync, rename)."""
+    """A binary file to write; it takes the name `path`, or that of the file it links to, only when the block ends well.
+
+    UserError for a device or a pipe.
+    """
+    if _is_special(path):
+        raise UserError(f"{path}: wanted a file to write, got a device or a pipe")
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            with naming(path):
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
-            error.filename = str(path)  # a write of the system's tells no name
+        # what was read while the block wrote is not this file's failure
+        ours = isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename is None
+        if isinstance(error, OSError) and (ours or error.filename == str(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        with naming(path.parent):
+            os.fsync(folder)
     finally:
         os.close(folder)
 

@@ -1,9 +1,11 @@
 """Reading and writing of JSON rows."""
 
 import datetime
+import errno
 import gzip
 import json
 import math
+import os
 import random
 from decimal import Decimal
 
@@ -83,6 +85,42 @@ def test_an_interrupted_writer_leaves_the_old_file(tmp_path):
         raise KeyboardInterrupt
     assert path.read_text() == "old\n"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_a_pipe_or_a_device_is_refused_and_stays_one(tmp_path):
+    """A file put in its place would end it: `-o /dev/null` made the machine's null device a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match="wanted a file to write, got a device or a pipe"):
+        jsonl.write_text(pipe, "text")
+    with pytest.raises(UserError, match=r"--out: wanted a file, got .*pipe, a device or a pipe"):
+        jsonl.check_output(pipe)
+    assert pipe.is_fifo() and [entry.name for entry in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "out.jsonl").symlink_to(tmp_path / "large" / "out.jsonl")
+    for text in ("new", "newer"):
+        jsonl.write_text(tmp_path / "out.jsonl", text)
+        assert (tmp_path / "out.jsonl").is_symlink()
+        assert (tmp_path / "large" / "out.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_write_that_fails_names_the_file_that_was_to_be(tmp_path, monkeypatch, code):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(code)) as synced:
+        patch.setattr(os, "fsync", fail)
+        jsonl.write_text(tmp_path / "out.jsonl", "text")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as renamed:
+        jsonl.write_text(tmp_path / "folder", "text")
+    told = [error.value.filename for error in (synced, renamed)]
+    assert told == [str(tmp_path / "out.jsonl"), str(tmp_path / "folder")]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
 
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path):

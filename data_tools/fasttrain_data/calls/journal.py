@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from fasttrain_data.errors import BadRow, UserError
-from fasttrain_data.jsonl import Row, dump_row, parse_line, read_lines
+from fasttrain_data.jsonl import Row, dump_row, naming, parse_line, read_lines
 from fasttrain_data.spill import OffsetIndex
 
 # SIGKILL loses nothing that was written; fsync is for power cuts, and every reply need not wait for one.
@@ -61,20 +61,19 @@ class Journal:
         """Write an entry; when this returns, a killed process has not lost it."""
         line = (dump_row({"key": key, **entry}) + "\n").encode()
         offset = self._end
-        try:
+        with naming(self.path):
             written = os.write(self._file, line)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
-        if written < len(line):
-            os.ftruncate(self._file, offset)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            if written < len(line):
+                os.ftruncate(self._file, offset)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._end += written
         self._index.put(key, offset)
         if time.monotonic() - self._synced_s > _SYNC_EVERY_S:
             self.sync()
 
     def sync(self) -> None:
-        os.fsync(self._file)
+        with naming(self.path):
+            os.fsync(self._file)
         self._synced_s = time.monotonic()
 
     def close(self, *, keep_empty: bool = True) -> None:
