@@ -394,6 +394,7 @@ def main() -> None:
         command = getattr(error, "ctx", None)
         _fail(error.format_message() + (f" (see {command.command_path} --help)" if command else ""), 2)
     except (click.Abort, KeyboardInterrupt) as error:
+        fail_all("interrupted", 130)  # says itself how to go on
         first = error.__cause__ if isinstance(error.__cause__, KeyboardInterrupt) else error  # click wraps it
         told = str(first) or _HOW_TO_GO_ON.get(sys.argv[1] if sys.argv[1:] else "", "")
         _fail(f"interrupted{told}", 130)

@@ -34,10 +34,11 @@ def main() -> None:
     _alone = True
     try:
         from fasttrain.cli import main as run
-    except KeyboardInterrupt:  # later ones are told there
-        print("fasttrain: interrupted", file=sys.stderr)
+
+        run()
+    except KeyboardInterrupt:  # while that is imported, or while it was telling of another end
+        sys.stderr.write("fasttrain: interrupted\n")
         sys.exit(130)
-    run()
 
 
 def _start_with_tunables() -> None:

@@ -61,7 +61,7 @@ def strike(rank: int, after: int, blow: Callable[[], None]) -> Callable[[], None
     return install
 
 
-def raising(error: Exception) -> Callable[[], None]:
+def raising(error: BaseException) -> Callable[[], None]:
     def blow() -> None:
         raise error
 
@@ -148,6 +148,15 @@ def test_failing_rank_is_named_once_with_its_cause(
     (message,) = ended.messages
     assert message.startswith(f"fasttrain: error: rank {rank} (") and words in message
     assert "Traceback" not in ended.stderr
+
+
+def test_an_interrupt_of_one_rank_is_told_once_with_how_to_go_on(
+    recipe: Path, run_ranks: Any, command: Any
+) -> None:
+    ended = run_ranks(command("dpo", "-c", recipe, before=strike(1, 9, raising(KeyboardInterrupt()))))
+    assert ended.codes == [130, 130], ended.stderr
+    (message,) = ended.messages
+    assert message.count("interrupted") == message.count("--resume") == 1, message
 
 
 def test_bug_shows_the_traceback_of_the_rank_that_has_it(recipe: Path, run_ranks: Any, command: Any) -> None:
