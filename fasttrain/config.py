@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import math
-import os
 import re
-import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from fasttrain.errors import UserError, did_you_mean
 from fasttrain.other_trainers import OURS
+from fasttrain.setting_types import is_union
 from fasttrain.settings import (
     F_DIVERGENCES,
     LOSS_KINDS,
@@ -33,7 +30,7 @@ from fasttrain.settings import (
 
 __all__ = [
     "F_DIVERGENCES", "LOSS_KINDS", "TRACKERS", "DPOConfig", "DataConfig", "DistributedConfig", "LoraConfig", "LossConfig",
-    "ModelConfig", "ReferenceConfig", "TrainConfig", "config_from_dict", "load_config", "type_name",
+    "ModelConfig", "ReferenceConfig", "TrainConfig", "config_from_dict", "load_config",
 ]  # fmt: skip
 
 
@@ -152,7 +149,7 @@ def _build(cls: type, raw: Any, prefix: str) -> Any:
     for key, value in raw.items():
         if key not in hints:
             raise UserError(f"unknown key {prefix}{key}" + _suggest(str(key), list(hints), prefix))
-        values[key] = _coerce(value, hints[key], f"{prefix}{key}")
+        values[key] = _value(value, hints[key], f"{prefix}{key}")
     return cls(**values)
 
 
@@ -170,7 +167,8 @@ def _suggest(key: str, known: list[str], prefix: str) -> str:
     return did_you_mean(key, known) or f"; wanted one of {', '.join(known)}"
 
 
-def _coerce(value: Any, hint: Any, key: str) -> Any:
+def _value(value: Any, hint: Any, key: str) -> Any:
+    """A section from its mapping; a plain value as it is: the section that it belongs to puts it in its type."""
     options = typing.get_args(hint) if is_union(hint) else (hint,)
     for option in options:
         if dataclasses.is_dataclass(option) and isinstance(option, type):
@@ -179,85 +177,4 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
             if type(None) in options and not isinstance(value, dict):
                 raise UserError(f"{key}: wanted a section with keys, or null, got {value!r}")
             return _build(option, {} if value is None else value, f"{key}.")
-    for option in options:
-        matched, result = _match(value, option)
-        if matched:
-            return result
-    wanted = " or ".join(type_name(option) for option in options)
-    # 2026-11-23, 0123 and no are values of other types in YAML
-    advice = (
-        "; put it in quotes"
-        if str in options and isinstance(value, (bool, int, float, datetime.date))
-        else ""
-    )
-    if typing.get_origin(hint) is list and not isinstance(value, list):
-        advice = "; [] for none" if value in (None, False, "none", "None") else f"; did you mean [{value}]?"
-    raise UserError(f"{key}: wanted {wanted}, got {_shown(value)}{advice}")
-
-
-def _shown(value: Any) -> str:
-    try:
-        return str(value) if isinstance(value, datetime.date) else repr(value)
-    except ValueError:  # Python spells no integer of more than 4300 digits
-        return f"an integer of {value.bit_length()} bits"
-
-
-def is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
-
-
-def _match(value: Any, option: Any) -> tuple[bool, Any]:
-    """Whether a value, of YAML or a path object, fits one plain type, and the value in that type."""
-    if option is type(None):
-        return value is None, None
-    if typing.get_origin(option) is Literal:
-        return type(value) is str and value in typing.get_args(option), value
-    if option is bool:
-        return isinstance(value, bool), value
-    if option is str:
-        text = os.fsdecode(value) if isinstance(value, os.PathLike) else value
-        return isinstance(text, str) and _can_be_written(text), text
-    if option in (int, float):
-        return _match_number(value, option)
-    if typing.get_origin(option) is list:
-        (item,) = typing.get_args(option)
-        if not isinstance(value, list):
-            return False, None
-        matched = [_match(entry, item) for entry in value]
-        return all(good for good, _ in matched), [entry for _, entry in matched]
-    raise TypeError(f"no rule for {option}")
-
-
-def _can_be_written(text: str) -> bool:
-    """Whether a path can hold it and a UTF-8 file: YAML's escapes can spell NUL and lone surrogates."""
-    try:
-        return b"\0" not in text.encode()
-    except UnicodeEncodeError:
-        return False
-
-
-def _match_number(value: Any, option: type) -> tuple[bool, Any]:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return False, None
-    try:
-        number = float(value)  # PyYAML reads 1e-6 as a string
-    except (ValueError, OverflowError):
-        return False, None
-    if not math.isfinite(number):
-        return False, None
-    if option is float:
-        return True, number
-    if isinstance(value, int):
-        return True, value
-    return number.is_integer(), int(number)
-
-
-def type_name(option: Any) -> str:
-    if option is type(None):
-        return "null"
-    if typing.get_origin(option) is Literal:
-        return " or ".join(typing.get_args(option))
-    if typing.get_origin(option) is list:
-        return f"a list of {type_name(typing.get_args(option)[0])}"
-    names = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
-    return names.get(option, str(option))
+    return value

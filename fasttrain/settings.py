@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
+import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
 
 from fasttrain.errors import UserError, did_you_mean
+from fasttrain.setting_types import fitted
 
 LOSS_KINDS = (
     "sigmoid", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -43,17 +44,10 @@ def refuse(present: bool, key: str, what: str) -> None:
         raise UserError(f"{key}: {what} is not available in this version of fasttrain")
 
 
-def paths_as_text(section: Any) -> None:
-    """Put the text of a path where a section was given a path object, alone or in a list, for text."""
-    for about in dataclasses.fields(section):
-        value = getattr(section, about.name)
-        if "str" not in str(about.type):
-            continue
-        if isinstance(value, os.PathLike):
-            object.__setattr__(section, about.name, os.fsdecode(value))
-        elif isinstance(value, list) and any(isinstance(entry, os.PathLike) for entry in value):
-            texts = [os.fsdecode(entry) if isinstance(entry, os.PathLike) else entry for entry in value]
-            object.__setattr__(section, about.name, texts)
+def put_in_types(section: Any, prefix: str) -> None:
+    """Put the values that a section was given, in Python or by a recipe, in the types of its fields; UserError names a misfit."""
+    for name, hint in typing.get_type_hints(type(section)).items():
+        object.__setattr__(section, name, fitted(getattr(section, name), hint, f"{prefix}{name}"))
 
 
 def _is_pattern(text: str) -> bool:
@@ -87,7 +81,7 @@ class ModelConfig:
     trust_remote_code: bool = setting(False, "Run Python code that comes with the model repository.")
 
     def __post_init__(self) -> None:
-        paths_as_text(self)
+        put_in_types(self, "model.")
         # bitsandbytes picks outlier columns from all rows of a pass, so a log-prob would depend on what is packed with it
         refuse(self.quantize == "int8", "model.quantize", "int8")
 
@@ -105,7 +99,7 @@ class LoraConfig:
     init_from: str | None = setting(None, "Start from this PEFT adapter; the reference is then that adapter.")
 
     def __post_init__(self) -> None:
-        paths_as_text(self)
+        put_in_types(self, "lora.")
         if self.init_from is None:  # else the adapter's own
             for name, value in (("rank", 128), ("alpha", 256.0), ("targets", "auto")):
                 if getattr(self, name) is None:
@@ -150,7 +144,7 @@ class DataConfig:
     workers: int | Literal["auto"] = setting("auto", "Processes that prepare packs ahead of the step.")
 
     def __post_init__(self) -> None:
-        paths_as_text(self)
+        put_in_types(self, "data.")
         for name, paths in (("data.train", self.train), ("data.eval", self.eval)):
             require(not (isinstance(paths, list) and "" in paths), name, "paths, none of them empty", paths)
         require(self.eval != "", "data.eval", "a path, several, or null", self.eval)
@@ -201,7 +195,7 @@ class LossConfig:
         return [self.kind] if isinstance(self.kind, str) else self.kind
 
     def __post_init__(self) -> None:
-        paths_as_text(self)
+        put_in_types(self, "loss.")
         require(bool(self.kinds), "loss.kind", "a loss or a list of losses", self.kind)
         for kind in self.kinds:
             if kind not in LOSS_KINDS:
@@ -257,7 +251,7 @@ class TrainConfig:
     keep_checkpoints: int = setting(2, "How many checkpoints stay.")
 
     def __post_init__(self) -> None:
-        paths_as_text(self)
+        put_in_types(self, "train.")
         require(bool(self.output), "train.output", "a folder", self.output)
         for name in ("max_steps", "eval_every", "checkpoint_every"):
             value = getattr(self, name)
@@ -294,7 +288,7 @@ class ReferenceConfig:
     )
 
     def __post_init__(self) -> None:
-        paths_as_text(self)
+        put_in_types(self, "reference.")
         require(bool(self.cache), "reference.cache", "auto or a folder", self.cache)
 
 
@@ -304,7 +298,7 @@ class DistributedConfig:
     deepspeed_config: str | None = setting(None, "A DeepSpeed JSON merged over ours.")
 
     def __post_init__(self) -> None:
-        paths_as_text(self)
+        put_in_types(self, "distributed.")
         require(self.zero_stage in (None, 2, 3), "distributed.zero_stage", "null, 2 or 3", self.zero_stage)
         require(
             self.deepspeed_config is None or self.zero_stage is not None, "distributed.deepspeed_config",
@@ -327,7 +321,7 @@ class DPOConfig:
 
     def __post_init__(self) -> None:
         self._check_sections()
-        paths_as_text(self)
+        object.__setattr__(self, "track", fitted(self.track, list[str], "track"))
         require(bool(self.model.name), "model.name", "a hub id or a folder", self.model.name)
         require(bool(self.data.train), "data.train", "a pair file", self.data.train)
         for name in self.track:

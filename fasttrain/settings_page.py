@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import yaml
 
-from fasttrain.config import is_union, type_name
+from fasttrain.setting_types import is_union, type_name
 from fasttrain.settings import DPOConfig
 
 HEAD = """# Settings

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -364,6 +365,36 @@ def test_a_path_object_where_no_text_is_wanted_is_refused_by_name() -> None:
         UserError, match=r"^loss\.kind: wanted one of .* got 'sigmod'; did you mean 'sigmoid'"
     ):
         LossConfig(kind=Path("sigmod"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        (TrainConfig, "schedule", "cosine_with_restarts"),  # would have been cosine
+        (TrainConfig, "share_prefix", "false"),  # would have been true
+        (TrainConfig, "pairs_per_step", 4.5),
+        (TrainConfig, "learning_rate", float("inf")),
+        (DataConfig, "overflow", "cut"),
+        (DataConfig, "workers", "many"),
+        (ModelConfig, "dtype", "float16"),
+        (LoraConfig, "rank", True),
+        (LossConfig, "weights", [float("nan")]),
+    ],
+)
+def test_a_value_given_in_python_is_checked_as_one_of_a_recipe(section: Any, key: str, value: Any) -> None:
+    name = f"{section.__name__.removesuffix('Config').lower()}.{key}"
+    with pytest.raises(UserError, match=rf"^{re.escape(name)}: wanted .*, got {re.escape(repr(value))}$"):
+        section(**{key: value})
+
+
+def test_numbers_and_tuples_of_python_are_put_in_the_types_of_the_recipe() -> None:
+    train = TrainConfig(learning_rate=np.float32(0.5), pairs_per_step=np.int64(4))  # type: ignore[arg-type]
+    loss = LossConfig(kind=("sigmoid", "sft"), weights=(1, "1e-1"))  # type: ignore[arg-type]
+    config = DPOConfig(model=ModelConfig(name="m"), data=DataConfig(train="p.jsonl"), train=train, loss=loss)
+    read = yaml.safe_load(config.to_yaml())
+    assert config_from_dict(read) == config
+    assert (read["train"]["learning_rate"], read["train"]["pairs_per_step"]) == (0.5, 4)
+    assert (read["loss"]["kind"], read["loss"]["weights"]) == (["sigmoid", "sft"], [1.0, 0.1])
 
 
 @pytest.mark.parametrize("name", ["model", "lora", "data", "loss", "train", "reference", "distributed"])
