@@ -178,6 +178,9 @@ class LossConfig:
         0.0, "Assumed share of flipped labels; sigmoid then is conservative DPO."
     )
     f_divergence: str = setting("reverse_kl", f"One of {', '.join(F_DIVERGENCES)}.")
+    f_alpha: float = setting(0.5, "Order of alpha_divergence; 1 is reverse_kl.")
+    discopop_tau: float = setting(0.05, "discopop: how sharply the margin decides between its two losses.")
+    simpo_gamma: float = setting(0.5, "simpo: the margin that is wanted.")
     ld_alpha: float | None = setting(
         None, "Length desensitisation: weight of tokens beyond the shorter answer."
     )
@@ -215,6 +218,7 @@ class LossConfig:
             self.f_divergence in F_DIVERGENCES,
             "loss.f_divergence", f"one of {', '.join(F_DIVERGENCES)}", self.f_divergence,
         )  # fmt: skip
+        require(self.discopop_tau > 0, "loss.discopop_tau", "a positive number", self.discopop_tau)
         require(self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "loss.ld_alpha", "0 to 1", self.ld_alpha)
         weight = self.router_aux_weight
         require(0 <= weight < math.inf, "loss.router_aux_weight", "a number of at least 0", weight)

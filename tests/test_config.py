@@ -90,7 +90,10 @@ MINE = {"model": {"name": "m"}, "data": {"train": "p.jsonl"}}
 ADDED = {
     "data.eval_prompt_suffix",
     "data.eval_questions",
+    "loss.discopop_tau",
+    "loss.f_alpha",
     "loss.router_aux_weight",
+    "loss.simpo_gamma",
     "model.bos",
     "model.trust_remote_code",
 }  # beyond the published keys

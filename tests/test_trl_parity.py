@@ -227,10 +227,23 @@ def test_other_vision_families_steps_equal_trl(
     assert_same_steps(ours, theirs, 2)
 
 
-@pytest.mark.parametrize(("kind", "label_smoothing"), [("hinge", 0.0), ("ipo", 0.0), ("robust", 0.1)])
+# what TRL calls a setting, where it is not as we do
+TRL_NAMES = {"kind": "loss_type", "f_divergence": "f_divergence_type", "f_alpha": "f_alpha_divergence_coef"}
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"kind": ["hinge"]},
+        {"kind": ["ipo"]},
+        {"kind": ["robust"], "label_smoothing": 0.1},
+        {"kind": ["discopop"], "discopop_tau": 0.2},
+        {"kind": ["sigmoid"], "f_divergence": "alpha_divergence", "f_alpha": 0.3},
+    ],
+    ids=lambda loss: loss["kind"][0],
+)
 def test_loss_kind_steps_equal_trl(
-    kind: str,
-    label_smoothing: float,
+    loss: dict[str, Any],
     text_model: Path,
     text_pairs: Callable[..., Path],
     tiny_models: ModuleType,
@@ -238,9 +251,10 @@ def test_loss_kind_steps_equal_trl(
 ) -> None:
     adapter = tiny_models.build_adapter(text_model, tmp_path / "adapter")
     pairs = text_pairs(tmp_path / "pairs.jsonl", 24, per_prompt=PER_PROMPT)
-    shared = {"beta": 0.3, "label_smoothing": label_smoothing}
-    theirs = trl_steps(text_model, adapter, pairs, tmp_path / "trl", 5, loss_type=[kind], **shared)
-    ours = fasttrain_steps(text_model, adapter, pairs, tmp_path / "ours", 5, loss={"kind": kind} | shared)
+    loss = {"beta": 0.3} | loss
+    options = {TRL_NAMES.get(name, name): value for name, value in loss.items()}
+    theirs = trl_steps(text_model, adapter, pairs, tmp_path / "trl", 5, **options)
+    ours = fasttrain_steps(text_model, adapter, pairs, tmp_path / "ours", 5, loss=loss)
     assert_same_steps(ours, theirs, 5, beta=0.3)
 
 

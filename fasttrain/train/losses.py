@@ -45,6 +45,13 @@ class PairLoss:
             for name, default in (("f_divergence", "reverse_kl"), ("ld_alpha", None)):
                 got, wanted = getattr(config, name), "null" if default is None else default
                 require(got == default, f"loss.{name}", f"{wanted} with sft, which does not use it", got)
+        for name, part, used in (
+            ("f_alpha", "loss.f_divergence alpha_divergence", config.f_divergence == "alpha_divergence"),
+            ("discopop_tau", "loss.kind discopop", "discopop" in config.kinds),
+            ("simpo_gamma", "loss.kind simpo", "simpo" in config.kinds),
+        ):
+            got, default = getattr(config, name), getattr(LossConfig, name)
+            require(used or got == default, f"loss.{name}", f"no value without {part}", got)
         try:
             one, length = torch.zeros(1), torch.ones(1, dtype=torch.int64)
             self(one, one, length, torch.zeros(1, 2, dtype=torch.int64), one, 1.0)
@@ -76,7 +83,8 @@ class PairLoss:
             weight = wpo_weights(logp_N.detach(), side_N.double(), lengths_S, pairs_P2, validate=False)
         out = preference_loss(
             *scored, *ref, kind=config.kind, weights=config.weights, beta=config.beta,
-            label_smoothing=config.label_smoothing, f_divergence=config.f_divergence,
+            label_smoothing=config.label_smoothing, f_divergence=config.f_divergence, f_alpha=config.f_alpha,
+            discopop_tau=config.discopop_tau, simpo_gamma=config.simpo_gamma,
             chosen_length=lengths_S[pairs_P2[:, 0]], rejected_length=lengths_S[pairs_P2[:, 1]],
             weight=weight, mean_chosen_length=mean_chosen_length, sft_logprob=chosen_P,
         )  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from fasttrain.config import LOSS_KINDS, LossConfig
 from fasttrain.errors import UserError
 from fasttrain.train.losses import TAKE_SMOOTHING, PairLoss
+from fasttrain_kernels import preference_loss
 
 
 def run(model: Path, pairs: Path, folder: Path, *overrides: str) -> list[dict[str, Any]]:
@@ -76,6 +77,31 @@ def test_label_smoothing_changes_a_loss_or_is_refused(kind: str) -> None:
     assert values[0] != values[1]
 
 
+@pytest.mark.parametrize(
+    ("options", "name", "values"),
+    [
+        ({"f_divergence": "alpha_divergence"}, "f_alpha", (-1.0, 0.5, 1.5)),
+        ({"kind": ["discopop", "sft"]}, "discopop_tau", (0.01, 0.05, 2.0)),
+        ({"kind": "simpo"}, "simpo_gamma", (0.0, 0.5, 1.4)),
+    ],
+)
+def test_a_constant_of_the_recipe_is_that_of_the_formula(
+    options: dict[str, Any], name: str, values: tuple[float, ...]
+) -> None:
+    logp, lengths = torch.tensor([-3.0, -1.0, -2.5, -4.0]), torch.tensor([2, 2])
+    reference, pairs = logp + torch.tensor([0.3, -0.2, 0.1, 0.4]), torch.tensor([[0, 1]])
+    found = []
+    for value in values:
+        config = LossConfig(**options, **{name: value})
+        found.append(float(PairLoss(config)(logp, reference, lengths, pairs, None, 2.0).total))
+        expected = preference_loss(
+            *torch.tensor([[-4.0], [-6.5], [-3.9], [-6.0]]), kind=config.kind, f_divergence=config.f_divergence,
+            chosen_length=lengths[:1], rejected_length=lengths[1:], mean_chosen_length=2.0, **{name: value},
+        )  # fmt: skip
+        assert found[-1] == pytest.approx(float(expected.loss), rel=1e-6)
+    assert len(set(found)) == 3
+
+
 def test_kinds_of_the_recipe_are_those_of_the_kernels() -> None:
     from fasttrain_kernels import KINDS
 
@@ -93,6 +119,12 @@ def test_kinds_of_the_recipe_are_those_of_the_kernels() -> None:
             "loss.f_divergence: wanted reverse_kl with sft",
         ),
         (["loss.kind=[sft]", "loss.ld_alpha=0.5"], "loss.ld_alpha: wanted null with sft, .* got 0.5"),
+        (["loss.f_alpha=0.3"], "loss.f_alpha: wanted no value without loss.f_divergence alpha_divergence"),
+        (["loss.discopop_tau=0.1"], "loss.discopop_tau: wanted no value without loss.kind discopop"),
+        (
+            ["loss.kind=cpo", "loss.simpo_gamma=1"],
+            "loss.simpo_gamma: wanted no value without loss.kind simpo",
+        ),
     ],
 )
 def test_contradicting_loss_options_are_a_users_mistake(
