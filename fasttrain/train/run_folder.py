@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fasttrain.config import DPOConfig, read_yaml_mapping
+from fasttrain.config import DPOConfig, config_from_dict, read_yaml_mapping
 from fasttrain.errors import UserError
 from fasttrain.files import delete_whole, remove_leftovers, user_path, write_atomic, write_json
 from fasttrain.ranks import ranks
@@ -117,7 +117,7 @@ def _check_same_recipe(folder: Path, config: DPOConfig) -> None:
     path = folder / "config.yaml"
     if not path.exists():
         return
-    before = _flatten(read_yaml_mapping(path))
+    before = _flatten(_with_defaults(read_yaml_mapping(path)))
     now = _flatten(config.to_dict())
     different = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
@@ -126,6 +126,14 @@ def _check_same_recipe(folder: Path, config: DPOConfig) -> None:
     ]
     if different:
         raise UserError(f"--resume: the recipe differs from {path}: " + "; ".join(different))
+
+
+def _with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with the defaults of settings that are newer than it; as it is if it can no longer be read."""
+    try:
+        return config_from_dict(recipe).to_dict()
+    except UserError:
+        return recipe
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

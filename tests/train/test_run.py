@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from fasttrain.errors import UserError
 
@@ -281,6 +282,19 @@ def test_resume_with_another_recipe_is_refused_and_listed(tiny_text: Path, text:
         UserError, match=r"loss.beta was 0.1, is 0.2; train.learning_rate was 0.005, is 0.001"
     ):
         run(tiny_text, text, "loss.beta=0.2", "train.learning_rate=1e-3", "train.max_steps=9", resume=True)
+
+
+def test_a_run_of_a_version_with_fewer_settings_goes_on(tiny_text: Path, text: Path, run: Runner) -> None:
+    folder = run(tiny_text, text, "train.max_steps=2").folder
+    recipe = yaml.safe_load((folder / "config.yaml").read_text())
+    del recipe["loss"]["f_alpha"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
+    assert len(run(tiny_text, text, "train.max_steps=3", resume=True).metrics) == 3
+    (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(
+        UserError, match=r"loss.f_alpha was 0.5, is 0.3; loss.f_divergence was 'reverse_kl', is"
+    ):
+        run(tiny_text, text, "loss.f_divergence=alpha_divergence", "loss.f_alpha=0.3", resume=True)
 
 
 def test_resuming_a_finished_run_says_that_nothing_is_left(
