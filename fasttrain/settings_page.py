@@ -18,6 +18,11 @@ are YAML. Relative paths start at the working directory, not at the recipe; path
 `python -m fasttrain.settings_page > docs/settings.md`.
 """
 
+FULL = """
+`lora: null` is full fine-tuning: of the language model with its head. A vision tower stays as it is, a projector unless
+`model.train_projector` is true.
+"""
+
 
 def settings_page() -> str:
     """The whole page, Markdown."""
@@ -35,7 +40,7 @@ def _sections() -> Iterator[str]:
             yield from _table([(entry.name, hints[entry.name], entry)])
             continue
         nullable = type(None) in typing.get_args(hints[entry.name])
-        yield f"## {entry.name}\n" + ("\n`lora: null` is full fine-tuning.\n" if nullable else "")
+        yield f"## {entry.name}\n" + (FULL if nullable else "")
         types = typing.get_type_hints(section)
         yield from _table([(f"{entry.name}.{f.name}", types[f.name], f) for f in dataclasses.fields(section)])
 
