@@ -20,7 +20,7 @@ from fasttrain.data.prepared import PreparedData
 from fasttrain.environment import collect_facts
 from fasttrain.errors import UserError
 from fasttrain.files import user_path
-from fasttrain.model.load import stop_token_ids
+from fasttrain.model.load import pick_device, stop_token_ids
 from fasttrain.progress import Progress, say
 from fasttrain.ranks import ranks
 from fasttrain.run_lines import read_steps
@@ -75,21 +75,45 @@ class RunResult:
 
 def train_dpo(config: DPOConfig, *, resume: bool = False, overwrite: bool = False) -> RunResult:
     """Run a recipe; UserError for a mistake in it. Every file of the run is in `config.train.output`."""
-    return train(config, PairLoss(config.loss), resume=resume, overwrite=overwrite)
+    return train(config, PairLoss(_recipe(config).loss), resume=resume, overwrite=overwrite)
 
 
 def train_sft(config: DPOConfig, *, resume: bool = False, overwrite: bool = False) -> RunResult:
     """The same machinery with the cross-entropy of answers (`completion`, or `chosen` of pairs) and no reference."""
-    return train(config, AnswerLoss(config.loss), resume=resume, overwrite=overwrite)
+    return train(config, AnswerLoss(_recipe(config).loss), resume=resume, overwrite=overwrite)
+
+
+def _recipe(config: DPOConfig) -> DPOConfig:
+    if not isinstance(config, DPOConfig):
+        raise UserError(
+            f"config: wanted a DPOConfig, which load_config(path) reads from a recipe, got {config!r}"
+        )
+    return config
 
 
 OBJECTIVES: dict[str, Callable[[LossConfig], Objective]] = {"dpo": PairLoss, "sft": AnswerLoss}
 
 
 def train(config: DPOConfig, loss: Objective, *, resume: bool = False, overwrite: bool = False) -> RunResult:
-    """Run a recipe with an objective, whatever the caller's gradient mode."""
-    with torch.inference_mode(False), torch.enable_grad(), contextlib.closing(RunLock()) as lock:
+    """Run a recipe with an objective, whatever the caller's gradient mode, autocast and default dtype."""
+    with _modes_of_a_run(), contextlib.closing(RunLock()) as lock:
         return _train(config, loss, lock, resume, overwrite)
+
+
+@contextlib.contextmanager
+def _modes_of_a_run() -> Iterator[None]:
+    """What torch is told in every run: reference log-probs computed in a caller's autocast would be cached for all runs."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(pick_device().type, enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _train(config: DPOConfig, loss: Objective, lock: RunLock, resume: bool, overwrite: bool) -> RunResult:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -404,6 +405,36 @@ def test_the_callers_gradient_mode_changes_nothing(
         ours = run(tiny_text, text).metrics
     assert [line["loss"] for line in ours] == [line["loss"] for line in truth]
     assert truth[0]["grad_norm"] == ours[0]["grad_norm"] > 0
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    assert torch.get_default_dtype() == dtype
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "mode", [lambda: torch.autocast("cpu", torch.bfloat16), lambda: default_dtype(torch.bfloat16)]
+)
+def test_the_callers_precision_changes_neither_the_run_nor_the_cached_references(
+    mode: Callable[[], Any], tiny_text: Path, text: Path, run: Runner, fresh_cache: Path
+) -> None:
+    with mode():
+        ours = run(tiny_text, text).metrics
+    truth = run(tiny_text, text).metrics  # with the references that were cached in that mode
+    assert [line["loss"] for line in ours] == [line["loss"] for line in truth]
+
+
+@pytest.mark.parametrize("config", ["recipe.yaml", {"model": {"name": "m"}}, None])
+def test_what_is_no_recipe_is_a_users_mistake(config: Any) -> None:
+    from fasttrain import train_dpo, train_sft
+
+    for train in (train_dpo, train_sft):
+        with pytest.raises(UserError, match=r"^config: wanted a DPOConfig, which load_config\(path\) reads"):
+            train(config)
 
 
 def test_a_first_step_without_a_gradient_is_told(
