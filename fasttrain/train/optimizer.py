@@ -43,17 +43,31 @@ def trainable_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return named
 
 
-def parameter_groups(named: Iterable[tuple[str, Tensor]], config: TrainConfig) -> list[dict[str, Any]]:
-    """The optimizer's groups: projectors have their own rate; vectors, norms and embeddings do not decay."""
+def parameter_groups(
+    module: nn.Module, named: Iterable[tuple[str, Tensor]], config: TrainConfig
+) -> list[dict[str, Any]]:
+    """The optimizer's groups of a module's parameters: projectors have their own rate; vectors, norms and embeddings do not decay."""
+    plain = _norms_and_embeddings(module)
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in named:
         rate = config.projector_learning_rate if in_projector(name) else config.learning_rate
-        plain = len(full_shape(parameter)) < 2 or "norm" in name or "embed" in name
-        groups.setdefault((rate, 0.0 if plain else config.weight_decay), []).append(parameter)
+        decay = 0.0 if name in plain or len(full_shape(parameter)) < 2 else config.weight_decay
+        groups.setdefault((rate, decay), []).append(parameter)
     return [
         {"params": params, "lr": rate, "peak_lr": rate, "weight_decay": decay}
         for (rate, decay), params in groups.items()
     ]
+
+
+def _norms_and_embeddings(module: nn.Module) -> set[str]:
+    """Names of their parameters, by what the modules are: Gemma 4's `embed_vision` is a linear layer."""
+    found = set()
+    for name, owner in module.named_modules():
+        whole = isinstance(owner, nn.Embedding) or "norm" in type(owner).__name__.lower()
+        for leaf, _ in owner.named_parameters(recurse=False):
+            if whole or "embedding" in leaf or "lora_embedding_" in name:
+                found.add(f"{name}.{leaf}")
+    return found
 
 
 class MasterOptimizer:
@@ -70,7 +84,7 @@ class MasterOptimizer:
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.live
         ]
         self.grad_clip = config.grad_clip
-        groups = parameter_groups(zip(self.names, self.masters), config)
+        groups = parameter_groups(module, zip(self.names, self.masters), config)
         self.optimizer = make_optimizer(groups, config.optimizer)
 
     def gather_gradients(self) -> None:

@@ -64,7 +64,7 @@ class ZeroEngine:
         if checkpointing:
             checkpoint_decoder(policy.model)
         named = trainable_parameters(policy)
-        groups = parameter_groups(named, config.train)
+        groups = parameter_groups(policy, named, config.train)
         policy.head.gathered_once = self.stage == 3 and not policy.head.weight.requires_grad
         settings = deepspeed_settings(config, policy.model.dtype)
         self.offloaded = offload_device(settings, "offload_optimizer") != "none"
