@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fasttrain.config import DPOConfig, config_from_dict, read_yaml_mapping
+from fasttrain.config import DPOConfig, read_yaml_mapping
 from fasttrain.errors import UserError
 from fasttrain.files import delete_whole, remove_leftovers, user_path, write_atomic, write_json
 from fasttrain.ranks import ranks
@@ -129,11 +130,13 @@ def _check_same_recipe(folder: Path, config: DPOConfig) -> None:
 
 
 def _with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe with the defaults of settings that are newer than it; as it is if it can no longer be read."""
-    try:
-        return config_from_dict(recipe).to_dict()
-    except UserError:
-        return recipe
+    """A run's whole recipe with the defaults of settings that are newer than it."""
+    whole = dict(recipe)
+    for about in dataclasses.fields(DPOConfig):
+        section = about.default_factory() if callable(about.default_factory) else about.default
+        if dataclasses.is_dataclass(section) and isinstance(recipe.get(about.name), dict):
+            whole[about.name] = dataclasses.asdict(section) | recipe[about.name]  # type: ignore[arg-type]
+    return whole
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
