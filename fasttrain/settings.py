@@ -335,6 +335,10 @@ class DPOConfig:
             self.model.train_projector or rate == TrainConfig().projector_learning_rate,
             "train.projector_learning_rate", "no value without model.train_projector", rate,
         )  # fmt: skip
+        require(
+            self.train.eval_every is None or bool(self.data.eval),
+            "train.eval_every", "null without data.eval", self.train.eval_every,
+        )  # fmt: skip
         if self.lora is None and self.model.quantize:
             raise UserError("model.quantize: a quantised model cannot be fine-tuned in full (lora is null)")
         if self.train.compile and self.distributed.zero_stage == 3:

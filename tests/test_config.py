@@ -436,6 +436,12 @@ def test_a_rate_for_a_projector_that_is_not_trained_is_refused(tmp_path: Path) -
     recipe("", tmp_path, "train.projector_learning_rate=1e-4", "model.train_projector=true")
 
 
+def test_evaluations_of_nothing_are_refused(tmp_path: Path) -> None:
+    told = mistake("", tmp_path, "train.eval_every=5")
+    assert "train.eval_every: wanted null without data.eval, got 5" in told
+    assert recipe("", tmp_path, "train.eval_every=5", "data.eval=pope").train.eval_every == 5
+
+
 def test_a_quantised_model_cannot_be_tuned_in_full(tmp_path: Path) -> None:
     assert "model.quantize" in mistake("", tmp_path, "lora=null", "model.quantize=nf4")
 
