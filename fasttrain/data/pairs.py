@@ -19,7 +19,7 @@ IMAGE = ("image", "")
 Part = tuple[str, str]  # ("text", its text) or IMAGE
 Message = tuple[str, tuple[Part, ...]]  # role, parts
 _UNREAD = frozenset(("tool_calls", "reasoning_content", "thinking", "reasoning"))
-_COLUMNS = frozenset(("tools", "videos", "audios"))
+_COLUMNS = frozenset(("tools", "videos", "audios", "chat_template_kwargs"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +86,17 @@ def unread_field(message: dict[str, Any]) -> str | None:
 
 
 def unread_column(row: dict[str, Any]) -> str | None:
-    """A column with what a prompt would hold and that is not read here; LLaMA-Factory's no tools are "[]"."""
+    """A column with what a prompt would hold and that is not read here."""
     if _COLUMNS.isdisjoint(row):
         return None
-    return next((name for name in row if name in _COLUMNS and row[name] and row[name] != "[]"), None)
+    return next((name for name in row if name in _COLUMNS and _is_given(row[name])), None)
+
+
+def _is_given(value: Any) -> bool:
+    """Whether a column says something: LLaMA-Factory's no tools are "[]", Arrow's no options a mapping of nulls."""
+    if isinstance(value, dict):
+        return any(entry is not None for entry in value.values())
+    return bool(value) and value != "[]"
 
 
 def check_images(pair: Pair) -> None:

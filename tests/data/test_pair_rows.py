@@ -99,6 +99,11 @@ TEXT_FORMS: dict[str, dict[str, Any]] = {
     "no images given": {**SHORT, "images": []},
     "no tools given": {**SHORT, "tools": []},
     "no videos and no audios": {**SHORT, "videos": [], "audios": None},
+    "no options of the template": {**SHORT, "chat_template_kwargs": {}},
+    "no options of the template, as Arrow fills them": {
+        **SHORT,
+        "chat_template_kwargs": {"enable_thinking": None},
+    },
     "no tools given, as text": {**SHORT, "tools": ""},
     "no tools given, as LLaMA-Factory writes it": {**SHORT, "tools": "[]"},
 }
@@ -291,6 +296,10 @@ LONG_TURNS = [turn("user", "a"), turn("assistant", "b")]
         ({**SHORT, "tools": [{"type": "function"}]}, "tools: wanted a row without tools, got [{'type': 'function'}]"),
         ({**SHORT, "tools": '[{"type": "function"}]'}, "tools: wanted a row without tools, got [{"),
         ({**SHORT, "videos": ["a.mp4"]}, "videos: wanted a row without videos, got ['a.mp4']"),
+        (
+            {**SHORT, "chat_template_kwargs": {"enable_thinking": False}},
+            "chat_template_kwargs: wanted a row without chat_template_kwargs, got {'enable_thinking': False}",
+        ),
         ({**SHORT, "audios": ["a.wav"]}, "audios: wanted a row without audios, got ['a.wav']"),
         (
             {"chosen": [turn("user", "a"), turn("assistant", "x")], "rejected": [turn("user", "b"), turn("assistant", "y")]},
