@@ -30,6 +30,38 @@ def test_near_duplicates_are_found_on_one_image_and_a_changed_word_is_not_one():
     )
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("What is 3 + 4?", "What is 3 - 4?"),
+        ("What is 3*4?", "What is 3/4?"),
+        ("Is bar A > bar B?", "Is bar A < bar B?"),
+        ("Does it cost $5?", "Does it cost €5?"),
+        ("Is it written in C++?", "Is it written in C#?"),
+        ("What does 😀 mean?", "What does 🎉 mean?"),
+        ("किताब?", "कताब?"),  # a vowel sign is no letter to Unicode
+        ("ข้าว?", "ขาว?"),  # nor is a tone mark
+    ],
+)
+def test_signs_and_marks_that_change_a_question_do_not_make_it_a_duplicate(one, other):
+    assert normal_form(one) != normal_form(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("What's the x-axis?", "what’s the X axis"),
+        ("What does **this** mean?", "What does this mean?"),
+        ("Is it ❤️?", "is it ❤"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("می\u200cخواهم", "میخواهم"),
+        ("What is 3 - 4?", "what is 3-4"),
+    ],
+)
+def test_how_a_question_is_typeset_does_not_tell_it_apart(one, other):
+    assert normal_form(one) == normal_form(other)
+
+
 @pytest.mark.parametrize("near", [0.1, 0.3, 0.7, 0.8, 0.99, 1.0])
 def test_duplicates_are_those_that_comparing_with_every_earlier_question_finds(near):
     rng = random.Random(5)

@@ -11,6 +11,10 @@ _STEERLM = re.compile(
     r"\s+Likert\s+scale:\s*(?:[A-Z][a-z]+:\s*\d\s*,?\s*)+",
 )
 _ARTICLES = frozenset({"a", "an", "the"})
+_BETWEEN_NUMBERS = re.compile(r"(?<=\d)\s*([-*])\s*(?=\d)")
+_OPERATORS = {"-": "\N{MINUS SIGN}", "*": "\N{MULTIPLICATION SIGN}"}
+_BESIDE_WORDS = re.compile(r"[^\w\s]")
+_SAYS_SOMETHING = frozenset("/%#&@\\^")
 
 
 def clean_text(text: str) -> tuple[str, list[str]]:
@@ -33,10 +37,24 @@ def clean_text(text: str) -> tuple[str, list[str]]:
 
 
 def normal_form(text: str) -> str:
-    """Case, punctuation, accents' encoding and articles put aside: equal for trivially different questions."""
+    """Case, punctuation, accents' encoding and articles put aside: equal for trivially different questions.
+
+    Signs that mean something are words of their own: those of arithmetic and currencies, emoji.
+    """
     folded = unicodedata.normalize("NFKC", text).casefold()
-    words = re.findall(r"\w+", folded)
+    folded = _BETWEEN_NUMBERS.sub(lambda match: _OPERATORS[match[1]], folded)
+    words = _BESIDE_WORDS.sub(_sign, folded).split()
     return " ".join(word for word in words if word not in _ARTICLES)
+
+
+def _sign(match: re.Match[str]) -> str:
+    """What stands for a character that is no letter, digit or blank."""
+    kind = unicodedata.category(match[0])
+    if kind == "Cf" or match[0] in "\N{VARIATION SELECTOR-15}\N{VARIATION SELECTOR-16}":
+        return ""  # nobody sees it
+    if kind in ("Mn", "Mc"):  # vowels and tones of many scripts
+        return match[0]
+    return f" {match[0]} " if kind in ("Sm", "Sc", "So") or match[0] in _SAYS_SOMETHING else " "
 
 
 def trigrams(normal: str) -> frozenset[tuple[str, ...]]:
