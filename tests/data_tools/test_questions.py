@@ -150,6 +150,20 @@ def test_llava_conversations_keep_their_turns(drafts):
     assert drafts(record) == [("line 1", "human and gpt turns do not alternate")]
 
 
+def test_a_system_turn_or_column_begins_the_history(drafts):
+    system = {"from": "system", "value": "Be brief."}
+    turns = [human("Who?"), gpt("Ann."), human("Where?")]
+    for row in ({"conversations": [system, *turns]}, {"conversations": turns, "system": "Be brief."}):
+        first, second = drafts(row, turns="each")
+        assert [(turn.role, turn.text) for turn in first.history] == [("system", "Be brief.")]
+        assert [turn.role for turn in second.history] == ["system", "user", "assistant"]
+        assert (first.question, second.question) == ("Who?", "Where?")
+    [draft] = drafts({"conversations": turns[:1], "system": ""})
+    assert draft.history == []
+    late = drafts({"conversations": [*turns[:2], system, turns[2]]})
+    assert late == [("line 1", "human and gpt turns do not alternate")]
+
+
 def test_question_files_are_read_and_scigraphqa_is_recognised_by_its_image_names(drafts):
     rows = [
         {"question_id": 0, "text": "Why?", "image": "1801.01974v2-Figure10-1.png", "category": "conv"},

@@ -23,6 +23,7 @@ ARXIV_FIGURE = re.compile(
     r"^(?:\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?_?\d{7})v\d+-(?:Figure|Table)", re.IGNORECASE
 )
 COORDINATES = re.compile(r"\bX:\s*\d+,?\s*Y:\s*\d+")
+_SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 _NO_UNICODE = "text that is not valid Unicode"
 # SciGraphQA's `response`: questions with their answers as the language model wrote them, line breaks included.
 _ASKED = re.compile(r"^\s*Question:(.*?)^\s*Answer:(.*?)(?=^\s*Question:|\Z)", re.MULTILINE | re.DOTALL)
@@ -180,7 +181,10 @@ def _read_lrv(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
 
 def _read_llava(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
     base = Draft("llava", place, "", _images(row), source_id=_optional(row, "id"))
-    yield from _from_conversation(base, _conversation(row), turns or "last")
+    conversation = _conversation(row, _SPEAKERS | {"system": "system"})
+    if row.get("system"):  # LLaMA-Factory's column
+        conversation.insert(0, ("system", _string(row, "system")))
+    yield from _from_conversation(base, conversation, turns or "last")
 
 
 def _read_llava_questions(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
@@ -232,13 +236,15 @@ READERS: dict[str, Callable[[Row, str, Turns | None], Iterator[Draft]]] = {
 
 
 def _from_conversation(base: Draft, conversation: list[tuple[str, str]], turns: Turns) -> Iterator[Draft]:
-    """Drafts of the chosen human turns; everything before a turn becomes its history."""
+    """Drafts of the chosen human turns; everything before a turn becomes its history, a system turn in front too."""
     changed = list(base.changed)
     cleaned: list[tuple[str, str]] = []
     for role, text in conversation:
         text, repairs = clean_text(text)
         changed += repairs
         cleaned.append((role, text))
+    told = [_turn("system", text) for role, text in cleaned[:1] if role == "system"]
+    cleaned = cleaned[len(told) :]
     if not cleaned or cleaned[0][0] != "human" or not cleaned[0][1]:
         raise Unusable("no question")
     if any(role != ("human", "gpt")[index % 2] for index, (role, _) in enumerate(cleaned)):
@@ -246,14 +252,14 @@ def _from_conversation(base: Draft, conversation: list[tuple[str, str]], turns: 
     positions = list(range(0, len(cleaned), 2))
     chosen = {"first": positions[:1], "last": positions[-1:], "each": positions}[turns]
     for at in chosen:
-        history = [_turn("user" if role == "human" else "assistant", text) for role, text in cleaned[:at]]
+        said = [_turn("user" if role == "human" else "assistant", text) for role, text in cleaned[:at]]
         source_id = base.source_id if len(chosen) == 1 else f"{base.source_id}#{at // 2 + 1}"
         yield Draft(
             base.source,
             base.place,
             cleaned[at][1],
             base.images,
-            history,
+            told + said,
             cleaned[at + 1][1] if at + 1 < len(cleaned) else None,
             source_id,
             changed=list(dict.fromkeys(changed)),
@@ -266,11 +272,10 @@ def _turn(role: Literal["system", "user", "assistant"], text: str) -> Turn:
     return Turn(role=role, text=text)
 
 
-def _conversation(row: Row) -> list[tuple[str, str]]:
+def _conversation(row: Row, names: dict[str, str] = _SPEAKERS) -> list[tuple[str, str]]:
     turns = row.get("conversations") or row.get("messages") or []
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise Unusable("conversations is not a list of turns")
-    names = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
     result = []
     for turn in turns:
         role, value = (
