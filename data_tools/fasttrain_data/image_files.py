@@ -13,6 +13,7 @@ from fasttrain_data.ids import image_hash
 from fasttrain_data.jsonl import is_unicode
 
 MAX_PIXELS = 100_000_000  # more than any camera makes; a decompression bomb needs far more
+_LONGEST_TOLD = 300  # of a name that may be a whole image in base64
 _MAGIC = {
     b"\x89PNG\r\n\x1a\n": "image/png",
     b"\xff\xd8\xff": "image/jpeg",
@@ -37,13 +38,21 @@ class ImageFile:
 def find_image(root: Path, name: str) -> Path:
     """The file `name` under `root`; BadImage if it is missing or leaves the root by `..`, absolute path or link."""
     if "\x00" in name or not is_unicode(name):
-        raise BadImage(f"not a file name: {name!r}")
+        raise BadImage(f"not a file name: {_told(repr(name))}")
     path = Path(os.path.realpath(root / name))
     if not path.is_relative_to(os.path.realpath(root)):
-        raise BadImage(f"outside the image root {root}: {name}")
-    if not path.is_file():
-        raise BadImage(f"no such file: {root / name}")
+        raise BadImage(f"outside the image root {root}: {_told(name)}")
+    try:
+        found = path.is_file()
+    except OSError as error:  # longer than a file name can be, as inline base64 is
+        raise BadImage(f"no path of a file ({error.strerror}): {_told(name)}") from None
+    if not found:
+        raise BadImage(f"no such file: {_told(str(root / name))}")
     return path
+
+
+def _told(name: str) -> str:
+    return name if len(name) <= _LONGEST_TOLD else f"{name[:_LONGEST_TOLD]}..."
 
 
 def read_image(path: Path) -> ImageFile:

@@ -164,6 +164,18 @@ def test_a_system_turn_or_column_begins_the_history(drafts):
     assert late == [("line 1", "human and gpt turns do not alternate")]
 
 
+def test_an_image_given_as_inline_base64_is_a_missing_image(tmp_path, write_rows, read_rows, command):
+    inline = "data:image/png;base64," + "iVBORw0KGgo" * 500
+    rows = [{"question": "Why?"}, {"question": "What is it?", "image": inline}]
+    source = write_rows(tmp_path / "source.jsonl", rows)
+    code, stdout, stderr = command("questions", source, "-o", tmp_path / "q.jsonl")
+    assert (code, stderr) == (0, "")
+    assert "1  missing image" in stdout
+    [skipped] = read_rows(tmp_path / "q.skipped.jsonl")
+    assert skipped["detail"].startswith("no path of a file (File name too long): data:image/png")
+    assert len(skipped["detail"]) < 400
+
+
 def test_question_files_are_read_and_scigraphqa_is_recognised_by_its_image_names(drafts):
     rows = [
         {"question_id": 0, "text": "Why?", "image": "1801.01974v2-Figure10-1.png", "category": "conv"},
