@@ -13,13 +13,12 @@ from typing import Any
 
 from fasttrain.data.bad_row import BadRow, printable
 from fasttrain.data.images import ImageRef, check_header, resolve_inside
+from fasttrain_data.unread import unread_column, unread_field
 
 PLACEHOLDER = "<image>"
 IMAGE = ("image", "")
 Part = tuple[str, str]  # ("text", its text) or IMAGE
 Message = tuple[str, tuple[Part, ...]]  # role, parts
-_UNREAD = frozenset(("tool_calls", "reasoning_content", "thinking", "reasoning"))
-_COLUMNS = frozenset(("tools", "videos", "audios", "chat_template_kwargs"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,27 +75,6 @@ def read_example(row: dict[str, Any], where: str, image_root: Path) -> Pair:
     name = where if row.get("id") is None else printable(str(row["id"]))
     text = _read_completion(answer, field, where)
     return Pair(where=where, id=name, messages=messages, images=images, chosen=text, rejected=None)
-
-
-def unread_field(message: dict[str, Any]) -> str | None:
-    """A field of a message besides its content that a chat template may write and that is not read here."""
-    if _UNREAD.isdisjoint(message):
-        return None
-    return next((name for name in message if name in _UNREAD and message[name]), None)
-
-
-def unread_column(row: dict[str, Any]) -> str | None:
-    """A column with what a prompt would hold and that is not read here."""
-    if _COLUMNS.isdisjoint(row):
-        return None
-    return next((name for name in row if name in _COLUMNS and _is_given(row[name])), None)
-
-
-def _is_given(value: Any) -> bool:
-    """Whether a column says something: LLaMA-Factory's no tools are "[]", Arrow's no options a mapping of nulls."""
-    if isinstance(value, dict):
-        return any(entry is not None for entry in value.values())
-    return bool(value) and value != "[]"
 
 
 def check_images(pair: Pair) -> None:

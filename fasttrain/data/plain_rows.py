@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fasttrain.data.images import ImageRef, resolve_inside
-from fasttrain.data.pairs import IMAGE, PLACEHOLDER, Message, Pair, Part, unread_column, unread_field
+from fasttrain.data.pairs import IMAGE, PLACEHOLDER, Message, Pair, Part
+from fasttrain_data.unread import unread_column, unread_field
 
 _ROLES = ("user", "system", "assistant")
 _REMEMBERED = 20_000

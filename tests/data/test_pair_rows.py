@@ -100,9 +100,10 @@ TEXT_FORMS: dict[str, dict[str, Any]] = {
     "no tools given": {**SHORT, "tools": []},
     "no videos and no audios": {**SHORT, "videos": [], "audios": None},
     "no options of the template": {**SHORT, "chat_template_kwargs": {}},
-    "no options of the template, as Arrow fills them": {
+    "no variables of the template": {
         **SHORT,
         "chat_template_kwargs": {"enable_thinking": None},
+        "tools": "null",
     },
     "no tools given, as text": {**SHORT, "tools": ""},
     "no tools given, as LLaMA-Factory writes it": {**SHORT, "tools": "[]"},
