@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fasttrain_data.errors import BadRow
+from fasttrain_data.unread import unread_field
 
 PLACEHOLDER = "<image>"
 Message = dict[str, Any]
@@ -19,6 +20,11 @@ class Place:
 
     def bad(self, field: str, wanted: str, got: Any) -> BadRow:
         return BadRow(self.file, self.place, field, wanted, "nothing" if got is None else got)
+
+    def check_read(self, turn: dict[str, Any], field: str) -> None:
+        """BadRow for a turn with a field that would be lost."""
+        if name := unread_field(turn):
+            raise self.bad(field, f"messages without {name}", turn[name])
 
     def text(self, value: Any, field: str) -> str:
         if not isinstance(value, str):
@@ -83,6 +89,7 @@ def turn_of(value: Any, field: str, place: Place) -> tuple[str, str]:
     role = ROLES.get(str(speaker))
     if role is None:
         raise place.bad(field, "a turn by human, gpt, user, assistant or system", speaker)
+    place.check_read(value, field)
     return role, place.text(value.get("value", value.get("content")), field)
 
 

@@ -35,6 +35,15 @@ _LOGPS = (
     "ref_win_per_token_logp",
     "ref_rej_per_token_logp",
 )
+_MS_SWIFT = (
+    "messages",
+    "system",
+    "rejected_response",
+    "rejected_messages",
+    "images",
+    "image",
+    "rejected_images",
+)
 
 
 def read_pairs(
@@ -160,6 +169,7 @@ def _messages(prompt: Any, place: Place) -> list[Message]:
     for turn in prompt:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             raise place.bad("prompt", "messages with role and content", turn)
+        place.check_read(turn, "prompt")
         messages.append({"role": turn["role"], "content": _parts(turn.get("content"), "prompt", place)})
     if messages[-1]["role"] != "user":
         raise place.bad("prompt", "a last message by the user", f"one by {messages[-1]['role']}")
@@ -187,6 +197,7 @@ def _answer_text(value: Any, field: str, place: Place) -> str:
     if isinstance(value, list):
         if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
             raise place.bad(field, "one message by the assistant", value)
+        place.check_read(value[0], field)
         parts = _parts(value[0].get("content"), field, place)
         if any(part["type"] == "image" for part in parts):
             raise place.bad(field, "text only", "an image")
@@ -195,15 +206,11 @@ def _answer_text(value: Any, field: str, place: Place) -> str:
 
 
 def _read_ultrafeedback(row: Row, place: Place) -> Row | str:
-    """chosen and rejected are whole conversations that repeat the prompt."""
+    """chosen and rejected are whole conversations, whose beginning, which they share, is the prompt."""
     if row.get("chosen-rating") == row.get("rejected-rating"):
         return "tie"
-    texts = {}
-    for key in ("chosen", "rejected"):
-        value = row.get(key)
-        texts[key] = _answer_text(value[-1:] if isinstance(value, list) else value, key, place)
-    rest = _rest(row, "prompt", "chosen", "rejected")
-    return {**rest, "images": None, "prompt": _messages(row.get("prompt"), place), **texts}
+    whole = all(isinstance(row.get(key), list) and len(row[key]) > 1 for key in ("chosen", "rejected"))
+    return _read_trl({**row, "prompt": None} if whole else row, place)
 
 
 def _read_llama_factory(row: Row, place: Place) -> Row | str:
@@ -224,21 +231,29 @@ def _read_llama_factory(row: Row, place: Place) -> Row | str:
 
 def _read_ms_swift(row: Row, place: Place) -> Row | str:
     turns = turns_of(row.get("messages"), "messages", place)
+    told = [("system", place.text(row["system"], "system"))] if row.get("system") else []
     if len(turns) < 2 or turns[-1][0] != "assistant" or turns[-2][0] != "user":
         raise place.bad(
             "messages", "a question by the user and the chosen answer at the end", [r for r, _ in turns]
         )
+    images = first_of(row, "images", "image")
+    if row.get("rejected_images") and row["rejected_images"] != images:
+        raise place.bad("rejected_images", "the images of both answers", row["rejected_images"])
     rejected = row.get("rejected_response")
     if rejected is None:
-        rejected = _last_turn(row.get("rejected_messages"), "rejected_messages", place)
+        other = turns_of(row.get("rejected_messages"), "rejected_messages", place)
+        if not other or other[-1][0] != "assistant" or other[:-1] != turns[:-1]:
+            wanted = "the conversation of messages with another answer at its end"
+            raise place.bad("rejected_messages", wanted, row.get("rejected_messages"))
+        rejected = other[-1][1]
     if isinstance(rejected, list):
         if len(rejected) != 1:
             raise place.bad("rejected_response", "one rejected answer", f"{len(rejected)} of them")
         rejected = rejected[0]
     return {
-        **_rest(row, "messages", "rejected_response", "rejected_messages", "images", "image"),
-        "images": first_of(row, "images", "image"),
-        "prompt": [message(role, text) for role, text in turns[:-1]],
+        **_rest(row, *_MS_SWIFT),
+        "images": images,
+        "prompt": [message(role, text) for role, text in told + turns[:-1]],
         "chosen": turns[-1][1],
         "rejected": place.text(rejected, "rejected_response"),
     }
@@ -257,17 +272,24 @@ def _read_mllm_dpo(row: Row, place: Place) -> Row | str:
         **_rest(row, "question", "chosen", "rejected", "image", "images"),
         "images": first_of(row, "image", "images"),
         "prompt": [message("user", text)],
-        "chosen": _last_turn(row.get("chosen"), "chosen", place),
-        "rejected": _last_turn(row.get("rejected"), "rejected", place),
+        "chosen": _answer_to(text, row.get("chosen"), "chosen", place),
+        "rejected": _answer_to(text, row.get("rejected"), "rejected", place),
     }
 
 
-def _last_turn(value: Any, field: str, place: Place) -> str:
-    turn = value[-1] if isinstance(value, list) and value else value
-    role, text = turn_of(turn, field, place)
+def _answer_to(question: str, value: Any, field: str, place: Place) -> str:
+    """The text of a turn by gpt, alone or behind the question."""
+    *before, (role, text) = turns_of(value if isinstance(value, list) and value else [value], field, place)
     if role != "assistant":
         raise place.bad(field, "a last turn by gpt", role)
+    if [_said(turn) for _, turn in before] not in ([], [_said(question)]):
+        raise place.bad(field, "an answer, or the question and its answer", value)
     return text
+
+
+def _said(turn: str) -> str:
+    """Its text, wherever image placeholders stand in it."""
+    return "".join(part.get("text", "") for part in parts_of(turn)).strip()
 
 
 def _read_rlaif_v(row: Row, place: Place) -> Row | str:
