@@ -27,6 +27,10 @@ def turn(role, *parts):
     return {"role": role, "content": content}
 
 
+def human(text):
+    return {"from": "human", "value": text}
+
+
 def expected(images=("a.png",), prompt=None, chosen="good", rejected="bad"):
     placeholders = [None] * len(images)
     return {
@@ -287,6 +291,31 @@ def test_completions_stored_as_a_struct_of_lists_are_read(tmp_path, write_rows):
         ("llama-factory", {"rejected": {"from": "gpt"}}, "rejected"),
         ("ms-swift", {"messages": [{"role": "user", "content": "x"}]}, "messages"),
         ("ms-swift", {"rejected_response": ["a", "b"]}, "rejected_response"),
+        ("ms-swift", {"rejected_images": ["b.png"]}, "rejected_images"),
+        (
+            "ms-swift",
+            {
+                "rejected_response": None,
+                "rejected_messages": [human("How?"), {"role": "assistant", "content": "x"}],
+            },
+            "rejected_messages",
+        ),
+        ("trl", {"chosen": [turn("assistant", "good") | {"reasoning_content": "so"}]}, "chosen"),
+        ("trl", {"prompt": [turn("user", None, "Why?") | {"thinking": "so"}]}, "prompt"),
+        ("llama-factory", {"chosen": {"from": "gpt", "value": "x", "reasoning": "so"}}, "chosen"),
+        ("mllm-dpo", {"rejected": [human("Who?"), {"from": "gpt", "value": "x"}]}, "rejected"),
+        (
+            "mllm-dpo",
+            {
+                "chosen": [
+                    human("Why?"),
+                    {"from": "gpt", "value": "x"},
+                    human("And?"),
+                    {"from": "gpt", "value": "y"},
+                ]
+            },
+            "chosen",
+        ),
         ("helpsteer3", {"overall_preference": 4}, "overall_preference"),
         ("vlfeedback", {"completions": 3}, "completions"),
     ],
@@ -300,6 +329,38 @@ def test_a_bad_row_names_file_place_field_wanted_and_got(name, change, field, tm
         next(rows)
     assert (caught.value.file, caught.value.place, caught.value.field) == (str(path), "line 2", field)
     assert caught.value.wanted and caught.value.got
+
+
+def test_ms_swift_and_ultrafeedback_keep_what_stands_before_the_answer(tmp_path, write_rows):
+    system, said = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "Yes."}
+    asked, again = {"role": "user", "content": "Hi?"}, {"role": "user", "content": "Why?"}
+    good, bad = ({"role": "assistant", "content": text} for text in ("good", "bad"))
+    before = [asked, said, again]
+    swift = {"system": "Be brief.", "messages": [*before, good], "rejected_messages": [*before, bad]}
+    whole = {"prompt": "Why?", "chosen": [system, *before, good], "rejected": [system, *before, bad]}
+    for row in (swift, whole | {"chosen-rating": 5.0, "rejected-rating": 1.0}):
+        [pair] = read_pairs(write_rows(tmp_path / "x.jsonl", [row]))
+        texts = [(message["role"], message["content"][0]["text"]) for message in pair["prompt"]]
+        assert texts == [("system", "Be brief."), ("user", "Hi?"), ("assistant", "Yes."), ("user", "Why?")]
+        assert [pair[side][0]["content"][0]["text"] for side in ("chosen", "rejected")] == ["good", "bad"]
+
+
+@pytest.mark.parametrize("target", ["llama-factory", "ms-swift", "mllm-dpo", "trl.parquet"])
+def test_export_leaves_out_and_counts_what_a_layout_cannot_hold(target, tmp_path, write_rows):
+    good, tag = expected(images=()), turn("user", "What is <image> in HTML?")
+    rows = [good, good | {"tools": [{"name": "f"}]}, good | {"chat_template_kwargs": {"x": 1}}]
+    rows += [good | {"prompt": [tag]}, good | {"chosen": [turn("assistant", "an <image>")]}]
+    path = write_rows(tmp_path / "x.jsonl", rows)
+    layout, _, suffix = target.partition(".")
+    out = tmp_path / f"out.{suffix or 'json'}"
+    account = export_pairs(path, out, layout)
+    assert (account.total_dropped("holds tools"), account.total_dropped("holds chat_template_kwargs")) == (
+        1,
+        1,
+    )
+    literal = 0 if suffix else 2  # an image part is no text in Parquet
+    assert account.total_dropped("<image> in a text") == literal
+    assert len(list(read_pairs(out))) == account.total_kept() == 3 - literal
 
 
 junk = st.one_of(

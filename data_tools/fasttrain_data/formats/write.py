@@ -24,8 +24,15 @@ from fasttrain_data.jsonl import (
     write_text,
 )
 from fasttrain_data.records import ATTRIBUTES
+from fasttrain_data.unread import unread_column
 
 TARGETS = ("trl", "llama-factory", "ms-swift", "mllm-dpo")
+_PLACEHOLDERS = {
+    "trl": (),
+    "llama-factory": (PLACEHOLDER, "<video>", "<audio>"),
+    "ms-swift": (PLACEHOLDER, "<video>", "<audio>"),
+    "mllm-dpo": (PLACEHOLDER,),
+}
 _SPEAKER = {"user": "human", "assistant": "gpt"}
 
 
@@ -36,7 +43,7 @@ def export_pairs(
 
     trl: JSON lines, or Parquet with the images in it when `output` ends in .parquet. llama-factory: a JSON array
     and, beside it, dataset_info.json with its entry. ms-swift: JSON lines. mllm-dpo: a JSON array, which holds
-    one image and one question at most; other rows are left out, counted and listed.
+    one image and one question at most. Rows that a layout cannot hold are left out, counted and listed.
     """
     if target not in TARGETS:
         raise UserError(f"--to: wanted one of {', '.join(TARGETS)}, got {target!r}")
@@ -46,8 +53,9 @@ def export_pairs(
     if target == "llama-factory":
         _entries_beside(output)  # a broken one is told before anything is written
     with account_of(output) as account:
-        rows = _rows(source, form, account)
-        if target == "trl" and output.suffix == ".parquet":
+        in_parquet = target == "trl" and output.suffix == ".parquet"
+        rows = _rows(source, form, account, whole=target == "trl" and not in_parquet)
+        if in_parquet:
             from fasttrain_data.formats.parquet import write_parquet
 
             write_parquet(rows, output, store, account, source)
@@ -60,8 +68,13 @@ def export_pairs(
     return account
 
 
-def _rows(source: Path, form: str | None, account: Account) -> Iterator[Row]:
-    yield from read_pairs(source, form, lambda where, reason: account.drop("pairs", reason, where))
+def _rows(source: Path, form: str | None, account: Account, *, whole: bool) -> Iterator[Row]:
+    """Pairs to write; where not all their columns are, without those that would mean something else then."""
+    for row in read_pairs(source, form, lambda where, reason: account.drop("pairs", reason, where)):
+        if not whole and (name := unread_column(row)):
+            account.drop("pairs", f"holds {name}", str(row["id"]))
+            continue
+        yield row
 
 
 def _write_json(
@@ -73,7 +86,7 @@ def _write_json(
         separator = "[\n" if as_array else ""
         for row in rows:
             place = Place(str(output), f"pair {row['id']}")
-            converted = convert({**row, "images": store.named(row["images"], place)})
+            converted = _held_up(row, target) or convert({**row, "images": store.named(row["images"], place)})
             if isinstance(converted, str):
                 account.drop("pairs", converted, str(row["id"]))
                 continue
@@ -84,6 +97,14 @@ def _write_json(
                 account.change("pairs", NON_FINITE)
         account.check_any_kept(source, "pair to export")
         file.write(b"\n]\n" if as_array else b"\n")
+
+
+def _held_up(row: Row, target: str) -> str | None:
+    """Why a row cannot be told in this layout: its readers take a placeholder in a text for an image, video or sound."""
+    parts = (part for turn in (*row["prompt"], *row["chosen"], *row["rejected"]) for part in turn["content"])
+    texts = [part["text"] for part in parts if part["type"] == "text"]
+    marks = _PLACEHOLDERS[target]
+    return next((f"{mark} in a text" for mark in marks if any(mark in text for text in texts)), None)
 
 
 def _to_trl(row: Row) -> Row | str:
