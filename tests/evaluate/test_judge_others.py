@@ -60,10 +60,10 @@ def test_mm_vet_asks_again_warmer_after_a_bad_reply_and_gives_zero_after_five(
             return "0.5"
         if "a puppy" in case:  # good at the third try
             seen["puppy"] += 1
-            return ["The", "**1.0**", "1.0"][seen["puppy"] - 1]
+            return ["The", "", "1.0"][seen["puppy"] - 1]
         if "blue" in case:
             seen["blue"] += 1
-            return "I think"
+            return "" if seen["blue"] == 5 else "**1.0**"
         return "1.0"
 
     judge_double.say = say

@@ -37,6 +37,11 @@ class Judgment:
     model_version: str | None = None
     created: str | None = None
 
+    @property
+    def replied(self) -> bool:
+        """Whether the judge had its say, if only with nothing."""
+        return self.status in ("ok", "empty")
+
 
 @dataclass(kw_only=True)
 class Forecast:

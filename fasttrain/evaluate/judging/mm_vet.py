@@ -46,7 +46,7 @@ class Item:
     @property
     def is_open(self) -> bool:
         """Whether the last reply could not be read and another try is left."""
-        replied = self.last is None or self.last.text is not None
+        replied = self.last is None or self.last.replied
         return self.mark is None and replied and self.tries < TRIES
 
 
@@ -70,9 +70,9 @@ class MMVet:
             judgments = calls.ask([self._request(item, number) for item in open_items])
             for item, judgment in zip(open_items, judgments, strict=True):
                 item.last = judgment
-                if judgment.text is not None:
+                if judgment.replied:
                     item.tries += 1
-                    item.mark = correctness_of(judgment.text)
+                    item.mark = correctness_of(judgment.text or "")
         results = [_result(item) for item in self.items]
         self._write_official(out, results)
         write_results(out, results)
