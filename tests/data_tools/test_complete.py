@@ -276,3 +276,41 @@ def test_a_damaged_image_fails_its_question_and_the_others_are_drawn(
     monkeypatch.setattr(LocalSampler, "model", property(lambda self: pytest.fail("the model was loaded")))
     again = complete(questions, tmp_path / "c.jsonl", settings, sampler, quiet=True)
     assert (again.drawn, again.completions) == (0, result.completions)
+
+
+def test_a_model_with_a_table_of_positions_fails_long_questions_alone_and_stops_samples_at_its_end(
+    tmp_path, write_rows, read_rows, tiny_models, command
+):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = tiny_models.build_tokenizer(tiny_models.CHATML, eos="<|im_end|>")
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=40,
+        bos_token_id=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    folder = tmp_path / "gpt2"
+    tiny_models.draw_weights(GPT2LMHeadModel(config), 1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = [
+        {"id": "a", "question": "the chart?"},
+        {"id": "b", "question": "red " * 60},
+        {"id": "c", "question": "red?"},
+    ]
+    path, out = write_rows(tmp_path / "questions.jsonl", rows), tmp_path / "completions.jsonl"
+    code, stdout, _ = command(
+        "complete", path, "-o", out, "-m", folder, "--samples", 2, "--max-new-tokens", 100
+    )
+    assert code == 3
+    assert "dropped        2  refused_request" in stdout
+    skipped = read_rows(tmp_path / "completions.skipped.jsonl")
+    assert all("wanted fewer than the model's 40 positions, got" in row["detail"] for row in skipped)
+    made = read_rows(out)
+    assert {row["question_id"] for row in made} == {"a", "c"}
+    assert any(row["finish_reason"] == "length" and 10 < row["tokens"] < 40 for row in made)
+    # as far as it goes whatever stands beside it
+    alone = tmp_path / "alone.jsonl"
+    command("complete", write_rows(tmp_path / "one.jsonl", rows[2:]), "-o", alone, "-m", folder, "--samples", 2,
+            "--max-new-tokens", 100)  # fmt: skip
+    assert [row["text"] for row in read_rows(alone)] == [
+        row["text"] for row in made if row["question_id"] == "c"
+    ]

@@ -22,6 +22,7 @@ from fasttrain_data.ids import content_hash
 # torch is imported by the functions that use it; its types are not spelled here.
 Tensor = Any
 # All there is to say about text and LLaVA-1.5's images.
+_ANY_LENGTH = 1 << 30
 _INPUTS = ("input_ids", "attention_mask", "pixel_values")
 _PROBE = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
 
@@ -189,7 +190,7 @@ class LocalSampler:
             for _ in samples
         ]
 
-    def _generate(self, batch: Sequence[tuple[Sequence[Sample], list[Any]]]) -> list[Drawn]:
+    def _generate(self, batch: Sequence[tuple[Sequence[Sample], list[Any]]]) -> list[Drawn | CallFailed]:
         """The samples of questions with their decoded images, flat and in order."""
         from fasttrain.answering.generic import neutral
 
@@ -197,15 +198,42 @@ class LocalSampler:
         with neutral(self.model):
             return self._generate_neutrally(batch)
 
-    def _generate_neutrally(self, batch: Sequence[tuple[Sequence[Sample], list[Any]]]) -> list[Drawn]:
-        if self._goes_on_from_a_cache:
-            return self._once(batch)
+    def _generate_neutrally(
+        self, batch: Sequence[tuple[Sequence[Sample], list[Any]]]
+    ) -> list[Drawn | CallFailed]:
+        if (
+            self._positions is not None and len(batch) > 1
+        ):  # how far a sample may go must not depend on its neighbours
+            return [drawn for one in batch for drawn in self._generate_neutrally([one])]
         rows = [(sample, images) for samples, images in batch for sample in samples]
-        drawn: dict[str, Drawn] = {}
-        for with_images in (True, False):  # processors want an image for every prompt, or for none
-            if some := [(sample, images) for sample, images in rows if bool(images) == with_images]:
-                drawn |= zip((sample.key for sample, _ in some), self._whole(some), strict=True)
+        drawn: dict[str, Drawn | CallFailed] = {}
+        try:
+            if self._goes_on_from_a_cache:
+                return [*self._once(batch)]
+            for with_images in (True, False):  # processors want an image for every prompt, or for none
+                if some := [(sample, images) for sample, images in rows if bool(images) == with_images]:
+                    drawn |= zip((sample.key for sample, _ in some), self._whole(some), strict=True)
+        except CallFailed as why:  # of the one question that is here
+            return [why] * len(rows)
         return [drawn[sample.key] for sample, _ in rows]
+
+    @cached_property
+    def _positions(self) -> int | None:
+        """The most tokens that a sequence of the model can have; None where it goes on beyond any number."""
+        from fasttrain.model.positions import why_too_long
+
+        positions: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return positions if why_too_long(self.model, _ANY_LENGTH) else None
+
+    def _room(self, inputs: dict[str, Any]) -> int:
+        """How many tokens a sample may have; CallFailed if the prompt leaves none."""
+        prompt, wanted = int(inputs["input_ids"].shape[1]), self.settings.max_new_tokens
+        if self._positions is None:
+            return wanted
+        if prompt >= self._positions:
+            what = f"wanted fewer than the model's {self._positions} positions, got {prompt} tokens"
+            raise CallFailed("refused_request", what)
+        return min(wanted, self._positions - prompt)
 
     def _whole(self, rows: Sequence[tuple[Sample, list[Any]]]) -> list[Drawn]:
         """Samples from prompts that are run whole, each for itself."""
@@ -215,7 +243,10 @@ class LocalSampler:
         with torch.inference_mode():
             inputs = self._encode(prompts, [images for _, images in rows] if rows[0][1] else [])
             output_ST = self.model.generate(
-                **inputs, **self._generation([sample.seed for sample, _ in rows], self.model.device)
+                **inputs,
+                **self._generation(
+                    [sample.seed for sample, _ in rows], self.model.device, self._room(inputs)
+                ),
             )
         new_ST = output_ST[:, inputs["input_ids"].shape[1] :].tolist()
         return [self._drawn(tokens) for tokens in new_ST]
@@ -228,6 +259,7 @@ class LocalSampler:
         with torch.inference_mode():
             inputs = self._encode(prompts, [image for _, images in batch for image in images])
             inputs = {key: inputs[key] for key in _INPUTS if key in inputs}
+            room = self._room(inputs)
             ids_BT = inputs.pop("input_ids")
             mask_BT = inputs.pop("attention_mask")
             cache = self._prefill(ids_BT, mask_BT, inputs)
@@ -239,7 +271,7 @@ class LocalSampler:
                 attention_mask=mask_BT[rows_S],
                 **{_cache_name(): cache},
                 **self._generation(
-                    [sample.seed for samples, _ in batch for sample in samples], ids_BT.device
+                    [sample.seed for samples, _ in batch for sample in samples], ids_BT.device, room
                 ),
             )
         new_ST = output_ST[:, ids_BT.shape[1] :].tolist()
@@ -292,14 +324,14 @@ class LocalSampler:
         )
         return cache
 
-    def _generation(self, seeds: list[int], device: Any) -> dict[str, Any]:
+    def _generation(self, seeds: list[int], device: Any, max_new_tokens: int) -> dict[str, Any]:
         """Arguments of `generate`: our sampler adds the randomness, so it is told to take the likeliest token."""
         settings = self.settings
         processors = []
         if settings.temperature > 0:
             processors.append(gumbel_sampler(seeds, settings.temperature, settings.top_p, device))
         return {
-            "max_new_tokens": settings.max_new_tokens,
+            "max_new_tokens": max_new_tokens,
             "do_sample": False,
             "logits_processor": processors,
             "eos_token_id": self._ends,
