@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from fasttrain.answering.generator import Generator
 from fasttrain.answering.generic import GenericGenerator
 from fasttrain.answering.local import LocalModel
 from fasttrain.answering.questions import Question, read_questions
+from fasttrain.answering.run import Failed
 from fasttrain.config import ModelConfig
 
 
@@ -343,11 +345,19 @@ def test_a_model_with_a_table_of_positions_stops_at_its_end(tmp_path: Path, tiny
         (reply,) = found[question.id]
         assert len(model.generator.prompt_ids(question)) + reply.tokens == 40 or reply.finish == "stop"
     assert any(replies[0].finish == "length" for replies in found.values())
-    long = tiny_models.write_rows(tmp_path / "long.jsonl", [{"question_id": 1, "text": "red " * 60}])
-    with pytest.raises(
-        UserError, match=r"long.jsonl line 1: question: wanted fewer than the model's 40 positions"
-    ):
-        answers_of(model, read_questions(long), Decoding(max_new_tokens=5))
+    long = [
+        {"question_id": 3, "text": "red " * 60},
+        rows[0],
+        {"question_id": 4, "turns": ["the bar?", "red " * 60, "and the chart?"]},
+    ]
+    asked = read_questions(tiny_models.write_rows(tmp_path / "long.jsonl", long))
+    several = answers_of(model, asked, Decoding(max_new_tokens=5))
+    assert several[1] == answers_of(model, questions[:1], Decoding(max_new_tokens=5))[1]
+    for name in (3, 4):  # the others are answered all the same
+        assert isinstance(several[name], Failed)
+        assert re.fullmatch(
+            r"too_long: wanted fewer than the model's 40 positions, got \d+ tokens", str(several[name])
+        )
 
 
 def test_questions_beyond_a_models_trained_length_are_told(

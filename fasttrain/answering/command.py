@@ -38,8 +38,8 @@ def answer_command(
     A question has `question_id` and `text` (LLaVA), `turns` (FastChat: asked one after the other), `question`, or `prompt`
     (a text or messages); `image` or `images` name files. Answers are written in LLaVA's format, for questions with turns
     in FastChat's, in the order of the questions. They are kept as they come, those of answers.jsonl in
-    answers.journal.jsonl: after a stop of any kind the same command goes on where it was. Exit code 3 when a server left
-    some unanswered.
+    answers.journal.jsonl: after a stop of any kind the same command goes on where it was. Exit code 3 when some got no answer:
+    a server failed, or a question is longer than the model's positions.
 
     \b
     Example:

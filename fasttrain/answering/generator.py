@@ -20,6 +20,7 @@ from fasttrain.answering.decoding import Decoding, Reply
 from fasttrain.answering.kv_cache import CACHE_NAME, RoomyCache
 from fasttrain.answering.picking import TokenPicker
 from fasttrain.answering.questions import ImageSource, Question, next_turn
+from fasttrain.answering.run import Failed
 from fasttrain.data.bad_row import BadRow
 from fasttrain.data.images import hash_bytes, join_inputs
 from fasttrain.data.pairs import Message
@@ -55,19 +56,28 @@ class Generator:
         return self.chat.prompt(question.messages, question.where).ids
 
     @torch.no_grad()
-    def answer(self, questions: Sequence[Question], decoding: Decoding) -> list[list[Reply]]:
-        """All turns of all questions, in order. The model must be in evaluation mode."""
+    def answer(self, questions: Sequence[Question], decoding: Decoding) -> list[list[Reply] | Failed]:
+        """All turns of all questions, in order, or why one got no answer. The model must be in evaluation mode."""
         replies: list[list[Reply]] = [[] for _ in questions]
+        failed: dict[int, Failed] = {}
         messages = [question.messages for question in questions]
         prefix: _Prefix | None = None
         contents = [[read_image(image, q) for image in q.images] for q in questions]
         for turn in range(max(question.turns for question in questions)):
-            open_rows = [row for row, question in enumerate(questions) if turn < question.turns]
-            if turn:
-                for row in open_rows:
-                    said, asked = replies[row][-1].text, questions[row].later_turns[turn - 1]
+            open_rows, asks = [], []
+            for row, question in enumerate(questions):
+                if turn >= question.turns or row in failed:
+                    continue
+                if turn:
+                    said, asked = replies[row][-1].text, question.later_turns[turn - 1]
                     messages[row] = next_turn(messages[row], said or " ", asked)
-            asks = [self._ask(questions[row], messages[row], contents[row]) for row in open_rows]
+                try:
+                    asks.append(self._ask(question, messages[row], contents[row]))
+                    open_rows.append(row)
+                except Failed as why:
+                    failed[row] = why
+            if not asks:
+                break
             if prefix is None or any(ask.prefix and ask.prefix_key not in prefix.row for ask in asks):
                 prefix = self._run_prefixes(asks)
             picker = TokenPicker(
@@ -78,16 +88,14 @@ class Generator:
             )
             for row, reply in zip(open_rows, self._generate(asks, prefix, picker, decoding.max_new_tokens)):
                 replies[row].append(reply)
-        return replies
+        return [failed.get(row, said) for row, said in enumerate(replies)]
 
     def _ask(self, question: Question, messages: tuple[Message, ...], contents: list[bytes]) -> _Ask:
+        """The question's prompt; Failed if the model has no room for it and an answer."""
         ids = self.chat.prompt(messages, question.where).ids
         if self.positions is not None and len(ids) >= self.positions:
-            raise BadRow(
-                question.where,
-                "question",
-                f"fewer than the model's {self.positions} positions",
-                f"{len(ids)} tokens",
+            raise Failed(
+                f"too_long: wanted fewer than the model's {self.positions} positions, got {len(ids)} tokens"
             )
         last = int(np.flatnonzero(ids == self.chat.image_token_id)[-1]) if contents else -1
         return _Ask(question, ids, contents, last + 1)

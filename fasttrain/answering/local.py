@@ -17,7 +17,7 @@ from fasttrain.answering.generator import Generator
 from fasttrain.answering.generic import GenericGenerator
 from fasttrain.answering.kv_cache import cache_bytes_per_token
 from fasttrain.answering.questions import Question, image_hashes
-from fasttrain.answering.run import Done
+from fasttrain.answering.run import Done, Failed
 from fasttrain.config import ModelConfig
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError, is_out_of_memory
@@ -119,6 +119,8 @@ def answer_in_batches(
         asked = [questions[number] for number in batch]
         for number, question, replies in zip(batch, asked, generator.answer(asked, decoding), strict=True):
             done(question, replies)
+            if isinstance(replies, Failed):
+                continue
             if trained and lengths[number] + sum(reply.tokens for reply in replies) > trained:
                 beyond.append(number)
 

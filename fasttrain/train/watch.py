@@ -158,7 +158,8 @@ class Watcher:
             def done(question: Question, replies: list[Reply] | Failed) -> None:
                 if stopped():
                     raise _Stopped
-                assert not isinstance(replies, Failed)
+                if isinstance(replies, Failed):
+                    raise UserError(f"data.eval: {question.where}: {replies}")
                 texts[key_of[id(question)]] = replies[0].text
                 progress.tick()
 
