@@ -394,6 +394,8 @@ def test_pairs_that_share_an_id_are_all_reviewed(tmp_path, write_rows):
         ("chosen_side", None),
         ("margin", "4"),
         ("differences", {"helpfulness": "3"}),
+        ("id", None),
+        ("rater", ""),
     ],
 )
 def test_a_judgement_that_nothing_can_be_reckoned_from_is_named(pairs, command, field, value):

@@ -91,14 +91,17 @@ def read_judgements(path: Path) -> Iterator[Row]:
             if not raw.strip() or _is_cut(raw):
                 continue
             row = parse_line(raw, path, f"line {number}")
-            if "id" in row and "rater" in row:
-                if not row.get("undone"):
-                    _check(row, path, f"line {number}")
-                yield row
+            _check(row, path, f"line {number}")
+            yield row
 
 
 def _check(row: Row, path: Path, place: str) -> None:
-    """BadRow for a judgement whose agreement cannot be reckoned."""
+    """BadRow for a judgement whose agreement cannot be reckoned, or that is nobody's or of no pair."""
+    for field, wanted in (("id", "a pair's id"), ("rater", "a reviewer's name")):
+        if row.get(field) in (None, ""):
+            raise BadRow(path, place, field, wanted, row.get(field))
+    if row.get("undone"):
+        return
     margin, differences = row.get("margin"), row.get("differences")
     numbers = differences.values() if isinstance(differences, dict) else [differences]
     for field, right, wanted in (
