@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import warnings
 from typing import Any
 
@@ -112,7 +114,7 @@ def _reply(response: Any) -> Reply:
         int(usage.get(f"{name}_token_count") or 0) for name in ("prompt", "candidates", "total")
     )
     return Reply(
-        text="".join(texts) if texts else None,
+        text=_without_thoughts(texts),
         finish_reason=_finish_name(candidate.get("finish_reason")) if candidate else None,
         block_reason=None if block in (None, "BLOCK_REASON_UNSPECIFIED", 0) else str(block),
         model_version=raw.get("model_version") or None,
@@ -125,6 +127,15 @@ def _reply(response: Any) -> Reply:
         },
         raw=raw,
     )
+
+
+def _without_thoughts(texts: list[str]) -> str | None:
+    """The parts as one text; a reply that is JSON only behind its first parts began with thoughts, which this SDK does not mark."""
+    for start in range(len(texts)):
+        with contextlib.suppress(ValueError, RecursionError):
+            json.loads(text := "".join(texts[start:]))
+            return text
+    return "".join(texts) if texts else None
 
 
 def _finish_name(value: Any) -> str | None:

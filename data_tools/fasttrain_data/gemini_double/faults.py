@@ -45,6 +45,7 @@ CONTENT: dict[Fault, str] = {
     "float_score": "a score of 2.5",
     "string_score": 'a score of "3"',
     "constant": "the same scores for all; usable",
+    "thoughts": "a thought in front of the reply, marked as one; usable",
     "reversed": "answers listed last to first, numbered; usable",
 }
 FAULTS: dict[Fault, str] = TRANSPORT | CONTENT

@@ -62,7 +62,8 @@ def judged(
     text, finish = _text(asked, judge, fault, free)
     candidate: Body = {"finishReason": finish, "index": 0}
     if text is not None:
-        candidate["content"] = {"role": "model", "parts": [{"text": text}]}
+        thoughts = [{"text": "Answer 1 {is", "thought": True}] if fault == "thoughts" else []
+        candidate["content"] = {"role": "model", "parts": [*thoughts, {"text": text}]}
     body: Body = {
         "candidates": [candidate],
         "modelVersion": model_version,
