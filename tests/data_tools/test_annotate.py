@@ -31,7 +31,7 @@ ENDS_WITH = {
     **dict.fromkeys(("cut_json", "prose", "string_score"), "malformed"),
     **dict.fromkeys(("missing_answer", "extra_answer", "missing_score"), "missing_scores"),
     **dict.fromkeys(("out_of_range", "float_score"), "out_of_range"),
-    **dict.fromkeys(("fenced", "constant", "reversed"), "ok"),
+    **dict.fromkeys(("fenced", "constant", "thoughts", "reversed"), "ok"),
 }
 
 
@@ -148,6 +148,7 @@ def test_a_wrong_key_or_model_ends_the_run_at_once_and_the_key_is_not_shown(
         assert len(double.calls) <= 4
         assert stderr.startswith("fasttrain-data: the server refuses: 40")
         assert stderr.count("\n") == 1
+        assert not (tmp_path / "annotations.journal.jsonl").exists()
         written = "".join(path.read_text() for path in tmp_path.glob("annotations*"))
         assert "SECRET-KEY-123" not in stdout + stderr + written
         assert not list(tmp_path.glob("annotations*"))

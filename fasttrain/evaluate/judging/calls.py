@@ -113,6 +113,7 @@ class JudgeCalls:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._keep_empty = self._keep_empty and kind is None  # a refused key leaves no file behind
         self.close()
 
     def _open(self, requests: list[JudgeRequest]) -> list[JudgeRequest]:
