@@ -412,6 +412,25 @@ def test_a_judgement_that_nothing_can_be_reckoned_from_is_named(pairs, command, 
     assert code == 2 and f"line 1: {field}: wanted" in stderr and stderr.count("\n") == 1
 
 
+def test_an_image_that_browsers_do_not_show_is_shown_as_png(tmp_path, write_rows, serve):
+    from PIL import Image
+
+    Image.new("RGB", (5, 3)).save(tmp_path / "scan.tiff")
+    (tmp_path / "none.tiff").write_text("no image")
+    rows = [
+        {"id": name, "images": [name], "prompt": "q", "chosen": "a", "rejected": "b"}
+        for name in ("scan.tiff", "none.tiff")
+    ]
+    review = Review(write_rows(tmp_path / "p.jsonl", rows[:1]), 9, 0)
+    export_argilla(review, tmp_path, tmp_path / "argilla.json")
+    [record] = json.loads((tmp_path / "argilla.json").read_text())
+    assert record["fields"]["image_1"].startswith("data:image/png;base64,iVBOR")
+    server = serve(Review(write_rows(tmp_path / "p.jsonl", rows), 9, 0), tmp_path)
+    with urllib.request.urlopen(f"{server.url}image?id=scan.tiff&n=0") as reply:
+        assert reply.headers["Content-Type"] == "image/png" and reply.read(4) == b"\x89PNG"
+    assert fetch(f"{server.url}image?id=none.tiff&n=0")[0] == 404
+
+
 def test_a_last_line_without_an_end_is_passed_over_whoever_wrote_the_lines(pairs, command):
     whole = '{"verdict":"left","chosen_side":"left","id":"p1","rater":"anna"}\n'
     reviews_path(pairs).write_text(whole + whole[:20])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fasttrain_data.errors import BadRow
 from fasttrain_data.ids import content_hash
-from fasttrain_data.image_files import BadImage, ImageFile, find_image, read_image
+from fasttrain_data.image_files import ImageFile, as_png, find_image, read_image
 from fasttrain_data.jsonl import LineFile, read_lines
 from fasttrain_data.records import Completion, Turn, parse_record
 from fasttrain_data.spill import Groups
@@ -83,7 +83,7 @@ class ImageReader:
         if name not in self._cache:
             image = read_image(find_image(self.root, name))
             if image.mime_type not in SENT_AS_IS:
-                image = _as_png(image)
+                image = as_png(image)
             while len(self._cache) >= self.keep:
                 self._cache.pop(next(iter(self._cache)))
             self._cache[name] = image
@@ -92,17 +92,3 @@ class ImageReader:
 
 # What Gemini takes; other formats are sent as PNG.
 SENT_AS_IS = frozenset({"image/png", "image/jpeg", "image/webp", "image/heic", "image/heif"})
-
-
-def _as_png(image: ImageFile) -> ImageFile:
-    """The picture as training sees it: upright, 8 bits a channel."""
-    import io
-
-    from fasttrain.data.images import open_image  # needs no torch
-
-    buffer = io.BytesIO()
-    try:
-        open_image(image.content).save(buffer, "PNG")
-    except ValueError as error:
-        raise BadImage(f"cannot be decoded: {error}") from None
-    return ImageFile(buffer.getvalue(), "image/png", image.sha256)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fasttrain_data.image_files import BadImage, find_image, mime_type
+from fasttrain_data.image_files import BadImage, as_png, check_image, find_image, mime_type
 from fasttrain_data.review.items import Item
 
 
@@ -14,6 +14,7 @@ def image_bytes(item: Item, number: int, image_root: Path) -> bytes:
         raise BadImage("no such image")
     image = item.images[number]
     content: bytes = image["bytes"] if isinstance(image, dict) else find_image(image_root, image).read_bytes()
-    if not mime_type(content).startswith("image/"):
-        raise BadImage("not an image that browsers show")
-    return content
+    if mime_type(content).startswith("image/"):
+        return content
+    name = image if isinstance(image, str) else "embedded image"
+    return as_png(check_image(content, name)).content  # TIFF and others, which browsers do not show
