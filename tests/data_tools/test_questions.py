@@ -164,6 +164,31 @@ def test_a_system_turn_or_column_begins_the_history(drafts):
     assert late == [("line 1", "human and gpt turns do not alternate")]
 
 
+def test_rows_of_several_formats_in_one_file_keep_their_images(drafts):
+    rows = [
+        {"image": "a.png", "question": "Plain?"},
+        {"image_id": 5, "question": "LRV?"},
+        {"image_file": "f.png", "conversations": [human("SciGraphQA?"), gpt("Yes."), human("Fake turn.")]},
+        {"image": "b.png", "conversations": [human("LLaVA?")]},
+        {"question_id": 1, "text": "A question file?", "image": "c.png"},
+        {"question": "Text alone?"},
+    ]
+    found = [(draft.question, draft.images) for draft in drafts(*rows)]
+    assert found == [
+        ("Plain?", ["a.png"]),
+        ("LRV?", ["5.jpg"]),
+        ("SciGraphQA?", ["f.png"]),
+        ("LLaVA?", ["b.png"]),
+        ("A question file?", ["c.png"]),
+        ("Text alone?", []),
+    ]
+    assert drafts(rows[1], rows[5]) == [
+        drafts(rows[1])[0],
+        ("line 2", "no image_id"),
+    ]  # no image is no other format
+    assert drafts(rows[3], rows[2], form="llava")[1].images == []  # as was asked for
+
+
 def test_an_image_given_as_inline_base64_is_a_missing_image(tmp_path, write_rows, read_rows, command):
     inline = "data:image/png;base64," + "iVBORw0KGgo" * 500
     rows = [{"question": "Why?"}, {"question": "What is it?", "image": inline}]

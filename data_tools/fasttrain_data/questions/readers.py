@@ -76,19 +76,28 @@ def detect_source(row: Row) -> str | None:
 def read_drafts(path: Path, form: str | None, turns: Turns | None) -> Iterator[Draft | tuple[str, str]]:
     """Drafts of one source file, or (place, reason) for a row that cannot be used.
 
-    form: a key of READERS; None lets the first row decide. turns: which human turns of a conversation
+    form: a key of READERS; None lets the first row decide, and every row that names its image as another format does,
+    which files put together from several hold. turns: which human turns of a conversation
     become questions; None is the format's own habit (SciGraphQA first, LLaVA last with the rest as history).
     """
+    first = form
     for place, row in read_rows(path):
-        if form is None:
-            form = detect_source(row)
-            if form is None:
+        if first is None:
+            first = detect_source(row)
+            if first is None:
                 known = ", ".join(READERS)
                 raise BadRow(path, place, "row", f"a record of one of: {known}", f"keys {sorted(row)}")
         try:
-            yield from READERS[form](row, place, turns)
+            yield from READERS[form or _form_of(row, first)](row, place, turns)
         except Unusable as problem:
             yield place, str(problem)
+
+
+def _form_of(row: Row, first: str) -> str:
+    """The row's own format if it tells an image, so that none is lost; else that of the file's first row."""
+    own = detect_source(row)
+    tells = own in ("scigraphqa", "lrv") or "image" in row or "images" in row
+    return own if own and tells else first
 
 
 def split_source(spec: str) -> tuple[str | None, Path]:
