@@ -67,6 +67,8 @@ def read_example(row: dict[str, Any], where: str, image_root: Path) -> Pair:
     prompt, answer = row.get("prompt"), row.get(field)
     if answer is None:
         raise BadRow(where, "completion", "an answer to learn (or chosen, in a pair file)", "nothing")
+    if row.get("label") is False and field == "completion":  # TRL's unpaired preferences
+        raise BadRow(where, "label", "an answer to learn", "false: one that is not wanted")
     if prompt is None and isinstance(answer, list) and len(answer) > 1:  # TRL's implicit prompt
         prompt, answer = answer[:-1], answer[-1:]
     if prompt is None:

@@ -357,6 +357,14 @@ def test_a_long_value_is_shown_in_part(root: Path) -> None:
     assert len(refused({**SHORT, "chosen": [turn("user", "x" * 10_000)]}, root)) < 250
 
 
+def test_an_unwanted_answer_of_unpaired_preferences_is_not_learned(root: Path) -> None:
+    row = {"prompt": QUESTION, "completion": [turn("assistant", "a bar")]}
+    with pytest.raises(BadRow, match="label: wanted an answer to learn, got false: one that is not wanted"):
+        read_example(row | {"label": False}, "x line 1", root)
+    for label in (True, None, 0, "no"):  # 0 and words are classes of other data
+        assert read_example(row | {"label": label}, "x line 1", root).chosen == "a bar"
+
+
 def test_an_answer_to_learn_is_refused_with_what_would_not_be_learned(root: Path) -> None:
     row = {"prompt": QUESTION, "completion": [turn("assistant", "a bar") | {"reasoning_content": "so"}]}
     with pytest.raises(BadRow, match="completion: wanted messages without reasoning_content, got so"):
