@@ -164,6 +164,20 @@ def test_a_system_turn_or_column_begins_the_history(drafts):
     assert late == [("line 1", "human and gpt turns do not alternate")]
 
 
+def test_images_of_evaluation_rows_that_ask_nothing_usable_are_left_out_too(tmp_path, write_rows, command):
+    unusable = [
+        {"image_file": "a.png", "conversations": [human("The figure shows scores."), gpt("Also.")]},
+        {"image_id": 5, "question": None},
+        {"image": "c.png", "conversations": [human("Why?"), human("And?")]},
+    ]
+    evaluation = write_rows(tmp_path / "evaluation.jsonl", unusable)
+    rows = [{"image": name, "question": "What is it?"} for name in ("a.png", "5.jpg", "c.png", "d.png")]
+    source = write_rows(tmp_path / "source.jsonl", rows)
+    arguments = ("--missing-images", "keep", "--eval-file", evaluation)
+    code, stdout, _ = command("questions", source, "-o", tmp_path / "q.jsonl", *arguments)
+    assert code == 0 and "4 read, 1 kept" in stdout and "3  overlap with evaluation" in stdout
+
+
 def test_rows_of_several_formats_in_one_file_keep_their_images(drafts):
     rows = [
         {"image": "a.png", "question": "Plain?"},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fasttrain_data.ids import content_hash
 from fasttrain_data.image_files import BadImage, find_image, read_image
-from fasttrain_data.questions.readers import Draft, read_drafts
+from fasttrain_data.questions.readers import Draft, read_evaluation
 from fasttrain_data.questions.text import normal_form, similarity, trigrams
 from fasttrain_data.spill import SeenKeys, Spill
 
@@ -110,14 +110,13 @@ class Overlap:
         self._texts: set[str] = set()
         self.digests: set[str] = set()
         for path in files:
-            for draft in read_drafts(path, None, None):
-                if isinstance(draft, Draft):
-                    self._learn(draft, path.parent)
+            for names, question in read_evaluation(path):
+                self._learn(names, question, path.parent)
 
-    def _learn(self, draft: Draft, folder: Path) -> None:
-        if not draft.images:
-            self._texts.add(normal_form(draft.question))
-        for name in draft.images:
+    def _learn(self, names: Sequence[str], question: str, folder: Path) -> None:
+        if not names and question:
+            self._texts.add(normal_form(question))
+        for name in names:
             key = image_key(name)
             try:
                 digest = read_image(find_image(folder, name)).sha256

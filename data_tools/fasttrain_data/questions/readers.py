@@ -19,6 +19,7 @@ from fasttrain_data.questions.text import clean_text
 from fasttrain_data.records import Turn
 
 Turns = Literal["first", "last", "each"]
+Reader = Callable[["Row", str, "Turns | None"], Iterator["Draft"]]
 ARXIV_FIGURE = re.compile(
     r"^(?:\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?_?\d{7})v\d+-(?:Figure|Table)", re.IGNORECASE
 )
@@ -80,6 +81,33 @@ def read_drafts(path: Path, form: str | None, turns: Turns | None) -> Iterator[D
     which files put together from several hold. turns: which human turns of a conversation
     become questions; None is the format's own habit (SciGraphQA first, LLaVA last with the rest as history).
     """
+    for place, row, reader in _rows_and_readers(path, form):
+        try:
+            yield from reader(row, place, turns)
+        except Unusable as problem:
+            yield place, str(problem)
+
+
+def read_evaluation(path: Path) -> Iterator[tuple[list[str], str]]:
+    """(image names, question) of every question of an evaluation file; of rows that cannot be asked the images alone."""
+    for place, row, reader in _rows_and_readers(path, None):
+        try:
+            for draft in reader(row, place, None):
+                yield draft.images, draft.question
+        except Unusable:
+            yield _named(row), ""
+
+
+def _named(row: Row) -> list[str]:
+    """Names of images wherever a format has them."""
+    images = row.get("images")
+    names = [row.get("image_file"), row.get("image"), *(images if isinstance(images, list) else [])]
+    if "image_id" in row:
+        names.append(f"{row['image_id']}.jpg")
+    return [name for name in names if isinstance(name, str)]
+
+
+def _rows_and_readers(path: Path, form: str | None) -> Iterator[tuple[str, Row, Reader]]:
     first = form
     for place, row in read_rows(path):
         if first is None:
@@ -87,10 +115,7 @@ def read_drafts(path: Path, form: str | None, turns: Turns | None) -> Iterator[D
             if first is None:
                 known = ", ".join(READERS)
                 raise BadRow(path, place, "row", f"a record of one of: {known}", f"keys {sorted(row)}")
-        try:
-            yield from READERS[form or _form_of(row, first)](row, place, turns)
-        except Unusable as problem:
-            yield place, str(problem)
+        yield place, row, READERS[form or _form_of(row, first)]
 
 
 def _form_of(row: Row, first: str) -> str:
@@ -235,7 +260,7 @@ def _read_plain(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
     )
 
 
-READERS: dict[str, Callable[[Row, str, Turns | None], Iterator[Draft]]] = {
+READERS: dict[str, Reader] = {
     "scigraphqa": _read_scigraphqa,
     "lrv": _read_lrv,
     "llava": _read_llava,
