@@ -114,6 +114,26 @@ def test_images_turns_and_decoding_reach_the_server_and_its_words_the_file(
     assert len(server.seen) == 4  # a rerun asks nothing
 
 
+def test_a_photo_that_lies_on_its_side_reaches_the_server_upright(
+    server: Server, run_command: Callable[..., int], tmp_path: Path, tiny_models: ModuleType
+) -> None:
+    from io import BytesIO
+
+    from PIL import Image
+
+    turned = Image.Exif()
+    turned[Image.ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (3, 2)).save(tmp_path / "a.jpg", exif=turned)
+    path = tiny_models.write_rows(
+        tmp_path / "q.jsonl", [{"question_id": 1, "image": "a.jpg", "text": "what?"}]
+    )
+    assert (
+        run_command("answer", "-m", "served", "--server", server.url, path, "-o", tmp_path / "a.jsonl") == 0
+    )
+    url = server.seen[0][2]["messages"][0]["content"][0]["image_url"]["url"]
+    assert Image.open(BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,")))).size == (2, 3)
+
+
 def test_faults_are_retried_and_what_stays_unanswered_is_named_with_exit_code_3(
     server: Server, answer: Any, tmp_path: Path, tiny_models: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ import io
 import os
 import warnings
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from fasttrain_data.errors import UserError
@@ -13,6 +14,7 @@ from fasttrain_data.ids import image_hash
 from fasttrain_data.jsonl import is_unicode
 
 MAX_PIXELS = 100_000_000  # more than any camera makes; a decompression bomb needs far more
+_SENT_AS_IS = frozenset({"image/png", "image/jpeg", "image/webp", "image/heic", "image/heif"})
 _LONGEST_TOLD = 300  # of a name that may be a whole image in base64
 _MAGIC = {
     b"\x89PNG\r\n\x1a\n": "image/png",
@@ -80,6 +82,32 @@ def check_image(content: bytes, name: str) -> ImageFile:
     if pixels > MAX_PIXELS:
         raise BadImage(f"{name}: {pixels:,} pixels, more than {MAX_PIXELS:,}")
     return ImageFile(content, kind or mime_type(content), image_hash(content))
+
+
+@lru_cache(maxsize=16)  # questions about one image, and samples of one question, stand together
+def as_sent(image: ImageFile) -> ImageFile:
+    """The image for another program: as it is where that sees in it what training sees, else as PNG.
+
+    Other programs leave photos as they lie, make 16 bits white, lay what is transparent on white. BadImage if an image
+    that has to be decoded cannot be.
+    """
+    return image if image.mime_type in _SENT_AS_IS and _is_plain(image.content) else as_png(image)
+
+
+def _is_plain(content: bytes) -> bool:
+    """Whether an image is one picture of 8 bits a channel, opaque and upright."""
+    from PIL import ExifTags, Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+                return upright and image.mode in ("RGB", "L") and not getattr(image, "is_animated", False)
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001 (Pillow fails on damaged metadata in many ways)
+            return False
 
 
 def as_png(image: ImageFile) -> ImageFile:

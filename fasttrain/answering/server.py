@@ -121,8 +121,12 @@ def openai_messages(question: Question, messages: tuple[Message, ...]) -> list[d
 
 
 def _data_urls(question: Question) -> Iterator[str]:
-    from fasttrain_data.image_files import mime_type
+    from fasttrain_data.calls.failures import CallFailed
+    from fasttrain_data.image_files import BadImage, as_sent, check_image
 
     for image in question.images:
-        content = image.read()
-        yield f"data:{mime_type(content)};base64,{base64.b64encode(content).decode()}"
+        try:
+            sent = as_sent(check_image(image.read(), image.name()))
+        except BadImage as problem:
+            raise CallFailed("bad_image", str(problem)) from None
+        yield f"data:{sent.mime_type};base64,{base64.b64encode(sent.content).decode()}"

@@ -415,24 +415,31 @@ def test_the_judge_sees_photos_upright_and_greys_of_16_bits_as_greys(
     turned[Image.ExifTags.Base.Orientation] = 6
     more = {"save_all": True, "append_images": [photo], "exif": turned}
     photo.save(tmp_path / "photo.jpg", "MPO", **more)
+    photo.save(tmp_path / "plain.jpg", exif=turned)
     grey = np.array([[0, 256, 30000], [256 * 129, 65000, 65535]], np.uint16)
     Image.fromarray(grey).save(tmp_path / "grey.tif")
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    photo.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    photo.save(tmp_path / "same.png")
     Image.fromarray(np.full((2, 2), -1.5, np.float32)).save(tmp_path / "depth.tif")
     rows = [
         {"id": name, "question_id": name, "image": name, "question": name, "text": "So."}
-        for name in ("photo.jpg", "grey.tif", "depth.tif")
+        for name in ("photo.jpg", "grey.tif", "depth.tif", "plain.jpg", "grey.png", "cmyk.jpg", "same.png")
     ]
-    sent = {}
+    sent, came = {}, {}
 
     def judge(question, images, answers):
-        sent[question] = Image.open(io.BytesIO(images[0]))
+        sent[question], came[question] = Image.open(io.BytesIO(images[0])), images[0]
         return [(1, 1, 1, 1, 1)]
 
     with GeminiDouble(judge) as double:
         _, found, _, _ = annotate(double, write_rows(tmp_path / "c.jsonl", rows))
-    assert [row["status"] for row in found] == ["ok", "ok", "bad_image"]
-    assert sent["photo.jpg"].size == (2, 3)
-    assert np.asarray(sent["grey.tif"])[..., 1].tolist() == (grey // 256).tolist()
+    assert [row["status"] for row in found] == ["ok", "ok", "bad_image"] + 4 * ["ok"]
+    assert sent["photo.jpg"].size == sent["plain.jpg"].size == (2, 3)
+    for name in ("grey.tif", "grey.png"):
+        assert np.asarray(sent[name])[..., 1].tolist() == (grey // 256).tolist()
+    assert sent["cmyk.jpg"].mode == "RGB"
+    assert came["same.png"] == (tmp_path / "same.png").read_bytes()
 
 
 def test_thinking_that_the_older_sdk_does_not_name_is_paid_for(completions, annotate, tmp_path):

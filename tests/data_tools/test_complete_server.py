@@ -91,6 +91,38 @@ def test_a_server_gets_the_image_the_conversation_and_the_seed(
     assert "server-key" not in "".join(path.read_text() for path in tmp_path.glob("c.*"))
 
 
+def test_a_server_sees_pictures_as_training_does(tmp_path, write_rows, read_rows, command, openai_server):
+    import base64
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    turned = Image.Exif()
+    turned[Image.ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (3, 2), (200, 10, 10)).save(tmp_path / "turned.jpg", exif=turned)
+    Image.fromarray(np.full((2, 2), 256 * 129, np.uint16)).save(tmp_path / "grey.png")
+    buffer = io.BytesIO()
+    Image.new("RGBA", (64, 64), (5, 6, 7, 0)).save(buffer, "PNG")
+    (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:-40])
+    names = ("turned.jpg", "grey.png", "cut.png")
+    rows = [{"id": name, "images": [name], "question": name} for name in names]
+    path, out = write_rows(tmp_path / "questions.jsonl", rows), tmp_path / "c.jsonl"
+    code, stdout, _ = command(
+        "complete", path, "-o", out, "-m", "served", "--server", openai_server.url, "--samples", 1
+    )
+    assert code == 0 and "1  bad image" in stdout
+    seen = {}
+    for _, _, body in openai_server.seen:
+        url, question = (part.get("image_url", part) for part in body["messages"][0]["content"])
+        kind, _, content = url["url"].partition(",")
+        assert kind == "data:image/png;base64"
+        seen[question["text"]] = Image.open(io.BytesIO(base64.b64decode(content)))
+    assert set(seen) == {"turned.jpg", "grey.png"}
+    assert seen["turned.jpg"].size == (2, 3)
+    assert seen["grey.png"].getpixel((0, 0)) == (129, 129, 129)
+
+
 def test_a_repeated_question_is_drawn_and_written_once(
     questions, tmp_path, command, openai_server, read_rows
 ):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fasttrain_data.errors import BadRow
 from fasttrain_data.ids import content_hash
-from fasttrain_data.image_files import ImageFile, as_png, find_image, read_image
+from fasttrain_data.image_files import ImageFile, as_sent, find_image, read_image
 from fasttrain_data.jsonl import LineFile, read_lines
 from fasttrain_data.records import Completion, Turn, parse_record
 from fasttrain_data.spill import Groups
@@ -81,14 +81,8 @@ class ImageReader:
 
     def _read(self, name: str) -> ImageFile:
         if name not in self._cache:
-            image = read_image(find_image(self.root, name))
-            if image.mime_type not in SENT_AS_IS:
-                image = as_png(image)
+            image = as_sent(read_image(find_image(self.root, name)))
             while len(self._cache) >= self.keep:
                 self._cache.pop(next(iter(self._cache)))
             self._cache[name] = image
         return self._cache[name]
-
-
-# What Gemini takes; other formats are sent as PNG.
-SENT_AS_IS = frozenset({"image/png", "image/jpeg", "image/webp", "image/heic", "image/heif"})

@@ -10,8 +10,10 @@ from typing import Any
 from fasttrain_data.calls.api_key import key_from_environment
 from fasttrain_data.calls.chat_server import KEY_VARIABLE, chat_url, post_chat
 from fasttrain_data.calls.dispatch import CallLimits, Dispatcher
+from fasttrain_data.calls.failures import CallFailed
 from fasttrain_data.completions.samples import Done, Drawn, Sample, SampleSettings, messages_of
 from fasttrain_data.errors import UserError
+from fasttrain_data.image_files import BadImage, as_sent
 
 
 class ServerSampler:
@@ -67,9 +69,11 @@ class ServerSampler:
 
 def _openai_messages(sample: Sample) -> list[dict[str, Any]]:
     """Images as data URLs; turns without images as plain text, which every server takes."""
-    urls = iter(
-        f"data:{image.mime_type};base64,{base64.b64encode(image.content).decode()}" for image in sample.images
-    )
+    try:
+        sent = [as_sent(image) for image in sample.images]
+    except BadImage as problem:
+        raise CallFailed("bad_image", str(problem)) from None
+    urls = iter(f"data:{image.mime_type};base64,{base64.b64encode(image.content).decode()}" for image in sent)
     messages: list[dict[str, Any]] = messages_of(sample.question, len(sample.images))
     for turn in messages:
         parts = turn["content"]
