@@ -155,7 +155,7 @@ def test_env_names_versions_and_backends(fasttrain: Any) -> None:
         ("train.learnin_rate=1", "recipe.yaml: unknown key train.learnin_rate; did you mean 'learning_rate'?"),
         ("train.pairs_per_step=many", "recipe.yaml: train.pairs_per_step: wanted an integer, got 'many'"),
         ("model.attention=flash", "model.attention: wanted a backend that can run here, got flash: flash-attn wants a CUDA"),
-        ("model.attention=flex", "model.attention: wanted a backend that can run here, got flex: FlexAttention has no back"),
+        ("model.attention=flex", "model.attention: wanted a backend that can run here, got flex: FlexAttention wants a CUDA"),
         ("data.train=none.jsonl", "none.jsonl: data.train/data.eval: wanted a pair file or folder"),
         ("data.image_root=none", "data.image_root: wanted an existing folder, got 'none'"),
         ("data.eval=recipe.yaml", "recipe.yaml: wanted .jsonl, .json, .parquet or a datasets folder, got .yaml"),
