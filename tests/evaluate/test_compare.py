@@ -186,7 +186,31 @@ def test_questions_of_only_one_model_are_left_out_of_the_test_and_told(
     dpo = write_eval("dpo", "mmbench", [row(n, 1.0 if n > 3 else None) for n in range(12)])
     comparison = compare(read_evaluations([str(base), str(dpo)]), resamples=200)
     assert comparison.tests[0].test.n == 6
-    assert "MMBench, % right: 6 questions were scored for only one of dpo and base" in comparison.warnings[0]
+    assert (
+        "MMBench, % right: 6 questions or turns of them were scored for only one of dpo and base"
+        in comparison.warnings[0]
+    )
+
+
+def test_a_turn_that_only_one_model_was_scored_on_is_in_no_test(write_eval: Callable[..., Path]) -> None:
+    """A second turn is harder: a question whose second turn could not be read looks better than it is."""
+
+    def turns(first: float, second: float | None) -> Rows:
+        return [
+            row(n, score, turn=turn) | {"id": f"{n}/{turn}"}
+            for n in range(20)
+            for turn, score in ((1, first), (2, second))
+        ]
+
+    folders = [
+        write_eval("base", "mt-bench", turns(8.0, 4.0)),
+        write_eval("dpo", "mt-bench", turns(7.0, None)),
+    ]
+    comparison = compare(read_evaluations([str(folder) for folder in folders]), resamples=500)
+    [test] = comparison.tests
+    assert test.test.difference == pytest.approx(-1.0)
+    assert [found.score for found in comparison.scores] == [6.0, 7.0]
+    assert "20 questions or turns of them were scored for only one of dpo and base" in comparison.warnings[0]
 
 
 def test_different_judges_are_warned_of(write_eval: Callable[..., Path]) -> None:

@@ -10,7 +10,14 @@ import numpy as np
 
 from fasttrain.errors import UserError, did_you_mean
 from fasttrain.evaluate.comparing.benchmarks import BENCHMARKS
-from fasttrain.evaluate.comparing.folders import Evaluation, Key, group_units, strata_of
+from fasttrain.evaluate.comparing.folders import (
+    Evaluation,
+    Key,
+    asked_alone,
+    group_units,
+    on_what_both_have,
+    strata_of,
+)
 from fasttrain.evaluate.comparing.resampling import (
     Floats,
     PairedTest,
@@ -155,11 +162,10 @@ def _tests(
         theirs = by_place.get((ours.name, baseline))
         if theirs is None or theirs is ours:
             continue
-        left_out = len(ours.parts.keys() ^ theirs.parts.keys())
-        if left_out:
+        if left_out := len(asked_alone(ours, theirs)):
             warnings.append(
-                f"{ours.benchmark.title}: {left_out} questions were scored for only one of {ours.model} and {baseline}; "
-                "their test leaves them out"
+                f"{ours.benchmark.title}: {left_out} questions or turns of them were scored for only one of {ours.model} and "
+                f"{baseline}; their test leaves them out"
             )
         if (test := compare_pair(ours, theirs, resamples=resamples, seed=seed)) is not None:
             pairs.append((ours, theirs, test))
@@ -181,8 +187,9 @@ def _tests(
 def compare_pair(
     ours: Evaluation, theirs: Evaluation, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> PairedTest | None:
-    """Two models on one benchmark, by the questions that were scored for both; None where there are none."""
-    keys = sorted(ours.parts.keys() & theirs.parts.keys())
+    """Two models on one benchmark, by the answers that were scored for both; None where there are none."""
+    ours, theirs = on_what_both_have(ours, theirs)
+    keys = sorted(ours.parts)
     if not keys:
         return None
     units = ours.units if theirs.units else {}

@@ -60,6 +60,31 @@ class Evaluation:
         return dict(Counter(result.status for result in self.results if result.score is None))
 
 
+def on_what_both_have(one: Evaluation, other: Evaluation) -> tuple[Evaluation, Evaluation]:
+    """Both with the results alone that are scored in both: of a question of two turns, one may be."""
+    both = _scored_by_id(one).keys() & _scored_by_id(other).keys()
+
+    def restricted(evaluation: Evaluation) -> Evaluation:
+        results = tuple(r for r in evaluation.scored if (one.benchmark.stratum(r), r.id) in both)
+        return replace(
+            evaluation, results=results, parts=_sum_parts(one.benchmark, results, evaluation.folder / RESULTS)
+        )
+
+    return restricted(one), restricted(other)
+
+
+def asked_alone(one: Evaluation, other: Evaluation) -> set[Key]:
+    """The questions of which something was scored in one of the two only."""
+    ours, theirs = _scored_by_id(one), _scored_by_id(other)
+    return {(ours | theirs)[key] for key in ours.keys() ^ theirs.keys()}
+
+
+def _scored_by_id(evaluation: Evaluation) -> dict[Key, Key]:
+    """(stratum, id) of every scored result -> (stratum, question)."""
+    stratum = evaluation.benchmark.stratum
+    return {(stratum(r), r.id): (stratum(r), str(r.question_id)) for r in evaluation.scored}
+
+
 def group_units(keys: Sequence[Key], units: dict[Key, str]) -> list[list[Key]]:
     """The keys of each question that is drawn as one, in the keys' order."""
     groups: dict[Key | str, list[Key]] = {}
