@@ -164,6 +164,15 @@ def test_a_system_turn_or_column_begins_the_history(drafts):
     assert late == [("line 1", "human and gpt turns do not alternate")]
 
 
+def test_a_question_of_several_choices_keeps_them(drafts):
+    row = {"image": "a.png", "hint": "Look left.", "question": "Which?", "options": {"A": "red", "B": "blue"}}
+    [draft] = drafts(row)
+    assert draft.question == "Look left.\nWhich?\nA. red\nB. blue"
+    assert draft.changed == ["hint or options put with the question"]
+    [draft] = drafts(row | {"hint": "", "options": {"A": 1}})
+    assert (draft.question, draft.changed) == ("Which?", [])
+
+
 def test_images_of_evaluation_rows_that_ask_nothing_usable_are_left_out_too(tmp_path, write_rows, command):
     unusable = [
         {"image_file": "a.png", "conversations": [human("The figure shows scores."), gpt("Also.")]},

@@ -237,9 +237,12 @@ def _read_llava_questions(row: Row, place: str, turns: Turns | None) -> Iterator
 
 
 def _read_plain(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
-    """`question` (or `prompt`, `text`) with `image` or `images`, optional `history`; also our own questions."""
+    """`question` (or `prompt`, `text`) with `image` or `images`, optional `history`, `hint`, `options`; also our own questions."""
     key = next((name for name in ("question", "prompt", "text") if name in row), "question")
     question, changed = _question(row, key)
+    if around := _hint_and_options(row):
+        question = around[0] + question + around[1]
+        changed.append("hint or options put with the question")
     before = row.get("history") or []
     roles = ("system", "user", "assistant")
     if not isinstance(before, list) or not all(
@@ -258,6 +261,15 @@ def _read_plain(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
         _optional(row, "category"),
         changed,
     )
+
+
+def _hint_and_options(row: Row) -> tuple[str, str] | None:
+    """What stands before and behind a question of several choices, as MMBench is asked: without it nobody can answer."""
+    hint, options = row.get("hint"), row.get("options")
+    if not isinstance(options, dict) or not all(isinstance(text, str) for text in options.values()):
+        return None
+    before = f"{hint.strip()}\n" if isinstance(hint, str) and hint.strip() else ""
+    return before, "".join(f"\n{letter}. {text}" for letter, text in options.items())
 
 
 READERS: dict[str, Reader] = {
