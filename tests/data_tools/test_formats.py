@@ -345,6 +345,16 @@ def test_ms_swift_and_ultrafeedback_keep_what_stands_before_the_answer(tmp_path,
         assert [pair[side][0]["content"][0]["text"] for side in ("chosen", "rejected")] == ["good", "bad"]
 
 
+def test_a_system_column_beside_question_and_answers_is_a_system_turn(tmp_path, write_rows):
+    row = {"system": "Be brief.", "question": "Why?", "chosen": "good", "rejected": "bad"}
+    [pair, plain] = read_pairs(write_rows(tmp_path / "orca.jsonl", [row, row | {"system": ""}]))
+    assert [(turn["role"], turn["content"][0]["text"]) for turn in pair["prompt"]] == [
+        ("system", "Be brief."),
+        ("user", "Why?"),
+    ]
+    assert [turn["role"] for turn in plain["prompt"]] == ["user"]
+
+
 @pytest.mark.parametrize("target", ["llama-factory", "ms-swift", "mllm-dpo", "trl.parquet"])
 def test_export_leaves_out_and_counts_what_a_layout_cannot_hold(target, tmp_path, write_rows):
     good, tag = expected(images=()), turn("user", "What is <image> in HTML?")

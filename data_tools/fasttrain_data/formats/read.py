@@ -216,8 +216,7 @@ def _read_ultrafeedback(row: Row, place: Place) -> Row | str:
 def _read_llama_factory(row: Row, place: Place) -> Row | str:
     field = "conversations" if "conversations" in row else "messages"
     turns = turns_of(row.get(field), field, place)
-    if row.get("system"):
-        turns.insert(0, ("system", place.text(row.get("system"), "system")))
+    turns = _system(row, place) + turns
     if not turns or turns[-1][0] != "user":
         raise place.bad(field, "a last turn by the human", turns[-1][0] if turns else None)
     return {
@@ -229,9 +228,13 @@ def _read_llama_factory(row: Row, place: Place) -> Row | str:
     }
 
 
+def _system(row: Row, place: Place) -> list[tuple[str, str]]:
+    """The turn that a column of this name stands for."""
+    return [("system", place.text(row["system"], "system"))] if row.get("system") else []
+
+
 def _read_ms_swift(row: Row, place: Place) -> Row | str:
     turns = turns_of(row.get("messages"), "messages", place)
-    told = [("system", place.text(row["system"], "system"))] if row.get("system") else []
     if len(turns) < 2 or turns[-1][0] != "assistant" or turns[-2][0] != "user":
         raise place.bad(
             "messages", "a question by the user and the chosen answer at the end", [r for r, _ in turns]
@@ -253,7 +256,7 @@ def _read_ms_swift(row: Row, place: Place) -> Row | str:
     return {
         **_rest(row, *_MS_SWIFT),
         "images": images,
-        "prompt": [message(role, text) for role, text in told + turns[:-1]],
+        "prompt": [message(role, text) for role, text in _system(row, place) + turns[:-1]],
         "chosen": turns[-1][1],
         "rejected": place.text(rejected, "rejected_response"),
     }
@@ -293,10 +296,12 @@ def _said(turn: str) -> str:
 
 
 def _read_rlaif_v(row: Row, place: Place) -> Row | str:
+    """Also the text-only sets that have a `system` beside these columns, as Intel's orca pairs."""
+    turns = [*_system(row, place), ("user", place.text(row.get("question"), "question"))]
     return {
-        **_rest(row, "question", "chosen", "rejected", "image", "images"),
+        **_rest(row, "question", "chosen", "rejected", "image", "images", "system"),
         "images": first_of(row, "image", "images", "image_path"),
-        "prompt": [message("user", place.text(row.get("question"), "question"))],
+        "prompt": [message(role, text) for role, text in turns],
         "chosen": place.text(row.get("chosen"), "chosen"),
         "rejected": place.text(row.get("rejected"), "rejected"),
     }
