@@ -37,8 +37,9 @@ def read_pair(row: dict[str, Any], where: str, image_root: Path) -> Pair:
         if row.get(key) is None:
             raise BadRow(where, key, "an answer", "nothing")
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if prompt is None:
-        prompt, chosen, rejected = _split_common_prompt(chosen, rejected, where)
+    if prompt is None or _is_said_again(prompt, chosen, rejected):
+        said, (prompt, chosen, rejected) = prompt, _split_common_prompt(chosen, rejected, where)
+        _check_said_again(said, prompt, where)
     messages, images = read_prompt(row, prompt, where, image_root)
     texts = {"chosen": _read_completion(chosen, "chosen", where)}
     texts["rejected"] = _read_completion(rejected, "rejected", where)
@@ -69,8 +70,10 @@ def read_example(row: dict[str, Any], where: str, image_root: Path) -> Pair:
         raise BadRow(where, "completion", "an answer to learn (or chosen, in a pair file)", "nothing")
     if row.get("label") is False and field == "completion":  # TRL's unpaired preferences
         raise BadRow(where, "label", "an answer to learn", "false: one that is not wanted")
-    if prompt is None and isinstance(answer, list) and len(answer) > 1:  # TRL's implicit prompt
-        prompt, answer = answer[:-1], answer[-1:]
+    whole = isinstance(answer, list) and len(answer) > 1
+    if (whole and prompt is None) or _is_said_again(prompt, answer):
+        said, prompt, answer = prompt, answer[:-1], answer[-1:]  # TRL's implicit prompt
+        _check_said_again(said, prompt, where)
     if prompt is None:
         raise BadRow(where, "prompt", "a prompt", "nothing")
     messages, images = read_prompt(row, prompt, where, image_root)
@@ -105,6 +108,17 @@ def _split_common_prompt(chosen: Any, rejected: Any, where: str) -> tuple[Any, A
     if not shared:
         raise BadRow(where, "prompt", "a prompt, or conversations that begin alike", "neither")
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _is_said_again(prompt: Any, *answers: Any) -> bool:
+    """Whether answers are whole conversations beside a prompt, which is then their last question (ultrafeedback_binarized)."""
+    return isinstance(prompt, str) and all(isinstance(answer, list) and len(answer) > 1 for answer in answers)
+
+
+def _check_said_again(prompt: Any, shared: list[Any], where: str) -> None:
+    last = shared[-1].get("content") if isinstance(shared[-1], dict) else None
+    if prompt is not None and last != prompt:
+        raise BadRow(where, "prompt", "the last question that the conversations share, or none", prompt)
 
 
 def _text(value: Any, field: str, where: str) -> str:

@@ -357,6 +357,29 @@ def test_a_long_value_is_shown_in_part(root: Path) -> None:
     assert len(refused({**SHORT, "chosen": [turn("user", "x" * 10_000)]}, root)) < 250
 
 
+def test_a_prompt_that_the_conversations_repeat_is_read_once(root: Path) -> None:
+    """ultrafeedback_binarized has the question as a column and in both conversations."""
+    shared = [turn("system", "Be brief."), turn("user", "Why?")]
+    row = {
+        "prompt": "Why?",
+        "chosen": [*shared, turn("assistant", "good")],
+        "rejected": [*shared, turn("assistant", "bad")],
+    }
+    for read_one in (read, lambda row, root: read_example(row, "x line 1", root)):
+        pair = read_one(row, root)
+        assert [(role, parts) for role, parts in pair.messages] == [
+            ("system", (("text", "Be brief."),)),
+            ("user", (("text", "Why?"),)),
+        ]
+        assert pair.chosen == "good"
+        with pytest.raises(
+            BadRow, match="prompt: wanted the last question that the conversations share, or none"
+        ):
+            read_one(row | {"prompt": "How?"}, root)
+    with pytest.raises(BadRow, match="prompt: wanted a prompt, or conversations that begin alike"):
+        read(row | {"chosen": row["chosen"][1:]}, root)
+
+
 def test_an_unwanted_answer_of_unpaired_preferences_is_not_learned(root: Path) -> None:
     row = {"prompt": QUESTION, "completion": [turn("assistant", "a bar")]}
     with pytest.raises(BadRow, match="label: wanted an answer to learn, got false: one that is not wanted"):

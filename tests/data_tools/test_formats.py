@@ -69,6 +69,14 @@ RECORDS = {
         },
         expected(images=()),
     ),
+    "trl said again": (
+        {
+            "prompt": "Why?",
+            "chosen": [turn("user", "Why?") | {"content": "Why?"}, turn("assistant", "good")],
+            "rejected": [turn("user", "Why?") | {"content": "Why?"}, turn("assistant", "bad")],
+        },
+        expected(images=()),
+    ),
     "trl short": ({"image": "a.png", "prompt": "Why?", "chosen": "good", "rejected": "bad"}, expected()),
     "mllm-dpo": (
         {

@@ -140,9 +140,10 @@ def _parsed(value: Any) -> Any:
 
 
 def _read_trl(row: Row, place: Place) -> Row | str:
-    """Explicit or implicit prompt, messages or strings."""
+    """Explicit or implicit prompt, or one that is also at the end of what the conversations share; messages or strings."""
     prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    if prompt is None:
+    said, whole = prompt, all(isinstance(side, list) and len(side) > 1 for side in (chosen, rejected))
+    if prompt is None or (isinstance(prompt, str) and whole):
         if not (isinstance(chosen, list) and isinstance(rejected, list)):
             raise place.bad("prompt", "a prompt", None)
         shared = 0
@@ -151,6 +152,9 @@ def _read_trl(row: Row, place: Place) -> Row | str:
         if not shared:
             raise place.bad("prompt", "a prompt, or conversations that begin alike", "neither")
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        last = prompt[-1].get("content") if isinstance(prompt[-1], dict) else None
+        if said is not None and last != said:
+            raise place.bad("prompt", "the last question that the conversations share, or none", said)
     return {
         **_rest(row, "prompt", "chosen", "rejected", "images", "image"),
         "images": first_of(row, "images", "image"),
