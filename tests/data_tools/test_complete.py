@@ -314,3 +314,25 @@ def test_a_model_with_a_table_of_positions_fails_long_questions_alone_and_stops_
     assert [row["text"] for row in read_rows(alone)] == [
         row["text"] for row in made if row["question_id"] == "c"
     ]
+
+
+def test_a_conversation_that_the_template_refuses_fails_alone(
+    tmp_path, write_rows, read_rows, tiny_models, command
+):
+    folder = tiny_models.build_text(tmp_path / "text")
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    path = next(folder.glob("chat_template.jinja"))
+    path.write_text(refusing + path.read_text())
+    rows = [
+        {"id": "a", "question": "the chart?"},
+        {"id": "b", "question": "red?", "history": [{"role": "system", "text": "the"}]},
+    ]
+    questions, out = write_rows(tmp_path / "questions.jsonl", rows), tmp_path / "completions.jsonl"
+    code, _, stderr = command(
+        "complete", questions, "-o", out, "-m", folder, "--samples", 2, "--max-new-tokens", 3
+    )
+    assert code == 3 and "Traceback" not in stderr
+    assert {row["question_id"] for row in read_rows(out)} == {"a"}
+    skipped = read_rows(tmp_path / "completions.skipped.jsonl")
+    assert [row["reason"] for row in skipped] == 2 * ["refused_request"]
+    assert "can render, got system, user (TemplateError: System role not supported)" in skipped[0]["detail"]

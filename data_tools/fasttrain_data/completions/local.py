@@ -176,8 +176,8 @@ class LocalSampler:
                 done(sample, drawn)
 
     def draw_batch(self, batch: Sequence[Sequence[Sample]]) -> list[Drawn | CallFailed]:
-        """The samples of several questions, flat and in order; a question whose images are damaged has failures."""
-        decoded = [_decode_all(samples[0]) for samples in batch]
+        """The samples of several questions, flat and in order; one whose images are damaged, or that cannot be asked, has failures."""
+        decoded = [self._prepared(samples[0]) for samples in batch]
         usable = [
             (samples, images)
             for samples, images in zip(batch, decoded, strict=True)
@@ -189,6 +189,15 @@ class LocalSampler:
             for samples, images in zip(batch, decoded, strict=True)
             for _ in samples
         ]
+
+    def _prepared(self, sample: Sample) -> list[Any] | CallFailed:
+        """A question's decoded images, if its prompt can be rendered as well."""
+        images = _decode_all(sample)
+        try:
+            self._prompt(sample)
+        except CallFailed as why:
+            return why
+        return images
 
     def _generate(self, batch: Sequence[tuple[Sequence[Sample], list[Any]]]) -> list[Drawn | CallFailed]:
         """The samples of questions with their decoded images, flat and in order."""
@@ -278,12 +287,23 @@ class LocalSampler:
         return [self._drawn(tokens) for tokens in new_ST]
 
     def _prompt(self, sample: Sample) -> str:
+        """The rendered conversation; CallFailed where the template refuses it, as some do a system turn."""
+        import jinja2
+
         messages: list[dict[str, Any]] = messages_of(sample.question, len(sample.images))
         if sample.images and not self.takes_images:
             raise UserError(f"--model: wanted a model that takes images, for question {sample.question.id}")
         if not self.takes_images:
             messages = [{**turn, "content": turn["content"][-1]["text"]} for turn in messages]
-        text: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            text: str = self.processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+            roles = ", ".join(str(turn["role"]) for turn in messages)
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            wanted = "roles that the model's chat template can render"
+            raise CallFailed("refused_request", f"wanted {wanted}, got {roles} ({problem})") from None
         return text
 
     def _encode(self, prompts: list[str], images: list[Any]) -> dict[str, Any]:
