@@ -178,9 +178,10 @@ def test_images_of_evaluation_rows_that_ask_nothing_usable_are_left_out_too(tmp_
         {"image_file": "a.png", "conversations": [human("The figure shows scores."), gpt("Also.")]},
         {"image_id": 5, "question": None},
         {"image": "c.png", "conversations": [human("Why?"), human("And?")]},
+        {"image_id": None, "question": "Why?"},
     ]
     evaluation = write_rows(tmp_path / "evaluation.jsonl", unusable)
-    rows = [{"image": name, "question": "What is it?"} for name in ("a.png", "5.jpg", "c.png", "d.png")]
+    rows = [{"image": name, "question": "What is it?"} for name in ("a.png", "5.jpg", "c.png", "None.jpg")]
     source = write_rows(tmp_path / "source.jsonl", rows)
     arguments = ("--missing-images", "keep", "--eval-file", evaluation)
     code, stdout, _ = command("questions", source, "-o", tmp_path / "q.jsonl", *arguments)

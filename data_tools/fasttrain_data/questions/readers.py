@@ -102,7 +102,7 @@ def _named(row: Row) -> list[str]:
     """Names of images wherever a format has them."""
     images = row.get("images")
     names = [row.get("image_file"), row.get("image"), *(images if isinstance(images, list) else [])]
-    if "image_id" in row:
+    if row.get("image_id") is not None:
         names.append(f"{row['image_id']}.jpg")
     return [name for name in names if isinstance(name, str)]
 
