@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
 class SharedPrefixLayout:
     """Where prompts and completions lie in one packed sequence of T tokens; built by `from_groups`.
 
@@ -18,11 +16,39 @@ class SharedPrefixLayout:
     positions start at the prompt's length, it sees the prompt and its own earlier tokens, nothing else.
     `bidirectional` holds, per group, the spans of its prompt whose tokens see each other both ways.
     Index tensors are made once per device and shared: do not write into them.
+
+    It is no dataclass: FSDP and DDP in mixed precision make those anew, field by field, for every module they are passed to, and
+    what was made for one layer would be lost to the next.
     """
 
-    groups: tuple[tuple[int, tuple[int, ...]], ...]
-    bidirectional: tuple[tuple[tuple[int, int], ...], ...] = ()
-    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    def __init__(
+        self,
+        groups: tuple[tuple[int, tuple[int, ...]], ...],
+        bidirectional: tuple[tuple[tuple[int, int], ...], ...] = (),
+    ) -> None:
+        self._groups, self._bidirectional = groups, bidirectional
+        self._made: dict[Any, Any] = {}
+
+    @property
+    def groups(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """(prompt length, completion lengths) of every group."""
+        return self._groups
+
+    @property
+    def bidirectional(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """The spans of every group, or () where there are none."""
+        return self._bidirectional
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SharedPrefixLayout):
+            return NotImplemented
+        return (self.groups, self.bidirectional) == (other.groups, other.bidirectional)
+
+    def __hash__(self) -> int:
+        return hash((self.groups, self.bidirectional))
+
+    def __repr__(self) -> str:
+        return f"SharedPrefixLayout(groups={self.groups}, bidirectional={self.bidirectional})"
 
     @classmethod
     def from_groups(
@@ -54,13 +80,8 @@ class SharedPrefixLayout:
         spans = _checked_spans(bidirectional, [prompt for prompt, _ in checked])
         return cls(tuple(checked), spans if any(spans) else ())
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"groups": self.groups, "bidirectional": self.bidirectional}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        object.__setattr__(self, "groups", state["groups"])
-        object.__setattr__(self, "bidirectional", state["bidirectional"])
-        object.__setattr__(self, "_made", {})
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SharedPrefixLayout, (self.groups, self.bidirectional)
 
     def cached(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` returned the first time this layout was asked for `key`."""

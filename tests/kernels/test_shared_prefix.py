@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasttrain_kernels import SharedPrefixLayout, shared_prefix_attention, shared_prefix_attention_ref
 from fasttrain_kernels.shared_prefix_plan import Plan, attention_plan
@@ -259,6 +259,55 @@ def test_a_layout_first_read_in_inference_mode_can_be_trained_with() -> None:
     q.flatten(1).index_select(1, layout.predictor_rows()).sum().backward()
     shared_prefix_attention(q, k, v, layout, window=5).sum().backward()
     assert v.grad is not None
+
+
+class Layer(nn.Module):
+    """Self-attention over a layout that comes with the call, as a model's layers have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 24)
+
+    def forward(self, x_TD: Tensor, layout: SharedPrefixLayout) -> Tensor:
+        q, k, v = self.project(x_TD).view(1, -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        return shared_prefix_attention(q, k, v, layout, window=5).transpose(1, 2).flatten(2)[0]
+
+
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning"
+)  # torch's, of one rank and of old ways
+@pytest.mark.parametrize("way", ["fsdp2", "fsdp1"])
+def test_a_layout_goes_through_fsdp_in_mixed_precision_as_the_object_it_is(way: str) -> None:
+    """FSDP makes dataclasses among a module's inputs anew."""
+    from torch.distributed.fsdp import (
+        FullyShardedDataParallel,
+        MixedPrecision,
+        MixedPrecisionPolicy,
+        fully_shard,
+    )
+    from torch.distributed.tensor import init_device_mesh
+
+    layout = SharedPrefixLayout.from_groups([(9, [4, 3]), (5, [2])])
+    layer, x = Layer(), torch.randn(layout.tokens, 8)
+    expected = layer(x, layout)
+    seen: list[object] = []
+    layer.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped: nn.Module
+        if way == "fsdp1":
+            wrapped = FullyShardedDataParallel(
+                layer, device_id=torch.device("cpu"), mixed_precision=MixedPrecision(torch.bfloat16)
+            )
+        else:
+            policy = MixedPrecisionPolicy(torch.bfloat16)
+            wrapped = fully_shard(layer, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+        out = wrapped(x, layout)
+        out.float().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert seen and seen[-1] is layout
+    torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_the_default_device_is_not_a_layouts() -> None:
