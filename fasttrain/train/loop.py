@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -97,7 +98,9 @@ OBJECTIVES: dict[str, Callable[[LossConfig], Objective]] = {"dpo": PairLoss, "sf
 def train(config: DPOConfig, loss: Objective, *, resume: bool = False, overwrite: bool = False) -> RunResult:
     """Run a recipe with an objective, whatever the caller's gradient mode, autocast and default dtype."""
     with _modes_of_a_run(), contextlib.closing(RunLock()) as lock:
-        return _train(config, loss, lock, resume, overwrite)
+        result = _train(config, loss, lock, resume, overwrite)
+    gc.collect()  # layers that run functions of ours hold themselves, and the model's memory, until Python looks for such rings
+    return result
 
 
 @contextlib.contextmanager

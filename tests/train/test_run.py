@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -426,6 +427,19 @@ def test_the_callers_precision_changes_neither_the_run_nor_the_cached_references
         ours = run(tiny_text, text).metrics
     truth = run(tiny_text, text).metrics  # with the references that were cached in that mode
     assert [line["loss"] for line in ours] == [line["loss"] for line in truth]
+
+
+def test_a_finished_run_holds_no_memory(tiny_text: Path, text: Path, run: Runner) -> None:
+    """The next run of a notebook loads its model where the last one's was."""
+    run(tiny_text, text)
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+        run(tiny_text, text)
+        assert sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects()) == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("config", ["recipe.yaml", {"model": {"name": "m"}}, None])
