@@ -40,6 +40,7 @@ class Engine(Protocol):
     def forward(self, batch: PackBatch, **wants: bool) -> Any: ...
     def backward(self, loss: Tensor) -> None: ...
     def step(self, factor: float) -> Tensor: ...
+    def close(self) -> None: ...
 
 
 def make_engine(policy: Policy, config: DPOConfig, checkpointing: bool) -> Engine:
@@ -105,3 +106,6 @@ class TorchEngine:
     def step(self, factor: float) -> Tensor:
         """Update with the gathered gradients; their norm before clipping, on the device."""
         return self._masters.step(factor)
+
+    def close(self) -> None:
+        """Nothing outlives the engine."""

@@ -201,6 +201,7 @@ class Trainer:
             say(f"stopped by SIGTERM after step {done} of {total}; checkpoint saved, go on with --resume")
         else:
             write_final(job, engine.optimizer, self.folder)
+        engine.close()
         return RunResult(self.folder, read_steps(self.folder / "metrics.jsonl"), self.folder / "final")
 
     def _steps(

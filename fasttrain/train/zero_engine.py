@@ -96,6 +96,10 @@ class ZeroEngine:
             self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.policy.device
         )
 
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the weights: they would keep the model and its buffers as long as the process lives."""
+        self.engine.destroy()
+
     def _forget_gradients(self) -> None:
         """Zero DeepSpeed's buffers: what the next step gives no gradient would keep this one's."""
         inner = self.engine.optimizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 from collections.abc import Callable
@@ -238,6 +239,23 @@ def test_a_run_goes_on_with_another_stage_and_another_number_of_ranks(
         assert ended.codes == [0] * size, ended.stderr
     train_dpo(recipes("split", "legs"), resume=True)
     assert_same(lines(recipes("split", "legs")), lines(truth))
+
+
+def test_a_finished_run_under_zero_holds_no_memory(
+    recipes: Callable[..., Any], run_ranks: Callable[..., Any]
+) -> None:
+    """DeepSpeed's hooks on weights keep an engine, its model and buffers, where Python finds no ring."""
+    config = recipes("text", "zero", "train.max_steps=2", "distributed.zero_stage=2", "data.eval=null")
+
+    def body() -> None:
+        from fasttrain.model.policy import Policy
+
+        train_dpo(config)
+        gc.collect()
+        assert not any(type(found) is Policy for found in gc.get_objects())
+
+    ended = run_ranks(body)
+    assert ended.codes == [0, 0], ended.stderr
 
 
 @pytest.mark.slow
