@@ -21,12 +21,18 @@ _STEP = 256
 def choose_checkpointing(
     config: DPOConfig, longest_group: int, device: torch.device, fits: Callable[[int, bool], bool]
 ) -> bool:
-    """The recipe's word, or whether a pack worth running, or the recipe's own, would not fit without it."""
+    """The recipe's word, or whether a pack worth running, or the largest that the recipe can make, would not fit without it."""
     wanted, tokens = config.train.gradient_checkpointing, config.train.tokens_per_pack
     if wanted != "auto":
         return wanted
-    smallest = max(min(longest_group, _ceiling(device)), _floor(device)) if tokens == "auto" else int(tokens)
-    return not fits(smallest, False)
+    if tokens == "auto":
+        return not fits(max(min(longest_group, _ceiling(device)), _floor(device)), False)
+    return not fits(most_in_a_pack(config, int(tokens), longest_group), False)
+
+
+def most_in_a_pack(config: DPOConfig, tokens_per_pack: int, longest_group: int) -> int:
+    """A step has a pair of every group that it takes, so a pack of all of them has no more tokens than so many groups."""
+    return min(tokens_per_pack, config.train.pairs_per_step * longest_group)
 
 
 def choose_tokens(

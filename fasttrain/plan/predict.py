@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fasttrain.config import DPOConfig
-from fasttrain.plan.choose import choose_checkpointing, choose_tokens, largest_pack
+from fasttrain.plan.choose import choose_checkpointing, choose_tokens, largest_pack, most_in_a_pack
 from fasttrain.plan.communication import Communication, count_communication
 from fasttrain.plan.gpus import Achieved, Gpu
 from fasttrain.plan.histogram import Histogram
@@ -99,7 +99,7 @@ def predict(
     )
     tokens = choose_tokens(config, histogram.longest, CUDA, lambda size: fits(size, checkpointing))
     work = measure_work(config, histogram, planned.shape, tokens, checkpointing, machine.gpus)
-    plan = memory(max(tokens, sequence), checkpointing)
+    plan = memory(max(most_in_a_pack(config, tokens, histogram.longest), sequence), checkpointing)
     moved = count_communication(
         planned, stage=stage, ranks=machine.gpus, packs=work.packs, checkpointing=checkpointing
     )

@@ -153,6 +153,11 @@ def test_auto_checkpoints_only_when_a_pack_worth_running_does_not_fit() -> None:
     assert choose_checkpointing(auto, 901, CPU, lambda tokens, on: on or tokens <= 900) is True
     assert choose_checkpointing(fixed, 900, CPU, lambda tokens, on: on) is False
     assert choose_tokens(fixed, 900, CPU, lambda tokens: False) == 700
+    large = recipe(
+        LORA, tokens_per_pack=10**6, pairs_per_step=4
+    )  # a step of four groups is all that a pack can hold
+    assert choose_checkpointing(large, 900, CPU, lambda tokens, on: on or tokens <= 3600) is False
+    assert choose_checkpointing(large, 901, CPU, lambda tokens, on: on or tokens <= 3600) is True
     assert choose_tokens(auto, 900, CPU, lambda tokens: True) == 2048
     assert 900 < choose_tokens(auto, 900, CPU, lambda tokens: tokens <= 1030) <= 1030
 
