@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,23 @@ def test_every_recipe_loads_names_a_known_model_and_shows_its_plan(recipe: Path)
     comment = [line for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert any(line.startswith(f"#   fasttrain plan -c recipes/{recipe.name} --gpu ") for line in comment)
     assert any("bound by" in line for line in comment)
+
+
+@pytest.mark.slow
+def test_the_page_about_plans_shows_what_is_printed_today(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (FOLDER.parent / "docs" / "plan.md").read_text(encoding="utf-8")
+    shown = page[page.index("model       ") : page.index("\n```", page.index("model       "))]
+    monkeypatch.chdir(tmp_path)  # without pairs
+    printed = plan("-c", str(FOLDER / "llava15_13b_paper.yaml"), "--gpu", "a100-80g", "--gpus", "4").rstrip()
+    number = re.compile(r"\d[\d,]*(?:\.\d+)?")
+    assert number.sub("", shown).split() == number.sub("", printed).split()
+    for line, now in zip(shown.splitlines(), printed.splitlines(), strict=True):
+        values = [[float(word.replace(",", "")) for word in number.findall(text)] for text in (line, now)]
+        assert values[0] == pytest.approx(values[1], rel=0.01, abs=0.02), (
+            line
+        )  # other versions count a little else
 
 
 def _shrunk(name: str) -> dict[str, Any]:
