@@ -35,8 +35,10 @@ def read_pair(row: dict[str, Any], where: str, image_root: Path) -> Pair:
     """Check one row; BadRow names the first field that is wrong. Image files are found, not opened."""
     for key in ("chosen", "rejected"):
         if row.get(key) is None:
-            raise BadRow(where, key, "an answer", "nothing")
+            raise BadRow(where, key, "an answer", _nothing(row))
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if prompt is None and not (isinstance(chosen, list) and isinstance(rejected, list)):
+        raise BadRow(where, "prompt", "a prompt", _nothing(row))
     if prompt is None or _is_said_again(prompt, chosen, rejected):
         said, (prompt, chosen, rejected) = prompt, _split_common_prompt(chosen, rejected, where)
         _check_said_again(said, prompt, where)
@@ -67,7 +69,7 @@ def read_example(row: dict[str, Any], where: str, image_root: Path) -> Pair:
     field = "completion" if row.get("completion") is not None else "chosen"
     prompt, answer = row.get("prompt"), row.get(field)
     if answer is None:
-        raise BadRow(where, "completion", "an answer to learn (or chosen, in a pair file)", "nothing")
+        raise BadRow(where, "completion", "an answer to learn (or chosen, in a pair file)", _nothing(row))
     if row.get("label") is False and field == "completion":  # TRL's unpaired preferences
         raise BadRow(where, "label", "an answer to learn", "false: one that is not wanted")
     whole = isinstance(answer, list) and len(answer) > 1
@@ -75,7 +77,7 @@ def read_example(row: dict[str, Any], where: str, image_root: Path) -> Pair:
         said, prompt, answer = prompt, answer[:-1], answer[-1:]  # TRL's implicit prompt
         _check_said_again(said, prompt, where)
     if prompt is None:
-        raise BadRow(where, "prompt", "a prompt", "nothing")
+        raise BadRow(where, "prompt", "a prompt", _nothing(row))
     messages, images = read_prompt(row, prompt, where, image_root)
     name = where if row.get("id") is None else printable(str(row["id"]))
     text = _read_completion(answer, field, where)
@@ -98,10 +100,15 @@ def check_image(ref: ImageRef, where: str) -> None:
         raise BadRow(where, "images", "an image", f"{ref.name()} ({error})") from None
 
 
-def _split_common_prompt(chosen: Any, rejected: Any, where: str) -> tuple[Any, Any, Any]:
+def _nothing(row: dict[str, Any]) -> str:
+    """For a row of another layout or a misspelt key: what it has instead."""
+    keys = [printable(str(key))[:40] for key in row]
+    more = ", ..." if len(keys) > 10 else ""
+    return f"nothing; the row has {', '.join(keys[:10])}{more}" if keys else "nothing"
+
+
+def _split_common_prompt(chosen: list[Any], rejected: list[Any], where: str) -> tuple[Any, Any, Any]:
     """TRL's implicit prompt: both answers are whole conversations; what they share is the prompt."""
-    if not (isinstance(chosen, list) and isinstance(rejected, list)):
-        raise BadRow(where, "prompt", "a prompt", "nothing")
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1

@@ -254,7 +254,7 @@ LONG_TURNS = [turn("user", "a"), turn("assistant", "b")]
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"prompt": "q", "chosen": "a"}, "rejected: wanted an answer, got nothing"),
+        ({"prompt": "q", "chosen": "a"}, "rejected: wanted an answer, got nothing; the row has prompt, chosen"),
         ({"prompt": "q", "chosen": None, "rejected": "a"}, "chosen: wanted an answer, got nothing"),
         ({"chosen": "q a", "rejected": "q b"}, "prompt: wanted a prompt, got nothing"),
         ({**SHORT, "chosen": ""}, "chosen: wanted a non-empty answer, got ''"),
