@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import sys
@@ -357,9 +358,12 @@ cli.add_command(eval_command)
 cli.add_command(study_command)
 
 
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
 def _prepare_torch() -> None:
     """Settings that must stand before torch and tokenizers are imported, and other people's noise turned off."""
-    import logging
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we fork workers after tokenizing
@@ -369,6 +373,9 @@ def _prepare_torch() -> None:
     )  # tensors in huge pages, where the kernel gives them on request
     for name in ("bitsandbytes", "kernels"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(
+        _is_error
+    )  # it sets its level when it is imported, and writes to stdout
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\.")
 
 

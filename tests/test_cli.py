@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import re
 import resource
 import shutil
@@ -135,6 +136,17 @@ def test_a_mistake_in_the_command_is_one_line(words: list[str], said: str, fastt
 def test_usage_errors_point_at_the_help_of_their_command(fasttrain: Any) -> None:
     assert mistake(fasttrain("dpo", "--nope")).endswith("(see fasttrain dpo --help)")
     assert mistake(fasttrain("dopo")).endswith("(see fasttrain --help)")
+
+
+def test_what_deepspeed_remarks_does_not_stand_among_results() -> None:
+    cli._prepare_torch()
+    logger = logging.getLogger("DeepSpeed")  # its handler writes to stdout
+    told = [
+        level
+        for level in (logging.INFO, logging.WARNING, logging.ERROR)
+        if logger.filter(logging.makeLogRecord({"levelno": level}))
+    ]
+    assert told == [logging.ERROR]
 
 
 def test_env_names_versions_and_backends(fasttrain: Any) -> None:
