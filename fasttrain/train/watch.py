@@ -98,6 +98,15 @@ def open_watches(folders: Sequence[Path], data: DataConfig, memo: HashMemo) -> l
     return watches
 
 
+def _read_start(path: Path, names: list[str]) -> dict[str, dict[str, float]] | None:
+    """The scores before the first step by benchmark, as an earlier start wrote them; None if they are not there, or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: {key: float(found[name][key]) for key in _FIGURES[name]} for name in names}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 class Watcher:
     """Asks the policy the questions of all watches."""
 
@@ -119,9 +128,8 @@ class Watcher:
         if not self.watches:
             return
         path = folder / START_FILE
-        if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
-        else:
+        before = _read_start(path, [watch.benchmark.name for watch in self.watches])
+        if before is None:
             before = {watch.benchmark.name: self._ask(watch, lambda: False) for watch in self.watches}
             write_json(path, before)
         for watch in self.watches:

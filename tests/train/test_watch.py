@@ -120,6 +120,17 @@ def test_a_resumed_run_watches_as_the_undisturbed_one(recipe: Callable[..., Any]
     assert watch(resumed.metrics)[:2] == watch(whole.metrics)[:2]  # the schedule of step 5 is another
 
 
+def test_damaged_scores_of_the_start_are_found_again(recipe: Callable[..., Any], pope: Path) -> None:
+    settings = recipe("whole", "train.max_steps=1", watch=[str(pope)])
+    whole = train_dpo(settings)
+    start = whole.folder / "watch_start.json"
+    before = start.read_text()
+    for damage in ("", '{"pope": {}}', "[]"):
+        start.write_text(damage)
+        train_dpo(settings, resume=True)
+        assert start.read_text() == before
+
+
 def test_mmbench_is_watched_by_the_circular_rule_and_alone(
     recipe: Callable[..., Any], tmp_path: Path, tiny_models: ModuleType
 ) -> None:
