@@ -35,21 +35,23 @@ def sync_folder(folder: Path) -> None:
     """Make renames inside a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(folder):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
 
 @contextlib.contextmanager
-def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """For a block that writes to `path`: OSError with its name when there is no room, which the system tells without one.
+def naming(path: Path, temporary: Path | None = None, *, reads: bool = False) -> Iterator[None]:
+    """For a block that writes to `path`: OSError with its name when a write fails, which the system tells without one.
 
-    What is under `temporary`, which is to become `path`, is told by the name it is to have.
+    What is under `temporary`, which is to become `path`, is told by the name it is to have. reads: the block may also read
+    other files, so that only a full disk is known to be this one's.
     """
     try:
         yield
     except Exception as error:
-        number, told = _no_room(error), getattr(error, "filename", None)
+        number, told = _failure(error, reads), getattr(error, "filename", None)
         if isinstance(error, OSError) and temporary and str(told).startswith(str(temporary)):
             name = str(path) + str(told).removeprefix(str(temporary))
             raise OSError(error.errno, error.strerror, name) from None
@@ -58,11 +60,11 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(path)) from None
 
 
-def _no_room(error: Exception) -> int | None:
-    """The system's number of a full disk, also from libraries in Rust (safetensors, tokenizers), which tell it in words."""
+def _failure(error: Exception, reads: bool) -> int | None:
+    """The system's number of a failed write, also from libraries in Rust (safetensors, tokenizers), which tell it in words."""
     told = re.search(r"\(os error (\d+)\)", str(error))
     number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
-    return number if number in _NO_ROOM else None
+    return number if number in _NO_ROOM or not reads else None
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -76,7 +78,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
                 os.fsync(file.fileno())
             temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the same disk may fail again
+            temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
@@ -94,7 +97,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with naming(path, temporary):
+        with naming(path, temporary, reads=True):
             temporary.mkdir(parents=True)
             yield temporary
             for file in [temporary, *temporary.rglob("*")]:

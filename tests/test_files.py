@@ -203,6 +203,20 @@ def test_an_error_names_the_file_as_it_is_to_be_called(tmp_path: Path) -> None:
     assert told == [str(tmp_path / name) for name in ("absent/made", "made/absent/state.json", "other")]
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_fails_names_the_file_also_where_nothing_can_be_cleared_away(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code), *([str(_[0])] if isinstance(_[0], Path) else []))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(Path, "unlink", fail)
+    with pytest.raises(OSError, match=os.strerror(code)) as told:
+        write_atomic(tmp_path / "made", "text")
+    assert told.value.filename == str(tmp_path / "made")
+
+
 def test_a_link_in_the_place_of_a_folder_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "kept").touch()

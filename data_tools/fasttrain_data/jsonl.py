@@ -275,7 +275,8 @@ def whole_file(path: Path) -> Iterator[Any]:
                 os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the same disk may fail again
+            temporary.unlink(missing_ok=True)
         # what was read while the block wrote is not this file's failure
         ours = isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename is None
         if isinstance(error, OSError) and (ours or error.filename == str(temporary)):

@@ -209,7 +209,7 @@ def _spool(rows: Iterable[Any], path: Path, unit: str = "row") -> JsonLines:
     folder = cache_root() / "spool"
     folder.mkdir(parents=True, exist_ok=True)
     with (
-        naming(folder),
+        naming(folder, reads=True),
         tempfile.NamedTemporaryFile("w", dir=folder, suffix=".jsonl", encoding="utf-8") as file,
     ):
         for row in rows:
@@ -235,7 +235,7 @@ def _open_parquet(path: Path) -> ArrowRows:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         parquet = pq.ParquetFile(path)
-        with naming(folder), tempfile.NamedTemporaryFile(dir=folder, suffix=".arrow") as file:
+        with naming(folder, reads=True), tempfile.NamedTemporaryFile(dir=folder, suffix=".arrow") as file:
             with pa.ipc.new_file(file, parquet.schema_arrow) as writer:
                 for batch in parquet.iter_batches(batch_size=64):
                     writer.write_batch(batch)
