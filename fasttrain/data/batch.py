@@ -145,6 +145,7 @@ class PackMaker(Dataset[Any]):
         found = self.cache.get(batch.keys)
         missing = [batch.where[index] for index, key in enumerate(batch.keys) if key not in found]
         if missing:
+            self.cache.forget_complete()  # else a cache that lost the row would stop every later run too
             raise UserError(
                 f"{missing[0]}: its image or text changed since its reference log-probs were computed; run again"
             )

@@ -116,6 +116,14 @@ class ReferenceCache:
         except sqlite3.DatabaseError as error:
             raise self._damaged(error) from None
 
+    def forget_complete(self) -> None:
+        """Let the next run look for each completion again: one that should be here is not."""
+        try:
+            with self._open() as database:
+                database.execute("DELETE FROM about WHERE name LIKE 'complete %'")
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from None
+
     def __len__(self) -> int:
         return int(self._open().execute("SELECT COUNT(*) FROM logps").fetchone()[0])
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +57,17 @@ def test_a_flipped_bit_is_an_error_or_a_miss_never_a_number(tmp_path: Path, colu
         key = flipped
     with pytest.raises(UserError, match=r"a\.sqlite: the reference cache is damaged"):
         cache.get([key])
+
+
+def test_a_row_that_was_lost_is_looked_for_at_the_next_start(first_step: Callable[..., Any]) -> None:
+    """Of many pairs a mark says that all are there; with it left standing no later start would compute the row."""
+    job, step, _ = first_step("text", [])
+    job.cache.mark_complete("all of it")
+    with sqlite3.connect(job.cache.path) as database:
+        database.execute("DELETE FROM logps")
+    found = job.maker(job.train, with_reference=True)[step.packs[0]]
+    assert isinstance(found, UserError) and "run again" in str(found)
+    assert not job.cache.is_complete("all of it")
 
 
 @pytest.mark.parametrize("damage", ["garbage", "truncated", "middle"])
