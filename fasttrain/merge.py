@@ -13,7 +13,7 @@ import torch
 from fasttrain import __version__
 from fasttrain.config import ModelConfig, load_config
 from fasttrain.errors import UserError
-from fasttrain.files import atomic_folder
+from fasttrain.files import atomic_folder, remove_dead
 from fasttrain.model.load import find_folder, load_model, load_model_config, load_processor, takes_images
 from fasttrain.model.lora import read_adapter, read_adapter_config
 from fasttrain.model.no_videos import save_processor
@@ -35,6 +35,7 @@ def merge(run: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
         out.rmdir()
     except OSError as error:
         raise UserError(f"-o: cannot make {out}: {error.strerror}") from None
+    remove_dead(out)  # as large as the model
     if (trained / "adapter_config.json").is_file():
         try:
             _merge_adapter(run, trained, out, trust_remote_code)

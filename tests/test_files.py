@@ -21,6 +21,7 @@ from fasttrain.files import (
     atomic_folder,
     cache_root,
     hash_file,
+    remove_dead,
     remove_leftovers,
     write_atomic,
     write_json,
@@ -190,6 +191,22 @@ def test_the_cache_stands_where_the_environment_says(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_root() == tmp_path / ".cache" / "fasttrain"
+
+
+def test_what_killed_processes_left_of_a_folder_goes_and_nothing_else(tmp_path: Path) -> None:
+    dead = 4194399  # beyond the largest process id
+    for name in (
+        f".made.{dead}.tmp",
+        ".made.1.tmp",
+        f".other.{dead}.tmp",
+        f".made.{dead}.old",
+        ".made.x.tmp",
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").touch()
+    remove_dead(tmp_path / "made")
+    kept = [".made.1.tmp", f".made.{dead}.old", ".made.x.tmp", f".other.{dead}.tmp"]
+    assert names(tmp_path) == sorted(kept)
 
 
 def test_an_error_names_the_file_as_it_is_to_be_called(tmp_path: Path) -> None:

@@ -176,7 +176,9 @@ def test_a_fully_tuned_run_is_merged_by_copying_it(
     tiny_text: Path, text_pairs: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = train(tiny_text, text_pairs(tmp_path / "pairs.jsonl", 6), tmp_path / "run", "lora=null")
+    (tmp_path / ".merged.4194399.tmp").mkdir()  # left by a kill; beyond the largest process id
     merged = merge(run, tmp_path / "merged")
+    assert not (tmp_path / ".merged.4194399.tmp").exists()
     torch.testing.assert_close(
         answers(load(merged, False), False)[0], answers(load(run / "final", False), False)[0]
     )
