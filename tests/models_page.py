@@ -37,8 +37,9 @@ NOTES = """## Fine print
   `experts.gate_up_proj` and `experts.down_proj` in a list to adapt it (peft's `target_parameters`; needs `lora.dropout: 0`).
   Mamba's `out_proj` and linears that peft takes for old names of fused experts (a shared expert's `gate_proj`) are left out too.
 * **train_projector** knows `multi_modal_projector`, `connector`, `visual.merger` with `visual.deepstack_merger_list`, and a model's
-  `aligner`, `projector`, `vision_projection`, `visual_embeddings_table`, `resampler_model` or `embed_vision`: those of every family
-  above, asked of each in the tests. It refuses a model that has none of them.
+  `aligner`, `projector`, `vision_projection`, `visual_embeddings_table`, `resampler_model`, `embed_vision`,
+  `merger`, `layerwise_projectors` with `spatial_projectors`, or a tower's `patch_merger`: those of every family above, asked of each
+  in the tests. It refuses a model that has none of them.
 * **Not taken with images**: encoder-decoders and models whose image part is no `vision_config` (Florence-2, Pix2Struct, Chameleon),
   refused by name, and GOT-OCR 2, whose processor takes the images of one page only.
 * **Logits** are the model's own in transformers. Aya Vision's class applies no `logit_scale`, though its text configuration has one:

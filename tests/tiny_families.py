@@ -640,6 +640,144 @@ def lighton_ocr(tiny_models: ModuleType) -> Parts:
     return config, processor
 
 
+def hunyuan_vl(tiny_models: ModuleType) -> Parts:
+    """HunYuan-VL: patches of any number with a token at the end of every row, positions on four axes."""
+    import transformers
+
+    names = {"image_token": "<IMAGE>", "image_start_token": "<BEGIN>", "image_end_token": "<END>"}
+    tokenizer = tokenizer_with(tiny_models, "<NEWLINE>", image="<BEGIN><IMAGE><END>", **names)
+    id_of = tokenizer.convert_tokens_to_ids
+    text = tiny_models.language_config(
+        tokenizer, head_dim=16, rope_parameters=rope(mrope_section=[2, 2, 2, 2])
+    )
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "out_hidden_size": 64,
+        "patch_size": 7, "max_image_size": 56, "min_image_size": 28,
+    }  # fmt: skip
+    config = transformers.HunYuanVLConfig(
+        text_config=text, vision_config=vision, image_token_id=id_of("<IMAGE>"), im_start_id=id_of("<BEGIN>"),
+        im_end_id=id_of("<END>"), im_newline_id=id_of("<NEWLINE>"), tie_word_embeddings=False,
+    )  # fmt: skip
+    size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+    pixels = pil("hunyuan_vl", "HunYuanVLImageProcessorPil", patch_size=7, merge_size=2, size=size)
+    processor = transformers.HunYuanVLProcessor(
+        image_processor=pixels, tokenizer=tokenizer, chat_template=tokenizer.chat_template
+    )
+    return config, processor
+
+
+def qianfan_ocr(tiny_models: ModuleType) -> Parts:
+    """Qianfan-OCR: tiles and a thumbnail in place of a placeholder that is no token of theirs."""
+    import transformers
+
+    names = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+    }
+    tokenizer = tokenizer_with(tiny_models, **names)
+    config = transformers.QianfanOCRConfig(
+        text_config=transformers.Qwen3Config(**tiny_models.language_config(tokenizer, head_dim=32)),
+        vision_config={**VISION, "image_size": [28, 28], "patch_size": [7, 7]},
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    size = {"height": 28, "width": 28}
+    pixels = pil("got_ocr2", "GotOcr2ImageProcessorPil", size=size, crop_to_patches=True, max_patches=3)
+    processor = transformers.QianfanOCRProcessor(
+        image_processor=pixels, tokenizer=tokenizer, image_seq_length=4, chat_template=tokenizer.chat_template
+    )
+    return config, processor
+
+
+def minicpm_v(tiny_models: ModuleType) -> Parts:
+    """MiniCPM-V 4.6: an overview and slices of any size, their patches side by side, images that are numbered."""
+    import transformers
+
+    names = {
+        "image_token": "<unk_image>", "video_token": "<unk_video>", "image_start_token": "<im>", "image_end_token": "</im>",
+        "slice_start_token": "<slice>", "slice_end_token": "</slice>", "image_id_start_token": "<image_id>",
+        "image_id_end_token": "</image_id>",
+    }  # fmt: skip
+    tokenizer = tokenizer_with(tiny_models, image="<unk_image>", **names)
+    id_of = tokenizer.convert_tokens_to_ids
+    config = transformers.MiniCPMV4_6Config(
+        text_config=transformers.Qwen3Config(**tiny_models.language_config(tokenizer, head_dim=16)),
+        vision_config={**VISION, "image_size": 56}, insert_layer_id=0, image_size=56, image_token_id=id_of("<unk_image>"),
+        video_token_id=id_of("<unk_video>"), tie_word_embeddings=False,
+    )  # fmt: skip
+    pixels = pil(
+        "minicpmv4_6", "MiniCPMV4_6ImageProcessorPil", patch_size=7, scale_resolution=56, max_slice_nums=4
+    )
+    template = tokenizer.chat_template
+    return config, image_only(
+        "minicpmv4_6", image_processor=pixels, tokenizer=tokenizer, chat_template=template
+    )
+
+
+def cosmos3_edge(tiny_models: ModuleType) -> Parts:
+    """Cosmos 3 Edge: patches of any number, positions on three axes, token types that its processor returns when told to."""
+    import transformers
+
+    marks = ("<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    tokenizer = tokenizer_with(tiny_models, "<|image_pad|>", *marks, image=image)
+    id_of = tokenizer.convert_tokens_to_ids
+    text = tiny_models.language_config(tokenizer, head_dim=16, rope_parameters=rope(mrope_section=[2, 3, 3]))
+    vision = {name: size for name, size in VISION.items() if name != "image_size"}
+    config = transformers.Cosmos3EdgeConfig(
+        text_config=text, vision_config={**vision, "num_patches": 16}, projector_hidden_size=48,
+        image_token_id=id_of("<|image_pad|>"), video_token_id=id_of("<|video_pad|>"),
+        vision_start_token_id=id_of("<|vision_start|>"), vision_end_token_id=id_of("<|vision_end|>"),
+    )  # fmt: skip
+    size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+    pixels = pil("cosmos3_edge", "Cosmos3EdgeImageProcessorPil", patch_size=7, merge_size=2, size=size)
+    template = tokenizer.chat_template
+    return config, image_only(
+        "cosmos3_edge", image_processor=pixels, tokenizer=tokenizer, chat_template=template
+    )
+
+
+def granite_vision(tiny_models: ModuleType) -> Parts:
+    """Granite Vision 4: tiles as NeXT's, features of several layers for several layers of the decoder."""
+    import transformers
+
+    tokenizer = tokenizer_with(tiny_models)
+    pinpoints = [[28, 56], [56, 28], [56, 56], [28, 84]]
+    text = tiny_models.language_config(
+        tokenizer, num_hidden_layers=3, logits_scaling=3.0, embedding_multiplier=2.0, attention_multiplier=0.3
+    )
+    tower = {**VISION, "hidden_size": 64, "num_hidden_layers": 3}
+    config = transformers.Granite4VisionConfig(
+        text_config=text, vision_config=transformers.SiglipVisionConfig(**tower, vision_use_head=False),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_grid_pinpoints=pinpoints,
+        vision_feature_select_strategy="full", downsample_rate="1/2", deepstack_layer_map=[[-1, 0], [-2, 1]],
+        spatial_target_layers=[0, 1, 2, 2], tie_word_embeddings=False,
+        qformer_config={"model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 48,
+                        "cross_attention_frequency": 1, "use_qformer_text_input": False},
+    )  # fmt: skip
+    side = {"height": 28, "width": 28}
+    pixels = pil(
+        "llava_next", "LlavaNextImageProcessorPil", image_grid_pinpoints=pinpoints, size=side, crop_size=side
+    )
+    processor = transformers.Granite4VisionProcessor(
+        image_processor=pixels, tokenizer=tokenizer, patch_size=7, vision_feature_select_strategy="full",
+        downsample_rate="1/2", chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+    return config, processor
+
+
+def internvl_moe(tiny_models: ModuleType) -> Parts:
+    """InternVL 3.5 with experts: as InternVL, before a mixture of experts."""
+    import transformers
+
+    config, processor = internvl(tiny_models)
+    text = tiny_models.language_config(
+        processor.tokenizer, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48
+    )
+    config.text_config = transformers.Qwen3MoeConfig(**text)
+    return config, processor
+
+
 FAMILIES: dict[str, Callable[[ModuleType], Parts]] = {
     "Qwen2-VL": qwen_vl(
         "qwen2_vl", "Qwen2VL",
@@ -716,6 +854,12 @@ FAMILIES: dict[str, Callable[[ModuleType], Parts]] = {
     "VideoLLaMA 3": video_llama_3,
     "Ernie 4.5 VL": ernie_vl,
     "LightOnOCR": lighton_ocr,
+    "HunYuan-VL": hunyuan_vl,
+    "Qianfan-OCR": qianfan_ocr,
+    "MiniCPM-V 4.6": minicpm_v,
+    "Cosmos 3 Edge": cosmos3_edge,
+    "Granite Vision 4": granite_vision,
+    "InternVL-MoE": internvl_moe,
 }  # fmt: skip
 
 # Why families that do not share prompts do not.

@@ -12,6 +12,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fasttrain.data.placeholders import text_of_images
+
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
@@ -222,7 +224,7 @@ class PixelMaker:
     def __call__(self, contents: list[bytes]) -> ImageInputs:
         """`pixel_values` and its companions (sizes, grids, masks); ValueError if an image is broken."""
         images = [open_image(content) for content in contents]
-        text = " ".join([self.processor.image_token] * len(images))
+        text = text_of_images(self.processor, len(images))
         with (
             warnings.catch_warnings()
         ):  # some processors make numpy arrays of tensors in a way that numpy deprecates
@@ -236,7 +238,8 @@ class PixelMaker:
 def join_inputs(inputs: list[ImageInputs]) -> ImageInputs:
     """Image inputs of several prompts as those of one pass: along the first axis, the others filled up with zeros.
 
-    That is how processors batch images of different sizes and numbers of tiles, and what the models expect.
+    That is how processors batch images of different sizes and numbers of tiles, and what the models expect. MiniCPM-V's lay the
+    patches of all images side by side instead, and say in `target_sizes` where each ends.
     """
     import torch
     from torch.nn import functional
@@ -244,6 +247,9 @@ def join_inputs(inputs: list[ImageInputs]) -> ImageInputs:
     joined: ImageInputs = {}
     for name in dict.fromkeys(name for entry in inputs for name in entry):
         tensors = [entry[name] for entry in inputs if name in entry]
+        if name == "pixel_values" and "target_sizes" in inputs[0]:
+            joined[name] = torch.cat(tensors, dim=-1)
+            continue
         shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
         padded = []
         for tensor in tensors:

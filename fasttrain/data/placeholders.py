@@ -14,6 +14,19 @@ from fasttrain.errors import UserError
 _PROBES = ((64, 48), (37, 123), (1500, 900), (700, 2000))
 
 
+def placeholder(processor: Any) -> str:
+    """What chat templates write for an image: the token that is repeated in its place, or one of its own (Qianfan-OCR)."""
+    return str(getattr(processor, "image_placeholder_token", None) or processor.image_token)
+
+
+def text_of_images(processor: Any, count: int) -> str:
+    """A text that the processor takes with so many images and nothing else."""
+    one = placeholder(processor)
+    if type(processor).__name__ == "HunYuanVLProcessor":  # it refuses images without their marks
+        one = f"{processor.image_start_token}{one}{processor.image_end_token}"
+    return " ".join([one] * count)
+
+
 @dataclass(frozen=True)
 class Expansion:
     """The text in place of one image, every run of image tokens written as one token, and the lengths of the runs."""
@@ -32,7 +45,7 @@ class Placeholders:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.token: str = processor.image_token
+        self.token = placeholder(processor)
         kind = type(processor).__name__
         self._around = processor.fake_image_token if kind == "Idefics2Processor" else None
         self._arrays = (
@@ -100,9 +113,8 @@ class Placeholders:
         from PIL import Image
 
         images = [Image.new("RGB", size) for size in sizes]
-        text = " ".join([self.token] * len(images))
         inputs = self.processor(
-            images=[images], text=[text], add_special_tokens=False, return_text_replacement_offsets=True,
+            images=[images], text=[text_of_images(self.processor, len(images))], add_special_tokens=False, return_text_replacement_offsets=True,
             return_tensors=self._arrays,
         )  # fmt: skip
         if inputs.get("text_replacement_offsets"):

@@ -14,7 +14,7 @@ import numpy as np
 from fasttrain.data.bad_row import BadRow
 from fasttrain.data.images import PixelMaker
 from fasttrain.data.pairs import IMAGE, Message
-from fasttrain.data.placeholders import Placeholders
+from fasttrain.data.placeholders import Placeholders, placeholder
 from fasttrain.data.template_date import dated, writes_date
 from fasttrain.errors import UserError
 
@@ -56,7 +56,8 @@ class ChatTokenizer:
         self.bos = bos
         self.bos_ids = beginning(self.tokenizer)
         self.pixels = PixelMaker(processor) if hasattr(processor, "image_processor") else None
-        self.image_token: str | None = getattr(processor, "image_token", None) if self.pixels else None
+        written = self.pixels is not None and getattr(processor, "image_token", None)
+        self.image_token = placeholder(processor) if written else None
         self.end_tokens = [self.tokenizer.convert_ids_to_tokens(i) for i in end_token_ids]
         self.appended_end = 0  # completions whose template wrote no end-of-turn token
         self.split_boundary = 0  # completions whose first token would have merged with the prompt

@@ -111,7 +111,8 @@ class FamilyInputs:
         return {name: torch.from_numpy(self._processor.create_moe_mm_token_type_ids(ids[None]))}
 
     def _name_of_types(self) -> str | None:
-        if not getattr(self._processor, "return_mm_token_type_ids", False):
-            return None
         names = ("mm_token_type_ids", "token_type_ids")
+        returned = getattr(self._processor, "return_mm_token_type_ids", False)  # if not told otherwise
+        if not returned and names[0] not in getattr(self._processor, "model_input_names", ()):
+            return None
         return next((name for name in names if name in self._accepts), None)

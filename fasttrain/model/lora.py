@@ -18,10 +18,12 @@ from fasttrain.progress import say
 from fasttrain.ranks import full_shape
 
 # What stands between tower and language model: LLaVA's and most others', Idefics', Qwen-VL's and GLM-V's, Janus' and
-# DeepSeek-VL's, VideoLLaMA 3's and PaddleOCR-VL's, LightOnOCR's, Ernie 4.5 VL's, Gemma 4's.
+# DeepSeek-VL's, VideoLLaMA 3's and PaddleOCR-VL's, LightOnOCR's, Ernie 4.5 VL's, Gemma 4's, MiniCPM-V's, HunYuan-VL's, Granite
+# Vision 4's.
 _PROJECTORS = (
     "multi_modal_projector", "connector", "visual.merger", "visual.deepstack_merger_list", "model.aligner", "model.projector",
     "model.vision_projection", "model.visual_embeddings_table", "model.resampler_model", "model.embed_vision",
+    "model.merger", "vision_tower.patch_merger", "model.layerwise_projectors", "model.spatial_projectors",
 )  # fmt: skip
 
 

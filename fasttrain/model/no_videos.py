@@ -18,6 +18,15 @@ from typing import Any
 PIXTRAL = "PixtralProcessor"
 
 
+class _Absent(SimpleNamespace):
+    """In place of a video processor: what templates, settings and a processor's constructor ask it for is None."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
 def without_videos(model_type: str, named: str | None = None) -> Any | None:
     """The model type's processor class, or where it has none the one that the files name, without its video processor; None
     if it has none, or torchvision is installed."""
@@ -43,8 +52,7 @@ def without_videos(model_type: str, named: str | None = None) -> Any | None:
             super().__init__(*parts[:place], *parts[place + 1 :], **named)
 
     class Images(found, Parts):  # type: ignore[misc]
-        # what templates and settings ask a video processor for; Ernie's saves the font of its
-        video_processor = SimpleNamespace(num_frames=None, fps=None, merge_size=None, font="")
+        video_processor = _Absent(font="")  # Ernie's saves the font of its
 
         @classmethod
         def get_attributes(cls) -> list[str]:
@@ -86,7 +94,7 @@ def processor_name(folder: Path) -> str | None:
 def save_processor(processor: Any, source: Path, folder: Path) -> None:
     """Write a processor's files; what one without videos has left out is copied from the model it was read from."""
     processor.save_pretrained(folder)
-    if not isinstance(getattr(processor, "video_processor", None), SimpleNamespace):
+    if not isinstance(getattr(processor, "video_processor", None), _Absent):
         return
     if (source / "video_preprocessor_config.json").is_file():
         shutil.copy(source / "video_preprocessor_config.json", folder)

@@ -63,7 +63,10 @@ def find_top_k(model: Any, device: torch.device) -> int | None:
         return None
     ids = torch.arange(1, 9, device=device)[None] % text.vocab_size
     options = {"input_ids": ids, "use_cache": False, "output_router_logits": True, "return_dict": True}
-    logits = getattr(trunk(model)(**options), "router_logits", None)
+    try:
+        logits = getattr(trunk(model)(**options), "router_logits", None)
+    except TypeError:  # LLaVA and InternVL around a mixture: their outputs have no place for them
+        return None
     theirs = (
         getattr(model(**options), "aux_loss", None) if logits else None
     )  # some classes fail where no layer routes
