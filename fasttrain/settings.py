@@ -236,7 +236,9 @@ class TrainConfig:
     share_prefix: bool = setting(True, "Run a prompt once for all its completions.")
     shuffle: bool = setting(True, "Shuffle the groups, anew every epoch.")
     learning_rate: float = setting(5.0e-5, "Peak learning rate.")
-    projector_learning_rate: float = setting(2.0e-5, "Peak learning rate of the projector, when trained.")
+    projector_learning_rate: float = setting(
+        2.0e-5, "Peak learning rate of the projector, where model.train_projector trains it."
+    )
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "After warm-up.")
     warmup_ratio: float = setting(0.03, "Share of all steps in which the learning rate rises.")
     weight_decay: float = setting(0.0, "Decoupled weight decay; never on biases, norms and embeddings.")

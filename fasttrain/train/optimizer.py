@@ -46,11 +46,13 @@ def trainable_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def parameter_groups(
     module: nn.Module, named: Iterable[tuple[str, Tensor]], config: TrainConfig
 ) -> list[dict[str, Any]]:
-    """The optimizer's groups of a module's parameters: projectors have their own rate; vectors, norms and embeddings do not decay."""
+    """The optimizer's groups of a module's parameters: a projector that trains whole has its own rate, an adapter on it has the
+    adapter's; vectors, norms and embeddings do not decay."""
     plain = _norms_and_embeddings(module)
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in named:
-        rate = config.projector_learning_rate if in_projector(name) else config.learning_rate
+        whole = in_projector(name) and "lora_" not in name
+        rate = config.projector_learning_rate if whole else config.learning_rate
         decay = 0.0 if name in plain or len(full_shape(parameter)) < 2 else config.weight_decay
         groups.setdefault((rate, decay), []).append(parameter)
     return [

@@ -183,3 +183,14 @@ def test_final_names_the_hub_model_not_a_folder_of_this_machine(
     result = train(Path("someone/model"), adapter(tiny_text), "model.revision=v2")
     about = json.loads((result.adapter / "adapter_config.json").read_text())
     assert (about["base_model_name_or_path"], about["revision"]) == ("someone/model", "v2")
+
+
+def test_an_adapter_on_the_projector_trains_at_the_adapters_rate(
+    tiny_llava: Path, adapter: Callable[..., Path], train: Callable[..., Any]
+) -> None:
+    """AdamW's first two steps move what has a gradient by about the rate each."""
+    start = adapter(tiny_llava, target_modules=["q_proj", "linear_1"])
+    result = train(tiny_llava, start, vision=True)
+    before, after = weights_of(start), weights_of(result.adapter)
+    (projector,) = (name for name in before if "projector" in name and "lora_B" in name)
+    assert (after[projector] - before[projector]).abs().max() > 5e-3
