@@ -7,7 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fasttrain.config import LoraConfig
@@ -185,9 +186,32 @@ def _load_adapter(model: Any, lora: LoraConfig, train_projector: bool) -> Any:
         )
     config.lora_dropout = lora.dropout
     config.inference_mode = False
+    replaces = _replaces_embeddings(model, folder)
     adapted = read_adapter(model, folder, config, trainable=True)
     _refuse_head(model, "lora.init_from")
+    adapted.replaces_embeddings = replaces  # `final/` must hold them too
     return adapted
+
+
+def _replaces_embeddings(model: Any, folder: Path) -> bool:
+    """Whether an adapter's file holds other weights for the embedding or the head than the model has: peft saves them beside an
+    adapter that was trained over a changed vocabulary, and puts them into the model that it loads the adapter into."""
+    ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    names = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if any(parameter is end for end in ends)
+    }
+    try:
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            held = {
+                name.removeprefix("base_model.model.").replace(".base_layer.", "."): name
+                for name in file.keys()  # noqa: SIM118 (no mapping)
+            }
+            both = {name: file.get_tensor(held[name]) for name in names if name in held}
+    except (SafetensorError, OSError):  # told when peft reads it
+        return False
+    return any(not torch.equal(value.to(names[name]), names[name]) for name, value in both.items())
 
 
 def read_adapter_config(folder: Path) -> Any:

@@ -42,7 +42,8 @@ def write_final(job: Job, optimizer: TrainedState, folder: Path) -> Path:
                     job.config.model.name,
                     job.config.model.revision,
                 )
-                job.adapted.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
+                embeddings = getattr(job.adapted, "replaces_embeddings", False)
+                job.adapted.save_pretrained(temporary, state_dict=state, save_embedding_layers=embeddings)
             else:
                 _save_parts(job.policy.model, parts, temporary)
             save_processor(job.processor, job.model_folder, temporary)

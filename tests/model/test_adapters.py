@@ -171,6 +171,30 @@ def test_an_adapter_on_fused_experts_alone_is_gone_on_with(
     assert not any(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft tells that it saves the embedding
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]], ids=str)
+def test_embeddings_that_an_adapter_brings_with_it_are_in_final_too(
+    targets: list[str], tiny_text: Path, train: Callable[..., Any], tmp_path: Path
+) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(9, 40)[None]
+
+    def logits(folder: Path) -> torch.Tensor:
+        base = AutoModelForCausalLM.from_pretrained(tiny_text)
+        with torch.no_grad():
+            return peft.PeftModel.from_pretrained(base, folder).eval()(ids).logits
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_text)
+    about = peft.LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.3)
+    peft.get_peft_model(model, about).save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    result = train(tiny_text, tmp_path / "adapter", "train.learning_rate=1e-9")
+    torch.testing.assert_close(logits(result.adapter), logits(tmp_path / "adapter"), rtol=1e-4, atol=1e-4)
+
+
 def test_final_names_the_hub_model_not_a_folder_of_this_machine(
     tiny_text: Path, adapter: Callable[..., Path], train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
