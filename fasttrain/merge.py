@@ -24,7 +24,8 @@ def merge(run: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
     """Write the merged model to `out`, whole or not at all; UserError for a run or folder that cannot be merged.
 
     The weights of an adapter are rounded to the type of the base model's files; so is the product of each low-rank pair, which
-    is made in fp32, and so is its sum with the base's weights. A trained projector takes the base's place. A fully fine-tuned run is copied: its `final/` is such a folder already.
+    is made in fp32, and so is its sum with the base's weights. A trained projector takes the base's place. Of a base whose
+    files hold quantised weights the merged model has the values in full. A fully fine-tuned run is copied: its `final/` is such a folder already.
     `trust_remote_code` lets the Python code run that comes with the base; a run's recipe may say so itself.
     """
     trained = _find_trained(run)
@@ -85,6 +86,8 @@ def _merge_adapter(run: Path, adapter: Path, out: Path, trust_remote_code: bool)
     folder = find_folder(base)
     model_config = load_model_config(folder, base)
     model = load_model(folder, base, model_config, torch.device("cpu"), dtype=_stored_dtype(model_config))
+    if getattr(model, "is_quantized", False):
+        model = _widened(model, base)
     model.requires_grad_(False)
     about.inference_mode = True
     adapted = read_adapter(model, adapter, about, trainable=False)
@@ -100,6 +103,21 @@ def _merge_adapter(run: Path, adapter: Path, out: Path, trust_remote_code: bool)
         save_processor(processor, folder, temporary)
         card = _card(base, run)
         (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def _widened(model: Any, base: ModelConfig) -> Any:
+    """The model with the values of its quantised weights in ordinary ones; UserError where transformers cannot make them."""
+    try:
+        model = model.dequantize()
+    except (NotImplementedError, ValueError, AttributeError, RuntimeError) as error:
+        problem = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"RUN: wanted a base whose weights are not quantised in its files, or can be widened, got {base.name}: {problem}"
+        ) from None
+    say(
+        f"note: the files of {base.name} hold quantised weights; the merged model has them, with the adapter added, in full"
+    )
+    return model
 
 
 def _untie_head(model: Any) -> None:

@@ -139,6 +139,43 @@ def test_a_head_and_an_embedding_trained_as_one_stay_tied(tiny_text: Path, tmp_p
     assert written == answer and model.config.tie_word_embeddings
 
 
+def quantised(base: Path, folder: Path) -> Path:
+    """The model with nf4 weights in its own files."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    how = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    AutoModelForCausalLM.from_pretrained(base, quantization_config=how, device_map="cpu").save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_an_adapter_over_weights_that_are_quantised_in_their_files_is_merged_into_their_values(
+    tiny_text: Path, text_pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    pytest.importorskip("bitsandbytes")
+    base, pairs = quantised(tiny_text, tmp_path / "base"), text_pairs(tmp_path / "pairs.jsonl", 6)
+    run = train(base, pairs, tmp_path / "run")
+    logits, _ = answers(load(merge(run, tmp_path / "merged"), False), False)
+    widened = AutoModelForCausalLM.from_pretrained(base).dequantize()
+    expected, _ = answers(PeftModel.from_pretrained(widened, run / "final").eval(), False)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    with pytest.raises(
+        UserError, match=r"lora: wanted a LoRA section with .*, whose files hold quantised weights"
+    ):
+        train(base, pairs, tmp_path / "whole", "lora=null")
+    with pytest.raises(UserError, match=r"distributed.zero_stage: wanted 2 with model.quantize nf4"):
+        train(base, pairs, tmp_path / "sharded", "distributed.zero_stage=3")
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("torchvision") is not None, reason="videos are read where it is there"
 )

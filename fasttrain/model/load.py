@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fasttrain.config import ModelConfig
+from fasttrain.config import DPOConfig, ModelConfig
 from fasttrain.errors import UserError, is_out_of_memory
 from fasttrain.files import user_path
 from fasttrain.model.no_videos import PIXTRAL, pixtral_processor, processor_name, without_videos
@@ -97,6 +98,20 @@ def read_model_config(folder: Path, config: ModelConfig) -> Any:
         found = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         _let_read(found)
     return found
+
+
+def as_stored(config: DPOConfig, model_config: Any) -> DPOConfig:
+    """The recipe with `model.quantize` as the model's files have it, where their weights are quantised already; UserError if it
+    would train such weights."""
+    stored = getattr(model_config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if config.model.quantize or not stored.get("load_in_4bit"):
+        return config
+    if config.lora is None:
+        raise UserError(
+            f"lora: wanted a LoRA section with {config.model.name}, whose files hold quantised weights, got null (full fine-tuning)"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, quantize="nf4"))
 
 
 @contextlib.contextmanager

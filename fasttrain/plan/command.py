@@ -10,6 +10,7 @@ import torch
 from fasttrain.config import DPOConfig
 from fasttrain.errors import UserError
 from fasttrain.model.flops import counts_tower
+from fasttrain.model.load import as_stored
 from fasttrain.plan.advice import advise
 from fasttrain.plan.gpus import Achieved, find_gpu
 from fasttrain.plan.histogram import find_histogram
@@ -34,6 +35,7 @@ def make_plan(
     )
     machine = Machine(gpu=card, gpus=gpus, achieved=achieved, link_bytes_per_s=link)
     model_config, source = find_config(config.model)
+    config = as_stored(config, model_config)
     vision = hasattr(model_config, "vision_config")
     histogram = find_histogram(config, lengths, vision)
     dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16

@@ -10,6 +10,7 @@ import torch
 from fasttrain.config import DPOConfig
 from fasttrain.data.prepared import PreparedData
 from fasttrain.model.flops import counts_tower
+from fasttrain.model.load import as_stored
 from fasttrain.plan.choose import choose_checkpointing, choose_tokens, largest_pack
 from fasttrain.plan.memory import (
     CPU_FRAGMENTATION,
@@ -43,7 +44,7 @@ class RunMemory:
         self, config: DPOConfig, model_config: Any, dtype: torch.dtype, data: PreparedData, device: torch.device, *,
         free: int, ranks: int = 1,
     ) -> None:  # fmt: skip
-        self.config, self.device, self.ranks = config, device, ranks
+        self.config, self.device, self.ranks = as_stored(config, model_config), device, ranks
         self._model_config, self._dtype, self._data = model_config, dtype, data
         self.free = free
 

@@ -31,6 +31,7 @@ from fasttrain.model.fused_layers import fuse_layers
 from fasttrain.model.fused_lora import fuse_lora
 from fasttrain.model.fused_rotary import fuse_rotary
 from fasttrain.model.load import (
+    as_stored,
     find_folder,
     load_model,
     load_model_config,
@@ -234,7 +235,7 @@ def _read(config: DPOConfig, objective: Objective, today: date) -> _Read:
             "use `fasttrain eval` on the checkpoints"
         )
     watches = open_watches(folders, config.data, memo)
-    refuse_quantized(config)
+    refuse_quantized(as_stored(config, model_config))
     preparing = _start_preparing(config, pair_files, objective, chat, memo)
     datasets = None if preparing[0].in_background else _finish(preparing, chat)
     return _Read(device, folder, model_config, processor, chat, memo, watches, preparing, datasets)

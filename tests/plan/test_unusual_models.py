@@ -40,6 +40,22 @@ def test_gemma_4_whose_head_sizes_differ_between_layers_is_planned(images: bool,
     assert "tokens" in plan(config.to_dict(), tmp_path)
 
 
+def test_weights_that_are_nf4_in_the_models_files_are_planned_as_such(tmp_path: Path) -> None:
+    import transformers
+
+    sizes = transformers.LlamaConfig(hidden_size=512, num_hidden_layers=4, vocab_size=512).to_dict()
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    whole, narrow = (
+        frozen_gib(plan(one, tmp_path)) for one in (sizes, sizes | {"quantization_config": stored})
+    )
+    assert 0.2 < narrow / whole < 0.4
+
+
+def frozen_gib(page: str) -> float:
+    (line,) = (line for line in page.splitlines() if "frozen weights" in line)
+    return float(line.split()[-1])
+
+
 @pytest.mark.parametrize(
     ("changed", "cause"),
     [({"hidden_size": "64"}, "hidden_size"), ({"num_attention_heads": 5}, "attention heads"), ({"hidden_size": -64}, "-64")],
