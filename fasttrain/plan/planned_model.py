@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fasttrain.config import DPOConfig, LoraConfig, ModelConfig
+from fasttrain.config import DPOConfig, ModelConfig
 from fasttrain.errors import UserError
 from fasttrain.files import user_path
 from fasttrain.model.attention import silence_dropout
@@ -112,9 +112,8 @@ def build_planned_model(
     silence_dropout(model)
     install_head(model)
     trim_last_layer(language_model(model))
-    lora = config.lora and _fresh(config.lora)
     with torch.device("meta"):
-        adapted = attach_lora(model, lora, config.model.train_projector) if lora else None
+        adapted = _attach(model, config)
     choose_trainable(model, adapted, config.model.train_projector)
     fuse_rotary(language_model(model))
     if adapted is not None and stage != 3:
@@ -129,14 +128,15 @@ def build_planned_model(
     )  # fmt: skip
 
 
-def _fresh(lora: LoraConfig) -> LoraConfig:
-    """The same sizes without reading an adapter's weights."""
-    if lora.init_from is None:
-        return lora
+def _attach(model: Any, config: DPOConfig) -> Any | None:
+    """The adapter of the recipe; that of `init_from` as its settings say, all that trains with it included, without its weights."""
     import peft
 
+    lora = config.lora
+    if lora is None or lora.init_from is None:
+        return attach_lora(model, lora, config.model.train_projector) if lora else None
     try:
-        found = peft.PeftConfig.from_pretrained(user_path(lora.init_from))
+        found: Any = peft.PeftConfig.from_pretrained(user_path(lora.init_from))
     except (ValueError, KeyError, TypeError, OSError) as error:
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
@@ -144,12 +144,13 @@ def _fresh(lora: LoraConfig) -> LoraConfig:
         ) from None
     if found.peft_type != "LORA":
         raise UserError(f"lora.init_from: wanted a LoRA adapter, got {found.peft_type}")
-    targets = found.target_modules
-    if not isinstance(targets, str):
-        targets = sorted({*(targets or ()), *(found.target_parameters or ())})  # fused experts are parameters
-    return LoraConfig(
-        rank=found.r, alpha=found.lora_alpha, dropout=lora.dropout, targets=targets,
-    )  # fmt: skip
+    found.inference_mode, found.lora_dropout, found.base_model_name_or_path = False, lora.dropout, None
+    found.init_lora_weights = True  # others want the base's values
+    try:
+        return peft.get_peft_model(model, found, autocast_adapter_dtype=False)
+    except ValueError as error:
+        problem = str(error).splitlines()[0]
+        raise UserError(f"lora.init_from: {lora.init_from} does not fit the model: {problem}") from None
 
 
 def count_weights(model: Any, quantize: str | None) -> Weights:

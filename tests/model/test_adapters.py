@@ -218,3 +218,18 @@ def test_an_adapter_on_the_projector_trains_at_the_adapters_rate(
     before, after = weights_of(start), weights_of(result.adapter)
     (projector,) = (name for name in before if "projector" in name and "lora_B" in name)
     assert (after[projector] - before[projector]).abs().max() > 5e-3
+
+
+def test_all_that_trains_with_an_adapter_is_planned(
+    tiny_text: Path, adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    from transformers import AutoConfig
+
+    from fasttrain.config import config_from_dict
+    from fasttrain.plan.planned_model import build_planned_model
+
+    start = adapter(tiny_text, modules_to_save=["embed_tokens"], rank_pattern={"q_proj": 7}, use_dora=True)
+    raw = {"model": {"name": str(tiny_text)}, "lora": {"init_from": str(start)}, "data": {"train": "none"}}
+    config = AutoConfig.from_pretrained(tiny_text)
+    planned = build_planned_model(config_from_dict(raw), config, torch.float32)
+    assert planned.weights.trained == sum(value.numel() for value in weights_of(start).values())
