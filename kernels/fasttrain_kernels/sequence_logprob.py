@@ -96,8 +96,10 @@ def _wide_sums(value_N: Tensor, lengths_S: Tensor, validate: bool) -> Tensor:
         return value_N.double()
     try:
         return torch.segment_reduce(value_N.double(), "sum", lengths=lengths_S, axis=0, unsafe=not validate)
-    except RuntimeError:
-        total, least = (int(lengths_S.sum()), int(lengths_S.min())) if validate and len(lengths_S) else (0, 0)
+    except RuntimeError:  # no room on the device is one too
+        if not validate:
+            raise
+        total, least = (int(lengths_S.sum()), int(lengths_S.min())) if len(lengths_S) else (0, 0)
         if total == len(value_N) and least >= 0:
             raise
         got = total if least >= 0 else f"one of {least}"

@@ -280,6 +280,18 @@ def test_wrong_arguments_of_sums_are_named(change: dict[str, Tensor], message: s
             pair_sums(value_N, **right)
 
 
+@pytest.mark.parametrize("validate", [True, False])
+def test_no_room_for_sums_is_not_told_as_wrong_lengths(
+    validate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "segment_reduce", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        pair_sums(torch.ones(5), torch.tensor([2, 3]), torch.tensor([[0, 1]]), validate=validate)
+
+
 def test_wpo_weights_are_products_of_mean_token_confidences() -> None:
     logp, p2 = torch.tensor([-1.0, -3.0, -2.0]), torch.tensor([-0.5, -1.5, -1.0])
     weight = wpo_weights(logp, p2, torch.tensor([2, 1]), torch.tensor([[0, 1]]))
