@@ -90,17 +90,18 @@ class ImageWitness:
 
     def __init__(self) -> None:
         self._digest = blake2b(digest_size=16)
+        self._folder = Path(tempfile.gettempdir())
         self._file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
 
     def see(self, paths: list[str]) -> None:
-        for path in paths:
-            with naming(Path(tempfile.gettempdir())):
+        with naming(self._folder):
+            for path in paths:
                 self._file.write(json.dumps(path) + "\n")
-            self._digest.update(_state_of(path))
+                self._digest.update(_state_of(path))
 
     def written(self, folder: Path) -> str:
         """Write the names into `folder`; the hash over them."""
-        with naming(Path(tempfile.gettempdir())):
+        with naming(self._folder):
             self._file.seek(0)
         with (folder / "images.jsonl").open("w", encoding="utf-8") as out:
             shutil.copyfileobj(self._file, out)
