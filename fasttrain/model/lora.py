@@ -195,7 +195,8 @@ def _load_adapter(model: Any, lora: LoraConfig, train_projector: bool) -> Any:
 
 def _replaces_embeddings(model: Any, folder: Path) -> bool:
     """Whether an adapter's file holds other weights for the embedding or the head than the model has: peft saves them beside an
-    adapter that was trained over a changed vocabulary, and puts them into the model that it loads the adapter into."""
+    adapter that was trained over a changed vocabulary, and puts them into the model that it loads the adapter into. UserError
+    where ZeRO-3 has parted the model's, which peft cannot fill."""
     ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     names = {
         name: parameter
@@ -211,6 +212,11 @@ def _replaces_embeddings(model: Any, folder: Path) -> bool:
             both = {name: file.get_tensor(held[name]) for name in names if name in held}
     except (SafetensorError, OSError):  # told when peft reads it
         return False
+    if both and any(hasattr(end, "ds_shape") for end in ends):
+        raise UserError(
+            f"lora.init_from: {folder} holds weights of the embedding or the head, which cannot be loaded with distributed.zero_stage "
+            "3: set it to 2 or null, or merge that adapter and start a new one"
+        )
     return any(not torch.equal(value.to(names[name]), names[name]) for name, value in both.items())
 
 

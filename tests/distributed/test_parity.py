@@ -258,6 +258,20 @@ def test_a_finished_run_under_zero_holds_no_memory(
     assert ended.codes == [0, 0], ended.stderr
 
 
+def test_an_adapter_with_embeddings_is_refused_under_zero_3(
+    recipes: Callable[..., Any], run_ranks: Callable[..., Any], tiny_text: Path, tmp_path: Path
+) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    about = peft.LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_text), about)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    changes = ["lora={}", f"lora.init_from={tmp_path / 'adapter'}", "distributed.zero_stage=3"]
+    ended = run_ranks(lambda: train_dpo(recipes("text", "zero", *changes)))
+    assert "adapter holds weights of the embedding or the head" in ended.stderr
+
+
 @pytest.mark.slow
 def test_zero_3_gathers_a_frozen_head_once_a_pass_and_never_in_the_backward(
     recipes: Callable[..., Any],
