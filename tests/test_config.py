@@ -245,6 +245,17 @@ def test_names_of_other_trainers_stand_for_settings_that_exist() -> None:
     assert not set(OURS) & {key.rpartition(".")[2] for key in keys}
 
 
+def test_the_quickstart_page_translates_names_of_other_trainers_as_errors_do() -> None:
+    page = (Path(__file__).parent.parent / "docs/quickstart.md").read_text(encoding="utf-8")
+    found = set()
+    for theirs, ours in re.findall(r"^\| (.*`.*) \| (.*) \|$", page, re.MULTILINE):
+        for name in re.findall(r"`(\w+)", theirs):
+            if name in OURS:
+                found.add(name)
+                assert OURS[name].rpartition(".")[2] in ours, name
+    assert {"f_alpha_divergence_coef", "deepspeed", "freeze_multi_modal_projector"} <= found
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
