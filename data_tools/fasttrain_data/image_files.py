@@ -14,7 +14,7 @@ from fasttrain_data.ids import image_hash
 from fasttrain_data.jsonl import is_unicode
 
 MAX_PIXELS = 100_000_000  # more than any camera makes; a decompression bomb needs far more
-_SENT_AS_IS = frozenset({"image/png", "image/jpeg", "image/webp", "image/heic", "image/heif"})
+_SENT_AS_IS = frozenset({"image/png", "image/jpeg", "image/webp"})
 _LONGEST_TOLD = 300  # of a name that may be a whole image in base64
 _MAGIC = {
     b"\x89PNG\r\n\x1a\n": "image/png",
