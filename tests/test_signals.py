@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Iterator
-from types import ModuleType
 
 import pytest
 
-from fasttrain import command
 from fasttrain.signals import interrupt_at_end
 
 
@@ -27,18 +24,3 @@ def test_an_interrupt_while_workers_are_forked_is_raised_afterwards(heard: None)
         signal.raise_signal(signal.SIGINT)
         done.append("the block")
     assert done == ["the block"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_an_interrupt_while_the_command_is_imported_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Interrupted(ModuleType):
-        def __getattr__(self, name: str) -> None:
-            raise KeyboardInterrupt
-
-    monkeypatch.setitem(sys.modules, "fasttrain.cli", Interrupted("fasttrain.cli"))
-    monkeypatch.setattr(sys, "argv", ["fasttrain", "env"])
-    monkeypatch.setattr(command, "_alone", False)
-    with pytest.raises(SystemExit) as ended:
-        command.main()
-    assert ended.value.code == 130 and capsys.readouterr().err == "fasttrain: interrupted\n"
