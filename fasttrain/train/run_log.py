@@ -32,6 +32,6 @@ class RunLog:
             file.sync()
 
     def close(self) -> None:
+        self._trackers.close()  # first: a full disk ends the files' closing
         for file in self._files:
             file.close()
-        self._trackers.close()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fasttrain.train.run_log import RunLog
 from fasttrain.train.trackers import Trackers
 
 
@@ -97,3 +98,19 @@ def test_a_full_disk_under_tensorboard_is_one_line(
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1 and told[0].startswith("fasttrain: tensorboard failed")
     assert "No space left on device" in told[0] and threading.excepthook is hook
+
+
+def test_trackers_are_closed_though_the_disk_has_no_room_for_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    hook = threading.excepthook
+    log = RunLog(tmp_path, {"track": []}, 0, main=True, changes=False)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        log.close()
+    assert threading.excepthook is hook
+    monkeypatch.undo()
+    log.close()
