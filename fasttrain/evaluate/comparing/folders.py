@@ -76,7 +76,8 @@ def on_what_both_have(one: Evaluation, other: Evaluation) -> tuple[Evaluation, E
 def asked_alone(one: Evaluation, other: Evaluation) -> set[Key]:
     """The questions of which something was scored in one of the two only."""
     ours, theirs = _scored_by_id(one), _scored_by_id(other)
-    return {(ours | theirs)[key] for key in ours.keys() ^ theirs.keys()}
+    either = ours | theirs
+    return {either[key] for key in ours.keys() ^ theirs.keys()}
 
 
 def _scored_by_id(evaluation: Evaluation) -> dict[Key, Key]:
