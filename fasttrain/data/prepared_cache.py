@@ -95,9 +95,9 @@ class ImageWitness:
 
     def see(self, paths: list[str]) -> None:
         with naming(self._folder):
-            for path in paths:
-                self._file.write(json.dumps(path) + "\n")
-                self._digest.update(_state_of(path))
+            self._file.write("".join([json.dumps(path) + "\n" for path in paths]))
+        for path in paths:
+            self._digest.update(_state_of(path))
 
     def written(self, folder: Path) -> str:
         """Write the names into `folder`; the hash over them."""
