@@ -21,8 +21,8 @@ from fasttrain_data.ids import content_hash
 
 # torch is imported by the functions that use it; its types are not spelled here.
 Tensor = Any
-# All there is to say about text and LLaVA-1.5's images.
 _ANY_LENGTH = 1 << 30
+# All there is to say about text and LLaVA-1.5's images.
 _INPUTS = ("input_ids", "attention_mask", "pixel_values")
 _PROBE = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
 
