@@ -103,7 +103,8 @@ def _is_plain(content: bytes) -> bool:
         try:
             with Image.open(io.BytesIO(content)) as image:
                 upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-                return upright and image.mode in ("RGB", "L") and not getattr(image, "is_animated", False)
+                opaque = image.mode in ("RGB", "L") and "transparency" not in image.info
+                return upright and opaque and not getattr(image, "is_animated", False)
         except MemoryError:
             raise
         except Exception:  # noqa: BLE001 (Pillow fails on damaged metadata in many ways)
@@ -116,7 +117,9 @@ def as_png(image: ImageFile) -> ImageFile:
 
     buffer = io.BytesIO()
     try:
-        open_image(image.content).save(buffer, "PNG")
+        picture = open_image(image.content)
+        picture.info.pop("transparency", None)  # a color that would be transparent again
+        picture.save(buffer, "PNG")
     except ValueError as error:
         raise BadImage(f"cannot be decoded: {error}") from None
     return ImageFile(buffer.getvalue(), "image/png", image.sha256)

@@ -421,11 +421,13 @@ def test_the_judge_sees_photos_upright_and_greys_of_16_bits_as_greys(
     Image.fromarray(grey).save(tmp_path / "grey.png")
     photo.convert("CMYK").save(tmp_path / "cmyk.jpg")
     photo.save(tmp_path / "same.png")
+    photo.save(tmp_path / "clear.png", transparency=(200, 10, 10))
+    photo.quantize(2).save(tmp_path / "clear.gif", transparency=0)
     Image.fromarray(np.full((2, 2), -1.5, np.float32)).save(tmp_path / "depth.tif")
     rows = [
         {"id": name, "question_id": name, "image": name, "question": name, "text": "So."}
-        for name in ("photo.jpg", "grey.tif", "depth.tif", "plain.jpg", "grey.png", "cmyk.jpg", "same.png")
-    ]
+        for name in ("photo.jpg", "grey.tif", "depth.tif", "plain.jpg", "grey.png", "cmyk.jpg", "same.png", "clear.png", "clear.gif")
+    ]  # fmt: skip
     sent, came = {}, {}
 
     def judge(question, images, answers):
@@ -434,11 +436,13 @@ def test_the_judge_sees_photos_upright_and_greys_of_16_bits_as_greys(
 
     with GeminiDouble(judge) as double:
         _, found, _, _ = annotate(double, write_rows(tmp_path / "c.jsonl", rows))
-    assert [row["status"] for row in found] == ["ok", "ok", "bad_image"] + 4 * ["ok"]
+    assert [row["status"] for row in found] == ["ok", "ok", "bad_image"] + 6 * ["ok"]
     assert sent["photo.jpg"].size == sent["plain.jpg"].size == (2, 3)
     for name in ("grey.tif", "grey.png"):
         assert np.asarray(sent[name])[..., 1].tolist() == (grey // 256).tolist()
     assert sent["cmyk.jpg"].mode == "RGB"
+    for name in ("clear.png", "clear.gif"):
+        assert sent[name].convert("RGBA").getpixel((0, 0)) == (200, 10, 10, 255)
     assert came["same.png"] == (tmp_path / "same.png").read_bytes()
 
 
