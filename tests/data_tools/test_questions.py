@@ -169,8 +169,11 @@ def test_a_question_of_several_choices_keeps_them(drafts):
     [draft] = drafts(row)
     assert draft.question == "Look left.\nWhich?\nA. red\nB. blue"
     assert draft.changed == ["hint or options put with the question"]
-    [draft] = drafts(row | {"hint": "", "options": {"A": 1}})
-    assert (draft.question, draft.changed) == ("Which?", [])
+    [draft] = drafts(row | {"hint": None, "options": {"A": "red", "B": "blue", "C": None, "D": None}})
+    assert draft.question == "Which?\nA. red\nB. blue"
+    for options in ({"A": 1}, {}, {"A": None}):
+        [draft] = drafts(row | {"hint": "", "options": options})
+        assert (draft.question, draft.changed) == ("Which?", [])
 
 
 def test_images_of_evaluation_rows_that_ask_nothing_usable_are_left_out_too(tmp_path, write_rows, command):

@@ -266,7 +266,10 @@ def _read_plain(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
 def _hint_and_options(row: Row) -> tuple[str, str] | None:
     """What stands before and behind a question of several choices, as MMBench is asked: without it nobody can answer."""
     hint, options = row.get("hint"), row.get("options")
-    if not isinstance(options, dict) or not all(isinstance(text, str) for text in options.values()):
+    if not isinstance(options, dict):
+        return None
+    options = {letter: text for letter, text in options.items() if text is not None}  # filled up by datasets
+    if not options or not all(isinstance(text, str) for text in options.values()):
         return None
     before = f"{hint.strip()}\n" if isinstance(hint, str) and hint.strip() else ""
     return before, "".join(f"\n{letter}. {text}" for letter, text in options.items())
