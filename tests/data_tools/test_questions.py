@@ -182,13 +182,17 @@ def test_images_of_evaluation_rows_that_ask_nothing_usable_are_left_out_too(tmp_
         {"image_id": 5, "question": None},
         {"image": "c.png", "conversations": [human("Why?"), human("And?")]},
         {"image_id": None, "question": "Why?"},
+        {"image_id": "7.png", "question": None},
     ]
     evaluation = write_rows(tmp_path / "evaluation.jsonl", unusable)
-    rows = [{"image": name, "question": "What is it?"} for name in ("a.png", "5.jpg", "c.png", "None.jpg")]
+    rows = [
+        {"image": name, "question": "What is it?"}
+        for name in ("a.png", "5.jpg", "c.png", "None.jpg", "7.jpg")
+    ]
     source = write_rows(tmp_path / "source.jsonl", rows)
     arguments = ("--missing-images", "keep", "--eval-file", evaluation)
     code, stdout, _ = command("questions", source, "-o", tmp_path / "q.jsonl", *arguments)
-    assert code == 0 and "4 read, 1 kept" in stdout and "3  overlap with evaluation" in stdout
+    assert code == 0 and "5 read, 1 kept" in stdout and "4  overlap with evaluation" in stdout
 
 
 def test_rows_of_several_formats_in_one_file_keep_their_images(drafts):
@@ -209,6 +213,11 @@ def test_rows_of_several_formats_in_one_file_keep_their_images(drafts):
         ("A question file?", ["c.png"]),
         ("Text alone?", []),
     ]
+    keys = {key: None for row in rows for key in row}  # as datasets fills them up
+    keys |= {"id": None, "prompt": None}
+    filled = drafts(*(keys | row for row in rows))
+    assert [draft.source_id for draft in filled] == [None, "5", "f.png", None, "1", None]
+    assert [(draft.question, draft.images) for draft in filled] == found
     assert drafts(rows[1], rows[5]) == [
         drafts(rows[1])[0],
         ("line 2", "no image_id"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -60,16 +60,21 @@ class Draft:
 
 
 def detect_source(row: Row) -> str | None:
-    """The source format of a row, or None."""
-    if "image_file" in row and ("conversations" in row or "q_a_pairs" in row):
+    """The source format of a row, or None; by keys of null, which datasets fills up, only where the others tell none."""
+    said = {key for key, value in row.items() if value is not None}
+    return _format_of(said) or _format_of(row.keys())
+
+
+def _format_of(keys: Set[str]) -> str | None:
+    if "image_file" in keys and ("conversations" in keys or "q_a_pairs" in keys):
         return "scigraphqa"
-    if "image_id" in row and "question" in row:
+    if "image_id" in keys and "question" in keys:
         return "lrv"
-    if "conversations" in row or "messages" in row:
+    if "conversations" in keys or "messages" in keys:
         return "llava"
-    if "question_id" in row and "text" in row:
+    if "question_id" in keys and "text" in keys:
         return "llava-questions"
-    if "question" in row or "prompt" in row or "text" in row:
+    if "question" in keys or "prompt" in keys or "text" in keys:
         return "plain"
     return None
 
@@ -103,7 +108,7 @@ def _named(row: Row) -> list[str]:
     images = row.get("images")
     names = [row.get("image_file"), row.get("image"), *(images if isinstance(images, list) else [])]
     if row.get("image_id") is not None:
-        names.append(f"{row['image_id']}.jpg")
+        names.append(_photo(row["image_id"]))
     return [name for name in names if isinstance(name, str)]
 
 
@@ -121,7 +126,7 @@ def _rows_and_readers(path: Path, form: str | None) -> Iterator[tuple[str, Row, 
 def _form_of(row: Row, first: str) -> str:
     """The row's own format if it tells an image, so that none is lost; else that of the file's first row."""
     own = detect_source(row)
-    tells = own in ("scigraphqa", "lrv") or "image" in row or "images" in row
+    tells = own in ("scigraphqa", "lrv") or row.get("image") or row.get("images")
     return own if own and tells else first
 
 
@@ -150,7 +155,7 @@ def _read_scigraphqa(row: Row, place: str, turns: Turns | None) -> Iterator[Draf
         conversation = conversation[: 2 * (asking.index(False) + 1)]
     conversation, mended = _with_whole_answer(conversation, row.get("response"), cut)
     changed = ["fake human turns cut"] if cut else []
-    base = Draft("scigraphqa", place, "", [image], source_id=str(row.get("id", image)), changed=changed)
+    base = Draft("scigraphqa", place, "", [image], source_id=_optional(row, "id") or image, changed=changed)
     for draft in _from_conversation(base, conversation, turns or "first"):
         if mended and len(draft.history) == (len(conversation) - 1) // 2 * 2:
             draft.changed.append(mended)
@@ -196,8 +201,6 @@ def _read_lrv(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
     image_id = row.get("image_id")
     if not isinstance(image_id, str | int):
         raise Unusable("no image_id")
-    name = str(image_id)
-    name = name if Path(name).suffix.lower() in (".jpg", ".jpeg", ".png") else f"{name}.jpg"
     question, changed = _question(row, "question")
     if COORDINATES.search(question):
         changed.append("holds pixel coordinates")
@@ -205,12 +208,17 @@ def _read_lrv(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
         "lrv",
         place,
         question,
-        [name],
+        [_photo(image_id)],
         reference=_optional(row, "answer"),
         source_id=str(image_id),
         category=_optional(row, "task"),
         changed=changed,
     )
+
+
+def _photo(image_id: Any) -> str:
+    name = str(image_id)
+    return name if Path(name).suffix.lower() in (".jpg", ".jpeg", ".png") else f"{name}.jpg"
 
 
 def _read_llava(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
@@ -238,7 +246,7 @@ def _read_llava_questions(row: Row, place: str, turns: Turns | None) -> Iterator
 
 def _read_plain(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
     """`question` (or `prompt`, `text`) with `image` or `images`, optional `history`, `hint`, `options`; also our own questions."""
-    key = next((name for name in ("question", "prompt", "text") if name in row), "question")
+    key = next((name for name in ("question", "prompt", "text") if row.get(name) is not None), "question")
     question, changed = _question(row, key)
     if around := _hint_and_options(row):
         question = around[0] + question + around[1]
@@ -257,7 +265,7 @@ def _read_plain(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
         _images(row),
         history,
         _optional(row, "reference_answer") or _optional(row, "answer"),
-        next((str(row[name]) for name in ("source_id", "id", "question_id", "index") if name in row), None),
+        _first(row, "source_id", "id", "question_id", "index"),
         _optional(row, "category"),
         changed,
     )
@@ -365,3 +373,7 @@ def _string(row: Row, key: str) -> str:
 def _optional(row: Row, key: str) -> str | None:
     value = row.get(key)
     return None if value is None else str(value)
+
+
+def _first(row: Row, *keys: str) -> str | None:
+    return next((str(row[key]) for key in keys if row.get(key) is not None), None)
