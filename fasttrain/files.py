@@ -101,6 +101,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         with naming(path, temporary, reads=True):
             temporary.mkdir(parents=True)
             yield temporary
+        with naming(path, temporary):
             for file in [temporary, *temporary.rglob("*")]:
                 handle = os.open(file, os.O_RDONLY)
                 try:

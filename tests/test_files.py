@@ -232,6 +232,9 @@ def test_a_disk_that_fails_names_the_file_also_where_nothing_can_be_cleared_away
     with pytest.raises(OSError, match=os.strerror(code)) as told:
         write_atomic(tmp_path / "made", "text")
     assert told.value.filename == str(tmp_path / "made")
+    with pytest.raises(OSError, match=os.strerror(code)) as told, atomic_folder(tmp_path / "folder"):
+        pass
+    assert told.value.filename == str(tmp_path / "folder")
 
 
 def test_a_link_in_the_place_of_a_folder_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
