@@ -7,6 +7,7 @@ import random
 import threading
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -429,6 +430,20 @@ def test_an_image_that_browsers_do_not_show_is_shown_as_png(tmp_path, write_rows
     with urllib.request.urlopen(f"{server.url}image?id=scan.tiff&n=0") as reply:
         assert reply.headers["Content-Type"] == "image/png" and reply.read(4) == b"\x89PNG"
     assert fetch(f"{server.url}image?id=none.tiff&n=0")[0] == 404
+
+
+def test_an_image_that_cannot_be_read_is_told_as_one(pairs, serve, monkeypatch):
+    review = Review(pairs, 3, 0)
+    url = serve(review, pairs.parent).url
+
+    def locked(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", locked)
+    code, told = fetch(f"{url}image?id={review.items[0].id}&n=0")
+    assert (code, told.decode()) == (404, f"{pairs.parent / 'a.png'}: Permission denied")
+    with pytest.raises(UserError, match=r"pair p.*: images: wanted an image, got .*: Permission denied"):
+        export_argilla(review, pairs.parent, pairs.parent / "argilla.json")
 
 
 def test_a_last_line_without_an_end_is_passed_over_whoever_wrote_the_lines(pairs, command):

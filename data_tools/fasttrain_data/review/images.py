@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fasttrain_data.image_files import BadImage, as_png, check_image, find_image, mime_type
+from fasttrain_data.image_files import BadImage, as_png, check_image, find_image, mime_type, read_image
 from fasttrain_data.review.items import Item
 
 
@@ -13,8 +13,9 @@ def image_bytes(item: Item, number: int, image_root: Path) -> bytes:
     if not 0 <= number < len(item.images):
         raise BadImage("no such image")
     image = item.images[number]
-    content: bytes = image["bytes"] if isinstance(image, dict) else find_image(image_root, image).read_bytes()
-    if mime_type(content).startswith("image/"):
-        return content
-    name = image if isinstance(image, str) else "embedded image"
-    return as_png(check_image(content, name)).content  # TIFF and others, which browsers do not show
+    if isinstance(image, dict):
+        found = check_image(image["bytes"], "embedded image")
+    else:
+        found = read_image(find_image(image_root, image))
+    shown = mime_type(found.content).startswith("image/")
+    return found.content if shown else as_png(found).content  # TIFF and others, which browsers do not show

@@ -106,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         except TimeoutError:  # of the connection
             raise
-        except OSError as error:  # a full disk
+        except OSError as error:  # a full disk: images that cannot be read are refused
             told = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
             self._send(500, f"not kept: {told}".encode(), "text/plain; charset=utf-8")
 
