@@ -339,14 +339,18 @@ def test_a_bad_row_names_file_place_field_wanted_and_got(name, change, field, tm
     assert caught.value.wanted and caught.value.got
 
 
-def test_ms_swift_and_ultrafeedback_keep_what_stands_before_the_answer(tmp_path, write_rows):
+def test_whole_conversations_keep_what_stands_before_the_answer_once(tmp_path, write_rows):
     system, said = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "Yes."}
     asked, again = {"role": "user", "content": "Hi?"}, {"role": "user", "content": "Why?"}
     good, bad = ({"role": "assistant", "content": text} for text in ("good", "bad"))
     before = [asked, said, again]
     swift = {"system": "Be brief.", "messages": [*before, good], "rejected_messages": [*before, bad]}
+    twice = {side: [system, *swift[side]] for side in ("messages", "rejected_messages")} | {
+        "system": "Be long."
+    }
     whole = {"prompt": "Why?", "chosen": [system, *before, good], "rejected": [system, *before, bad]}
-    for row in (swift, whole | {"chosen-rating": 5.0, "rejected-rating": 1.0}):
+    factory = {"system": "Be long.", "messages": [system, *before], "chosen": good, "rejected": bad}
+    for row in (swift, twice, factory, whole | {"chosen-rating": 5.0, "rejected-rating": 1.0}):
         [pair] = read_pairs(write_rows(tmp_path / "x.jsonl", [row]))
         texts = [(message["role"], message["content"][0]["text"]) for message in pair["prompt"]]
         assert texts == [("system", "Be brief."), ("user", "Hi?"), ("assistant", "Yes."), ("user", "Why?")]

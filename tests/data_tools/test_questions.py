@@ -153,7 +153,8 @@ def test_llava_conversations_keep_their_turns(drafts):
 def test_a_system_turn_or_column_begins_the_history(drafts):
     system = {"from": "system", "value": "Be brief."}
     turns = [human("Who?"), gpt("Ann."), human("Where?")]
-    for row in ({"conversations": [system, *turns]}, {"conversations": turns, "system": "Be brief."}):
+    both = {"conversations": [system, *turns], "system": "Be long."}
+    for row in ({"conversations": [system, *turns]}, {"conversations": turns, "system": "Be brief."}, both):
         first, second = drafts(row, turns="each")
         assert [(turn.role, turn.text) for turn in first.history] == [("system", "Be brief.")]
         assert [turn.role for turn in second.history] == ["system", "user", "assistant"]

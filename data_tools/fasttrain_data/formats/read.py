@@ -219,8 +219,7 @@ def _read_ultrafeedback(row: Row, place: Place) -> Row | str:
 
 def _read_llama_factory(row: Row, place: Place) -> Row | str:
     field = "conversations" if "conversations" in row else "messages"
-    turns = turns_of(row.get(field), field, place)
-    turns = _system(row, place) + turns
+    turns = _with_system(turns_of(row.get(field), field, place), row, place)
     if not turns or turns[-1][0] != "user":
         raise place.bad(field, "a last turn by the human", turns[-1][0] if turns else None)
     return {
@@ -232,9 +231,11 @@ def _read_llama_factory(row: Row, place: Place) -> Row | str:
     }
 
 
-def _system(row: Row, place: Place) -> list[tuple[str, str]]:
-    """The turn that a column of this name stands for."""
-    return [("system", place.text(row["system"], "system"))] if row.get("system") else []
+def _with_system(turns: list[tuple[str, str]], row: Row, place: Place) -> list[tuple[str, str]]:
+    """Turns behind the one that a column `system` stands for; a system turn counts before it, as for these projects."""
+    if not row.get("system") or (turns and turns[0][0] == "system"):
+        return turns
+    return [("system", place.text(row["system"], "system")), *turns]
 
 
 def _read_ms_swift(row: Row, place: Place) -> Row | str:
@@ -260,7 +261,7 @@ def _read_ms_swift(row: Row, place: Place) -> Row | str:
     return {
         **_rest(row, *_MS_SWIFT),
         "images": images,
-        "prompt": [message(role, text) for role, text in _system(row, place) + turns[:-1]],
+        "prompt": [message(role, text) for role, text in _with_system(turns[:-1], row, place)],
         "chosen": turns[-1][1],
         "rejected": place.text(rejected, "rejected_response"),
     }
@@ -301,7 +302,7 @@ def _said(turn: str) -> str:
 
 def _read_rlaif_v(row: Row, place: Place) -> Row | str:
     """Also the text-only sets that have a `system` beside these columns, as Intel's orca pairs."""
-    turns = [*_system(row, place), ("user", place.text(row.get("question"), "question"))]
+    turns = _with_system([("user", place.text(row.get("question"), "question"))], row, place)
     return {
         **_rest(row, "question", "chosen", "rejected", "image", "images", "system"),
         "images": first_of(row, "image", "images", "image_path"),

@@ -224,7 +224,8 @@ def _photo(image_id: Any) -> str:
 def _read_llava(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
     base = Draft("llava", place, "", _images(row), source_id=_optional(row, "id"))
     conversation = _conversation(row, _SPEAKERS | {"system": "system"})
-    if row.get("system"):  # LLaMA-Factory's column
+    begins = [role for role, _ in conversation[:1]]
+    if row.get("system") and begins != ["system"]:  # LLaMA-Factory's column; a turn counts before it
         conversation.insert(0, ("system", _string(row, "system")))
     yield from _from_conversation(base, conversation, turns or "last")
 
