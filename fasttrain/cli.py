@@ -18,7 +18,7 @@ from fasttrain.command import quick_imports
 from fasttrain.errors import SharedMistake, UserError, is_out_of_memory
 from fasttrain.evaluate.command import eval_command
 from fasttrain.progress import close_bars
-from fasttrain.rank_watch import fail_all, is_consequence
+from fasttrain.rank_watch import fail_all, is_consequence, tell_how_to_go_on
 from fasttrain.study.command import study_command
 
 RECIPE_OPTIONS = (
@@ -386,8 +386,14 @@ _HOW_TO_GO_ON = {"dpo": _WITH_RESUME, "sft": _WITH_RESUME} | dict.fromkeys(
 )
 
 
+def _how_to_go_on() -> str:
+    """What to do after the command was stopped: nothing is kept of a dry run, nor by commands that are done in a moment."""
+    return "" if "--dry-run" in sys.argv else _HOW_TO_GO_ON.get(sys.argv[1] if sys.argv[1:] else "", "")
+
+
 def main() -> None:
     """The command in any process: one line and exit code 2 for a user's mistake, 130 for Ctrl-C, no traceback for either."""
+    tell_how_to_go_on(_how_to_go_on())
     try:
         code = cli(standalone_mode=False, prog_name="fasttrain")
     except SharedMistake as error:
@@ -403,7 +409,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt) as error:
         fail_all("interrupted", 130)  # says itself how to go on
         first = error.__cause__ if isinstance(error.__cause__, KeyboardInterrupt) else error  # click wraps it
-        told = str(first) or _HOW_TO_GO_ON.get(sys.argv[1] if sys.argv[1:] else "", "")
+        told = str(first) or _how_to_go_on()
         _fail(f"interrupted{told}", 130)
     except BrokenPipeError:
         sys.stderr.close()

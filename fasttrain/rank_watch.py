@@ -172,7 +172,7 @@ class Watch:
         if speak:
             name = self._names.get(failure.rank, "unknown process")
             where = f"rank {failure.rank} ({name}): " if self.size > 1 else ""
-            kept = "" if failure.code == 2 else "; what is done is kept, go on with --resume"
+            kept = "" if failure.code == 2 else _how_to_go_on
             text = f"fasttrain: error: {where}{failure.text}; all {self.size} ranks stop{kept}\n"
             sys.stderr.write(failure.trace + ("\r\n" if sys.stderr.isatty() else "") + text)
             sys.stderr.flush()
@@ -210,6 +210,13 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 _watch: Watch | None = None
+_how_to_go_on = "; what is done is kept, go on with --resume"
+
+
+def tell_how_to_go_on(words: str) -> None:
+    """What stands behind the message about a failure that is no user's mistake: a training run's own words, unless told."""
+    global _how_to_go_on
+    _how_to_go_on = words
 
 
 def start_watch(rank: int, size: int, exchange: Callable[[Any], list[Any]]) -> None:

@@ -516,11 +516,15 @@ def test_an_interrupt_says_what_is_kept(
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
-    [("answer", "; what is done is kept, the same command goes on with it"), ("plan", "")],
+    ("words", "said"),
+    [
+        (["answer", "-m", "model"], "; what is done is kept, the same command goes on with it"),
+        (["dpo", "-c", "recipe.yaml", "--dry-run"], ""),
+        (["plan", "-c", "recipe.yaml"], ""),
+    ],
 )
 def test_an_interrupt_names_no_option_that_the_command_lacks(
-    command: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from fasttrain import cli
 
@@ -528,7 +532,7 @@ def test_an_interrupt_names_no_option_that_the_command_lacks(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "cli", interrupted)
-    monkeypatch.setattr("sys.argv", ["fasttrain", command, "-m", "model"])
+    monkeypatch.setattr("sys.argv", ["fasttrain", *words])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 130 and capsys.readouterr().err.strip() == f"fasttrain: interrupted{said}"

@@ -75,6 +75,8 @@ def test_a_killed_fill_goes_on_with_another_number_of_ranks(
     fill = ("reference", "-c", recipe)
     ended = run_ranks(command(*fill, before=watched(tmp_path / "first", die=(1, 4))))
     assert ended.codes == [1, -signal.SIGKILL], ended.stderr
+    (message,) = ended.messages
+    assert message.endswith("what is done is kept, the same command goes on with it")  # it has no --resume
     before = stored(tmp_path / "killed")
 
     ended = run_ranks(command(*fill, before=watched(tmp_path / "then")), size=3)
