@@ -465,7 +465,7 @@ def test_annotating_imports_no_torch(tmp_path):
 
     Image.new("RGB", (4, 3)).save(tmp_path / "a.gif")
     code = (
-        "import sys, fasttrain_data.annotations.run, fasttrain_data.cli, fasttrain_data.gemini_double, "
+        "import sys, fasttrain_data.annotations.run, fasttrain_data.commands.group, fasttrain_data.gemini_double, "
         "fasttrain_data.pairs.build, fasttrain_data.questions.build\n"
         "assert not {'torch', 'transformers', 'fasttrain', 'google.genai', 'matplotlib'} & set(sys.modules)\n"
         "from pathlib import Path\n"

@@ -12,7 +12,7 @@ import pytest
 import fasttrain_data
 from fasttrain_data.account import listing_path
 from fasttrain_data.calls.journal import journal_path
-from fasttrain_data.cli import COMMANDS
+from fasttrain_data.commands.group import COMMANDS
 from fasttrain_data.errors import BadRow
 from fasttrain_data.pairs.build import held_out_path
 from fasttrain_data.records import Annotation, Completion, Pair, Question, parse_record
@@ -116,12 +116,29 @@ def test_help_and_package_import_neither_torch_nor_the_trainer():
     code = (
         "import sys\n"
         "import fasttrain_data, fasttrain_data.gemini_double\n"
-        "from fasttrain_data.cli import cli\n"
+        "from fasttrain_data.commands.group import cli\n"
         "cli.main(['--help'], standalone_mode=False)\n"
         "heavy = {'torch', 'transformers', 'fasttrain', 'google.genai', 'matplotlib', 'pyarrow', 'PIL'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_an_interrupt_while_the_command_is_imported_is_one_line():
+    """A Ctrl-C in the first moment, as click is asked for: none of it is imported before it can be told."""
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'click':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from fasttrain_data.cli import main\n"
+        "main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = "fasttrain-data: stopped; start the same command again to go on\n"
+    assert (ended.returncode, ended.stderr) == (130, said)
 
 
 def test_no_module_imports_torch_or_the_trainer_when_it_is_loaded(repository):

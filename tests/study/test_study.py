@@ -62,7 +62,7 @@ def test_every_printed_command_is_one_that_the_command_line_takes(study_file: An
     """Parsed by click itself, without running: a renamed option would fail here."""
     import click
 
-    from fasttrain_data.cli import cli as data_cli
+    from fasttrain_data.commands.group import cli as data_cli
 
     study = load_study(study_file())
     lines = list(printed(tasks_of(study)))
