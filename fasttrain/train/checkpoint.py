@@ -30,11 +30,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    folder: Path, step: int, optimizer: TrainedState, keep: int, inputs: dict[str, str] | None = None
-) -> Path:
+    folder: Path, step: int, optimizer: TrainedState, keep: int, inputs: dict[str, str] | None = None,
+    lines: dict[str, int] | None = None,
+) -> Path:  # fmt: skip
     """Write `step-000050/` under `folder` atomically, then delete all but the newest `keep`.
 
-    `inputs` are fingerprints of what the run is made from.
+    `inputs` are fingerprints of what the run is made from, `lines` how many the run's log files hold by then.
     Every rank calls; the first writes for all, so the folder serves any number of ranks.
     """
     path = folder / checkpoint_name(step)
@@ -58,7 +59,7 @@ def save_checkpoint(
             }
             files = {name: write_tensors(stream, temporary / name) for name, stream in streams.items()}
             state = {"step": step, "ranks": ranks().size, "inputs": inputs or {}, "files": files}
-            write_json(temporary / "state.json", state | {"optimizer": plain})
+            write_json(temporary / "state.json", state | {"lines": lines or {}, "optimizer": plain})
         delete_old(folder, keep)
     ranks().barrier()
     return path
@@ -105,6 +106,12 @@ def restore_checkpoint(path: Path, optimizer: TrainedState) -> int:
         raise _damaged(path, error) from None
     _restore_random(random, state["step"])
     return int(state["step"])
+
+
+def logged_lines(path: Path) -> dict[str, int]:
+    """How many lines each of the run's log files held when a sound checkpoint was written; older ones do not tell."""
+    lines = json.loads((path / "state.json").read_text(encoding="utf-8")).get("lines")
+    return lines if isinstance(lines, dict) else {}
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

@@ -30,6 +30,7 @@ from fasttrain.train.checkpoint import (
     delete_old,
     latest_checkpoint,
     list_checkpoints,
+    logged_lines,
     restore_checkpoint,
     save_checkpoint,
 )
@@ -186,6 +187,8 @@ class Trainer:
         torch.manual_seed(config.seed + ranks().rank)  # every rank drops out units of its own
         done = self._restore(engine, checkpoint)
         log = RunLog(self.folder, self.config.to_dict(), done, main=main, changes=self.loss.needs_reference)
+        if checkpoint is not None and main:
+            log.tell_lost(logged_lines(checkpoint))
         say(self._account(total, done))
         try:
             with (
@@ -275,6 +278,7 @@ class Trainer:
                         engine.optimizer,
                         config.keep_checkpoints,
                         self._inputs,
+                        log.lines(),
                     )
                 if last:
                     break

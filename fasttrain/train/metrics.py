@@ -58,12 +58,14 @@ class MetricsFile:
         self.path = path
         kept = [line for line in read_steps(path) if line["step"] <= keep_through]
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.lines = len(kept)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
         with naming(self.path):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
+        self.lines += 1
 
     def sync(self) -> None:
         with naming(self.path):

@@ -99,3 +99,33 @@ def test_resume_tells_a_damaged_line_before_anything_is_loaded(
         5,
         6,
     ]
+
+
+def test_resume_tells_of_lines_that_are_gone(
+    tiny_text: Path, text_pairs: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file emptied, another deleted, and a whole one of a run that logs every second step."""
+    from fasttrain.config import config_from_dict
+    from fasttrain.train import loop
+
+    raw = {
+        "model": {"name": str(tiny_text)},
+        "data": {"train": str(text_pairs(tmp_path / "pairs.jsonl", 8)), "workers": 0},
+        "train": {"output": str(tmp_path / "run"), "max_steps": 3, "pairs_per_step": 2, "checkpoint_every": 3,
+                  "log_every": 2},
+        "track": [],
+    }  # fmt: skip
+    loop.train_dpo(config_from_dict(raw))
+    written(tmp_path / "run" / "metrics.jsonl")
+    (tmp_path / "run" / "pair_changes.jsonl").unlink()
+    raw["train"] |= {"max_steps": 6, "log_every": 3}
+    capsys.readouterr()
+    assert [line["step"] for line in loop.train_dpo(config_from_dict(raw), resume=True).metrics] == [6]
+    told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert [line.split("run/")[1].split(";")[0] for line in told] == [
+        "metrics.jsonl: 0 of the 2 lines up to the checkpoint are there",
+        "pair_changes.jsonl: 0 of the 2 lines up to the checkpoint are there",
+    ]
+    raw["train"] |= {"max_steps": 9}
+    loop.train_dpo(config_from_dict(raw), resume=True)
+    assert "warning" not in capsys.readouterr().err
