@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+from fasttrain.errors import UserError
 from fasttrain.evaluate.results import RESULTS
 from fasttrain.files import hash_file, write_json
 
@@ -42,7 +44,7 @@ class Task:
     def is_done(self) -> bool:
         if not (self.output.exists() and self.note.exists()):
             return False
-        if self.tried.exists() and _read(self.tried)["found"] != _modified_ns(self.output):
+        if self.tried.exists() and _read_attempt(self.tried).found != _modified_ns(self.output):
             return False  # a later attempt left another output
         said, now = _read(self.note), self.read()
         if not self._used_that(said):
@@ -122,7 +124,7 @@ def begin(task: Task) -> Attempt:
     not cost less.
     """
     command, inputs = task.shown, task.read()
-    before = Attempt(**_read(task.tried)) if task.tried.exists() else None
+    before = _read_attempt(task.tried) if task.tried.exists() else None
     found = before.found if before else _modified_ns(task.output)
     seconds: float | None = 0.0
     if before and task.is_same(before):
@@ -153,9 +155,35 @@ def succeed(task: Task, attempt: Attempt, *, incomplete: bool) -> None:
     task.tried.unlink()
 
 
-def _read(path: Path) -> dict[str, Any]:
-    said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+_TYPES: dict[str, tuple[type, ...]] = {
+    "command": (str,),
+    "inputs": (dict,),
+    "seconds": (int, float, NoneType),
+    "folder": (str, NoneType),
+    "used": (str, NoneType),
+    "found": (int, NoneType),
+}
+
+
+def _read(path: Path, required: tuple[str, ...] = ("command",)) -> dict[str, Any]:
+    """What a note says; UserError for one that is damaged."""
+    try:
+        said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        wrong = [name for name in required if name not in said]
+        wrong += [name for name, types in _TYPES.items() if name in said and type(said[name]) not in types]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is missing or no {_TYPES[wrong[0]][0].__name__}")
+        shlex.split(said["command"])
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: the study's note is damaged ({error}); delete it, and its step is done again"
+        ) from None
     return said
+
+
+def _read_attempt(path: Path) -> Attempt:
+    said = _read(path, ("command", "inputs", "seconds", "found"))
+    return Attempt(**{about.name: said[about.name] for about in fields(Attempt) if about.name in said})
 
 
 def _moved(command: str, folder: str, now: str) -> tuple[str, ...]:

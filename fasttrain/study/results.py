@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fasttrain.errors import UserError, mistakes_of_data_tools
 from fasttrain.evaluate.results import RESULTS
 from fasttrain.run_lines import read_steps
 from fasttrain.study.notes import Task
@@ -138,9 +139,13 @@ def _row(
     if run is not None:
         folder = run_folder(study, run)
         lines = read_steps(folder / "metrics.jsonl")
-        last = lines[-1] if lines else {}
-        facts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        if not lines:
+            raise UserError(f"{folder / 'metrics.jsonl'}: wanted the line of the run's last step, got none")
+        last = lines[-1]
+        facts = _facts(folder)
         used = facts.get("pairs", facts.get("examples"))
+        if used is not None and not isinstance(used, int):
+            raise UserError(f"{folder / 'environment.json'}: pairs: wanted a whole number, got {used!r}")
     return Row(
         name, model, run, used, last.get("step"), last, times["train"], times["evaluate"], scored, verified
     )
@@ -155,16 +160,27 @@ def _annotation_cost(path: Path) -> float:
     """What the judge's calls cost, as the annotations tell it, in US dollars."""
     from fasttrain_data.jsonl import read_rows
 
-    return sum(float(row.get("cost_usd") or 0.0) for _, row in read_rows(path))
+    with mistakes_of_data_tools():
+        return sum(float(row.get("cost_usd") or 0.0) for _, row in read_rows(path))
 
 
 def _environment(study: Study, rows: list[Row]) -> dict[str, Any]:
     for row in rows:
         if row.run is not None:
-            path = run_folder(study, row.run) / "environment.json"
-            facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return facts
+            return _facts(run_folder(study, row.run))
     return {}
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What a run's environment.json holds; UserError if it is damaged."""
+    path = folder / "environment.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise UserError(f"{path}: wanted a JSON object, got something else")
+    return facts
 
 
 def energy_kwh(watts: float, seconds: float) -> float:

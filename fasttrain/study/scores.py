@@ -154,7 +154,14 @@ def right_answers(questions: Path) -> dict[str, str]:
 def score_exactly(questions: Path, answers: Path) -> Scored:
     """1 where the answer is the question's `answer` word for word, spaces at its ends aside; else 0."""
     truths = right_answers(questions)
-    given = {str(row["question_id"]): str(row["text"]) for _, row in _rows(answers)}
+    given: dict[str, str] = {}
+    for place, row in _rows(answers):
+        for name in ("question_id", "text"):
+            if row.get(name) is None:
+                raise UserError(
+                    f"{answers} {place}: {name}: wanted one, as fasttrain answer writes, got none"
+                )
+        given[str(row["question_id"])] = str(row["text"])
     missing = [name for name in truths if name not in given]
     if missing:
         raise UserError(f"{answers}: wanted an answer to every question, got none to {missing[0]}")
