@@ -44,11 +44,16 @@ def find_folder(config: ModelConfig) -> Path:
         if not any(folder.glob("*.safetensors")):
             kinds = ", ".join(sorted({path.suffix for path in folder.iterdir() if path.suffix})) or "nothing"
             raise UserError(f"model.name: wanted safetensors weights in {folder}, got {kinds}")
-        require(config.revision is None, "model.revision", f"null with the folder {folder}", config.revision)
+        refuse_revision(folder, config)
         return folder
     if config.name.count("/") > 1 or config.name.startswith((".", "/", "~")):
         raise UserError(f"model.name: wanted a model folder or hub id, got {config.name} (no such folder)")
     return _snapshot(config)
+
+
+def refuse_revision(folder: Path, config: ModelConfig) -> None:
+    """UserError for a revision of a model that is a folder: it has none."""
+    require(config.revision is None, "model.revision", f"null with the folder {folder}", config.revision)
 
 
 def _snapshot(config: ModelConfig) -> Path:

@@ -114,25 +114,30 @@ def fused_experts(model: Any) -> dict[str, nn.Parameter]:
 
 def _targets(model: Any, lora: LoraConfig) -> tuple[Any, list[str] | None]:
     """peft's target_modules and target_parameters: names of a list that are fused expert weights go to the latter."""
-    experts = fused_experts(model)
     if lora.targets == "auto":
-        if experts:
-            every = language_model(model).parameters()
-            share = sum(full_shape(p).numel() for p in experts.values()) / sum(
-                full_shape(p).numel() for p in every
-            )
-            kinds = sorted({".".join(name.split(".")[-2:]) for name in experts})
-            say(
-                f"note: lora.targets auto adapts linear layers; the fused weights of the experts ({share:.0%} of the "
-                f"language model) stay as they are unless lora.targets is a list with {', '.join(kinds)}"
-            )
         return auto_targets(model), None
     if isinstance(lora.targets, str) or lora.targets is None:
         return lora.targets, None
     parameters = [
-        wanted for wanted in lora.targets if any(f".{name}".endswith(f".{wanted}") for name in experts)
+        wanted
+        for wanted in lora.targets
+        if any(f".{name}".endswith(f".{wanted}") for name in fused_experts(model))
     ]
     return [name for name in lora.targets if name not in parameters], parameters or None
+
+
+def note_experts(model: Any, lora: LoraConfig | None) -> None:
+    """Say where a fresh adapter leaves the fused weights of experts as they are: the most of such a model."""
+    experts = fused_experts(model)
+    if lora is None or lora.init_from is not None or lora.targets != "auto" or not experts:
+        return
+    every = [p for name, p in language_model(model).named_parameters() if "lora_" not in name]
+    share = sum(full_shape(p).numel() for p in experts.values()) / sum(full_shape(p).numel() for p in every)
+    kinds = sorted({".".join(name.split(".")[-2:]) for name in experts})
+    say(
+        f"note: lora.targets auto adapts linear layers; the fused weights of the experts ({share:.0%} of the "
+        f"language model) stay as they are unless lora.targets is a list with {', '.join(kinds)}"
+    )
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -159,11 +164,11 @@ def attach_lora(model: Any, lora: LoraConfig, train_projector: bool) -> Any:
             adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
-    _refuse_head(model, "lora.targets")
+    refuse_head(model, "lora.targets")
     return adapted
 
 
-def _refuse_head(model: Any, key: str) -> None:
+def refuse_head(model: Any, key: str) -> None:
     """UserError if peft has wrapped the head: the policy calls the head itself, so what wraps it would never run."""
     if not isinstance(model.get_output_embeddings(), LogprobHead):
         raise UserError(
@@ -173,7 +178,16 @@ def _refuse_head(model: Any, key: str) -> None:
 
 def _load_adapter(model: Any, lora: LoraConfig, train_projector: bool) -> Any:
     folder = user_path(str(lora.init_from))
-    config = read_adapter_config(folder)
+    config = adapter_to_train(model, read_adapter_config(folder), lora, train_projector)
+    replaces = _replaces_embeddings(model, folder)
+    adapted = read_adapter(model, folder, config, trainable=True)
+    refuse_head(model, "lora.init_from")
+    adapted.replaces_embeddings = replaces  # `final/` must hold them too
+    return adapted
+
+
+def adapter_to_train(model: Any, config: Any, lora: LoraConfig, train_projector: bool) -> Any:
+    """The settings of `init_from`'s adapter, set to train; UserError where the recipe wants something else of it."""
     for name, theirs in (("rank", config.r), ("alpha", config.lora_alpha)):
         wanted = getattr(lora, name)
         if wanted is not None and wanted != theirs:
@@ -186,11 +200,7 @@ def _load_adapter(model: Any, lora: LoraConfig, train_projector: bool) -> Any:
         )
     config.lora_dropout = lora.dropout
     config.inference_mode = False
-    replaces = _replaces_embeddings(model, folder)
-    adapted = read_adapter(model, folder, config, trainable=True)
-    _refuse_head(model, "lora.init_from")
-    adapted.replaces_embeddings = replaces  # `final/` must hold them too
-    return adapted
+    return config
 
 
 def _replaces_embeddings(model: Any, folder: Path) -> bool:
@@ -220,17 +230,18 @@ def _replaces_embeddings(model: Any, folder: Path) -> bool:
     return any(not torch.equal(value.to(names[name]), names[name]) for name, value in both.items())
 
 
-def read_adapter_config(folder: Path) -> Any:
-    """The settings of a LoRA adapter in PEFT's format; UserError if the folder holds none."""
+def read_adapter_config(folder: Path, weights: bool = True) -> Any:
+    """The settings of a LoRA adapter in PEFT's format; UserError if the folder holds none, or no weights where they are wanted."""
     import peft
 
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+    wanted = ["adapter_config.json", *(["adapter_model.safetensors"] if weights else [])]
+    if not all((folder / name).is_file() for name in wanted):
         raise UserError(
             f"lora.init_from: wanted a folder with adapter_config.json and adapter_model.safetensors, got {folder}"
         )
     try:
         config = peft.PeftConfig.from_pretrained(folder)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"lora.init_from: cannot read {folder / 'adapter_config.json'}: {problem}") from None
     if config.peft_type != "LORA":

@@ -11,6 +11,7 @@ from fasttrain.config import DPOConfig
 from fasttrain.errors import UserError
 from fasttrain.model.flops import counts_tower
 from fasttrain.model.load import as_stored
+from fasttrain.model.lora import note_experts
 from fasttrain.plan.advice import advise
 from fasttrain.plan.gpus import Achieved, find_gpu
 from fasttrain.plan.histogram import find_histogram
@@ -18,6 +19,8 @@ from fasttrain.plan.memory import Activations, PackMix
 from fasttrain.plan.page import as_json, print_page
 from fasttrain.plan.planned_model import build_planned_model, find_config
 from fasttrain.plan.predict import CUDA, Machine, predict
+from fasttrain.train.job_checks import check_recipe
+from fasttrain.train.losses import PairLoss
 
 GPUS_PER_NODE = 8
 
@@ -34,11 +37,13 @@ def make_plan(
         min(card.link_bytes_per_s, node_link_gbytes * 1e9) if gpus > GPUS_PER_NODE else card.link_bytes_per_s
     )
     machine = Machine(gpu=card, gpus=gpus, achieved=achieved, link_bytes_per_s=link)
+    PairLoss(config.loss)  # what sft takes of it, it takes too
     model_config, source = find_config(config.model)
+    dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
+    check_recipe(config, model_config, dtype)
     config = as_stored(config, model_config)
     vision = hasattr(model_config, "vision_config")
     histogram = find_histogram(config, lengths, vision)
-    dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
     tower = counts_tower(model_config)
     predictions = []
     held: dict[bool, Activations] = {}
@@ -49,6 +54,7 @@ def make_plan(
             held[apart] = Activations(planned, PackMix.of(histogram, tower), CUDA, sharded=gpus > 1)
         predictions.append(predict(config, held[apart], histogram, machine, stage))
     planned = held[False].planned
+    note_experts(planned.model, config.lora)
     notes = []
     if vision and not tower:
         notes.append(

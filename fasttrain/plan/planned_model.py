@@ -20,8 +20,16 @@ from fasttrain.model.fused_lora import fuse_lora
 from fasttrain.model.fused_rotary import fuse_rotary
 from fasttrain.model.head import install_head
 from fasttrain.model.last_layer import trim_last_layer
-from fasttrain.model.load import model_mistakes, read_model_config
-from fasttrain.model.lora import attach_lora, choose_trainable, in_projector, language_model
+from fasttrain.model.load import load_model_config, model_mistakes, refuse_revision
+from fasttrain.model.lora import (
+    adapter_to_train,
+    attach_lora,
+    choose_trainable,
+    in_projector,
+    language_model,
+    read_adapter_config,
+    refuse_head,
+)
 from fasttrain.plan.known_models import known_config
 from fasttrain.plan.passes import use_planned_attention
 from fasttrain.plan.tracker import unique_parameters
@@ -70,10 +78,11 @@ def find_config(config: ModelConfig) -> tuple[Any, str]:
     if folder.exists():
         if not (folder / "config.json").is_file():
             raise UserError(f"model.name: wanted a model folder with config.json, got {folder}")
-        return read_model_config(folder, config), str(folder / "config.json")
+        refuse_revision(folder, config)
+        return load_model_config(folder, config), str(folder / "config.json")
     cached = cached_snapshot(config)
     if cached is not None:
-        return read_model_config(cached, config), str(cached / "config.json")
+        return load_model_config(cached, config), str(cached / "config.json")
     known = known_config(config.name)
     if known is not None:
         return known, f"published sizes of {config.name}"
@@ -135,22 +144,17 @@ def _attach(model: Any, config: DPOConfig) -> Any | None:
     lora = config.lora
     if lora is None or lora.init_from is None:
         return attach_lora(model, lora, config.model.train_projector) if lora else None
-    try:
-        found: Any = peft.PeftConfig.from_pretrained(user_path(lora.init_from))
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(
-            f"lora.init_from: cannot read {lora.init_from}/adapter_config.json: {problem}"
-        ) from None
-    if found.peft_type != "LORA":
-        raise UserError(f"lora.init_from: wanted a LoRA adapter, got {found.peft_type}")
-    found.inference_mode, found.lora_dropout, found.base_model_name_or_path = False, lora.dropout, None
+    found = read_adapter_config(user_path(lora.init_from), weights=False)
+    found = adapter_to_train(model, found, lora, config.model.train_projector)
+    found.base_model_name_or_path = None
     found.init_lora_weights = True  # others want the base's values
     try:
-        return peft.get_peft_model(model, found, autocast_adapter_dtype=False)
+        adapted = peft.get_peft_model(model, found, autocast_adapter_dtype=False)
     except ValueError as error:
         problem = str(error).splitlines()[0]
         raise UserError(f"lora.init_from: {lora.init_from} does not fit the model: {problem}") from None
+    refuse_head(model, "lora.init_from")
+    return adapted
 
 
 def count_weights(model: Any, quantize: str | None) -> Weights:

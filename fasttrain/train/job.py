@@ -31,7 +31,6 @@ from fasttrain.model.fused_layers import fuse_layers
 from fasttrain.model.fused_lora import fuse_lora
 from fasttrain.model.fused_rotary import fuse_rotary
 from fasttrain.model.load import (
-    as_stored,
     find_folder,
     load_model,
     load_model_config,
@@ -41,9 +40,14 @@ from fasttrain.model.load import (
     stop_token_ids,
     takes_images,
 )  # fmt: skip
-from fasttrain.model.lora import attach_lora, choose_trainable, images_train_alone, language_model
+from fasttrain.model.lora import (
+    attach_lora,
+    choose_trainable,
+    images_train_alone,
+    language_model,
+    note_experts,
+)  # fmt: skip
 from fasttrain.model.policy import Policy
-from fasttrain.model.routing import declares_routing
 from fasttrain.plan.choose import choose_filling
 from fasttrain.plan.device_memory import free_memory
 from fasttrain.plan.run_memory import RunMemory
@@ -52,15 +56,15 @@ from fasttrain.ranks import ranks
 from fasttrain.reference.cache import ReferenceCache, cache_folder
 from fasttrain.reference.key import CompletionKeys, identity_hash, model_identity
 from fasttrain.threads import one_thread
-from fasttrain.train.engine import check_engine, partitioned_loading
+from fasttrain.train.engine import partitioned_loading
 from fasttrain.train.job_checks import (
     check_blank,
     check_image_token,
+    check_recipe,
     check_same_everywhere,
     check_vocabulary,
     may_share,
     notes,
-    refuse_quantized,
     warn_of_unread_images,
 )  # fmt: skip
 from fasttrain.train.losses import PairLoss
@@ -218,13 +222,7 @@ def _read(config: DPOConfig, objective: Objective, today: date) -> _Read:
     folder = find_folder(config.model)
     model_config = load_model_config(folder, config.model)
     check_attention(config.model.attention, model_config, device, pick_dtype(config.model.dtype, device))
-    check_engine(config, pick_dtype(config.model.dtype, device))
-    weight = config.loss.router_aux_weight
-    if weight and not declares_routing(model_config):
-        raise UserError(
-            f"loss.router_aux_weight: wanted a mixture of experts that returns its router's logits, got model type "
-            f"{model_config.model_type!r}"
-        )
+    check_recipe(config, model_config, pick_dtype(config.model.dtype, device))
     processor = load_processor(folder, config.model, takes_images(model_config))
     chat = ChatTokenizer(processor, stop_token_ids(processor, folder), config.model.bos, today)
     memo = HashMemo(cache_root() / "hashes.sqlite")
@@ -235,7 +233,6 @@ def _read(config: DPOConfig, objective: Objective, today: date) -> _Read:
             "use `fasttrain eval` on the checkpoints"
         )
     watches = open_watches(folders, config.data, memo)
-    refuse_quantized(as_stored(config, model_config))
     preparing = _start_preparing(config, pair_files, objective, chat, memo)
     datasets = None if preparing[0].in_background else _finish(preparing, chat)
     return _Read(device, folder, model_config, processor, chat, memo, watches, preparing, datasets)
@@ -261,6 +258,7 @@ def _load(config: DPOConfig, read: _Read) -> _Loaded:
             policy.check()
     torch.manual_seed(config.train.seed)  # a new adapter is the same however the model was loaded
     adapted = attach_lora(model, config.lora, config.model.train_projector) if config.lora else None
+    note_experts(model, config.lora)
     choose_trainable(model, adapted, config.model.train_projector)
     if chat.pixels is not None and zero_stage is not None:
         policy.images_train_alone = images_train_alone(model)

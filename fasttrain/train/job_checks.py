@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from fasttrain.config import DPOConfig
 from fasttrain.data.prepare import tokenize_all
 from fasttrain.data.prepared import PreparedData
@@ -14,9 +16,12 @@ from fasttrain.data.sources import first_readable
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
 from fasttrain.model.attention import why_unshared
+from fasttrain.model.load import as_stored
 from fasttrain.model.positions import why_too_long
+from fasttrain.model.routing import declares_routing
 from fasttrain.progress import say, ticker
 from fasttrain.ranks import full_shape, ranks
+from fasttrain.train.engine import check_engine
 
 _IMAGE_WORD = re.compile(r"image|img|picture|photo")
 
@@ -61,7 +66,18 @@ def notes(chat: ChatTokenizer) -> Iterator[None]:
         say(f"note: {split} answers do not tokenize together with their prompt and were tokenized alone")
 
 
-def refuse_quantized(config: DPOConfig) -> None:
+def check_recipe(config: DPOConfig, model_config: Any, dtype: torch.dtype) -> None:
+    """UserError for settings that the recipe's engine, or a model of this configuration, cannot follow."""
+    check_engine(config, dtype)
+    if config.loss.router_aux_weight and not declares_routing(model_config):
+        raise UserError(
+            f"loss.router_aux_weight: wanted a mixture of experts that returns its router's logits, got model type "
+            f"{model_config.model_type!r}"
+        )
+    _refuse_quantized(as_stored(config, model_config))
+
+
+def _refuse_quantized(config: DPOConfig) -> None:
     """Refuse quantised weights under ZeRO-3."""
     if config.distributed.zero_stage == 3 and config.model.quantize is not None:
         raise UserError(

@@ -237,3 +237,62 @@ def test_a_hub_cache_without_the_tokenizer_is_named_beside_typical_lengths(
     )
     source = json.loads(plan("-c", str(recipe), "--json"))["data"]["source"]
     assert source.startswith("typical lengths") and "hub cache has no tokenizer" in source
+
+
+RECIPE = """
+model: {name: MODEL}
+data: {train: pairs.jsonl}
+lora: {rank: 4, alpha: 8}
+"""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["loss.router_aux_weight=0.1"],
+        ["loss.label_smoothing=0.1", "loss.kind=ipo"],
+        ["loss.kind=sft", "loss.ld_alpha=0.5"],
+        ["model.revision=main"],
+        ["model.quantize=nf4", "distributed.zero_stage=3"],
+        ["distributed.zero_stage=2", "distributed.deepspeed_config=absent.json"],
+        ["lora={init_from: absent}"],
+        ["lora={init_from: alora}"],
+        ["lora={init_from: replicated}"],
+        ["lora={init_from: plain, rank: 8}"],
+        ["lora={init_from: plain, targets: [q_proj]}"],
+    ],
+)
+def test_plan_refuses_what_dpo_refuses_in_the_same_words(
+    settings: list[str], tiny_text: Path, tiny_models: ModuleType, text_pairs: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from fasttrain.train.loop import train_dpo
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTTRAIN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("MODEL", str(tiny_text)))
+    text_pairs(tmp_path / "pairs.jsonl", 4)
+    changes = {
+        "plain": {}, "alora": {"alora_invocation_tokens": [5]}, "replicated": {"layer_replication": [[0, 2], [0, 1]]},
+    }  # fmt: skip
+    for name, change in changes.items():
+        tiny_models.build_adapter(tiny_text, tmp_path / name)
+        path = tmp_path / name / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    overrides = [f"train.output={tmp_path / 'run'}", *settings]
+    with pytest.raises(UserError) as planned:
+        plan("-c", "recipe.yaml", *(word for entry in overrides for word in ("-s", entry)))
+    with pytest.raises(UserError) as trained:
+        train_dpo(load_config("recipe.yaml", overrides))
+    assert str(planned.value) == str(trained.value)
+
+
+def test_a_note_about_experts_is_said_once(
+    tiny_models: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny_models.build_mixture(tmp_path / "mixture")
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("MODEL", str(model)))
+    result = CliRunner().invoke(cli, ["plan", "-c", "recipe.yaml", "--gpus", "4", "--lengths", "50,20,9"])
+    assert result.exit_code == 0, result.exception
+    assert result.stderr.count("the fused weights of the experts") == 1
