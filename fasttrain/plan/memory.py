@@ -149,7 +149,11 @@ def plan_memory(
         gathered += weights.largest_matrix * size
     wide = 0 if size == 4 else 4
     foreach = device.type == "cuda"
-    update = 4 * (trained // sharded_state if foreach else 2 * max(weights.largest_matrix, weights.embedding))
+    update = 4 * (
+        trained // sharded_state
+        if foreach
+        else 2 * max(weights.largest_matrix, weights.head, weights.embedding)
+    )
     mix = activations.mix
     return MemoryPlan(
         weights=weights.frozen_bytes // sharded_weights,

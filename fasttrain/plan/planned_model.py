@@ -49,7 +49,7 @@ class Weights:
     whole: int  # trained parameters of the base model, in full fine-tuning
     decoder: int  # parameters of the decoder's layers, adapters included
     largest_layer: int  # elements of the largest decoder layer: what ZeRO-3 gathers at a time
-    largest_matrix: int
+    largest_matrix: int  # of those that nf4 holds: the head's is none
     head: int
     embedding: int
 
@@ -123,9 +123,12 @@ def build_planned_model(
     trim_last_layer(language_model(model))
     with torch.device("meta"):
         adapted = _attach(model, config)
+    _cast_adapter(model, dtype)
     choose_trainable(model, adapted, config.model.train_projector)
     fuse_rotary(language_model(model))
-    if adapted is not None and stage != 3:
+    if (
+        adapted is not None and stage != 3 and not config.model.quantize
+    ):  # as bitsandbytes' layers stay peft's
         fuse_lora(model)
     if not config.train.compile:
         fuse_layers(language_model(model))
@@ -157,11 +160,19 @@ def _attach(model: Any, config: DPOConfig) -> Any | None:
     return adapted
 
 
+def _cast_adapter(model: Any, dtype: torch.dtype) -> None:
+    """Give an adapter the model's type, as peft does where weights are real; on the meta device it leaves it in fp32."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+
+
 def count_weights(model: Any, quantize: str | None) -> Weights:
     """Read the numbers off the parameters."""
     adapter = projector = whole = frozen = 0
     frozen_bytes = 0.0
     quantised = _quantised(model) if quantize else set()
+    head = model.get_output_embeddings()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for parameter in unique_parameters(model):
         name, size = names[id(parameter)], parameter.numel()
@@ -178,8 +189,8 @@ def count_weights(model: Any, quantize: str | None) -> Weights:
         frozen=frozen, frozen_bytes=int(frozen_bytes), adapter=adapter, projector=projector, whole=whole,
         decoder=sum(p.numel() for p in language_model(model).parameters()) - model.get_input_embeddings().weight.numel(),
         largest_layer=_largest_layer(model),
-        largest_matrix=max((m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)), default=0),
-        head=model.get_output_embeddings().weight.numel(), embedding=model.get_input_embeddings().weight.numel(),
+        largest_matrix=max((m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head), default=0),
+        head=head.weight.numel(), embedding=model.get_input_embeddings().weight.numel(),
     )  # fmt: skip
 
 

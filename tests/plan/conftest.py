@@ -49,13 +49,13 @@ def llava_config(**changes: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def real_pass() -> Callable[..., RealPass]:
-    """`real_pass(config, lora=..., projector=..., checkpointing=..., layout=..., images=..., shared=...)`."""
+    """`real_pass(config, lora=..., projector=..., checkpointing=..., layout=..., images=..., shared=..., model=...)`."""
     return make_real_pass
 
 
 def make_real_pass(
     config: Any, *, lora: dict[str, Any] | None, projector: bool = False, checkpointing: bool = False,
-    layout: list[tuple[int, list[int]]], images: int = 0, shared: bool = True,
+    layout: list[tuple[int, list[int]]], images: int = 0, shared: bool = True, model: Any = None,
 ) -> RealPass:  # fmt: skip
     import torch
     from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
@@ -73,11 +73,12 @@ def make_real_pass(
     config = copy.deepcopy(config)  # it notes which attention a model uses
     vision = config.model_type == "llava"
     torch.manual_seed(0)
-    model = (
-        LlavaForConditionalGeneration(config)
-        if vision
-        else AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    )
+    if model is None:
+        model = (
+            LlavaForConditionalGeneration(config)
+            if vision
+            else AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        )
     policy = Policy(model)
     adapted = attach_lora(model, LoraConfig(**lora), projector) if lora else None
     choose_trainable(model, adapted, projector)
