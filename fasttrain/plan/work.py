@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 
 from fasttrain.config import DPOConfig
-from fasttrain.data.packs import Order, Step, plan_step
+from fasttrain.data.packs import Order, Pack, Step, plan_step
 from fasttrain.data.prepared import PreparedData
 from fasttrain.model.flops import ModelShape, pass_flops
 from fasttrain.plan.histogram import Histogram
@@ -70,13 +70,7 @@ def _count(
     """Tokens and operations of each rank."""
     tokens, flops = [0] * ranks, [0] * ranks
     for index, pack in enumerate(step.packs):
-        layout: list[tuple[int, list[int]]] = []
-        images = 0
-        for piece in pack.pieces:
-            lengths: list[int] = histogram.lengths(piece.group).tolist()
-            completions = [lengths[1 + c] for c in piece.completions]
-            layout += [(lengths[0], completions)] if pack.shared else [(lengths[0], [c]) for c in completions]
-            images += histogram.image_count(piece.group) * (1 if pack.shared else len(completions))
+        layout, images = pack_layout(histogram, pack)
         held = sum(prompt + sum(completions) for prompt, completions in layout)
         spent = pass_flops(
             shape, layout, images, backward=True, checkpointing=checkpointing, shared=pack.shared
@@ -88,6 +82,18 @@ def _count(
         tokens[index % ranks] += held * (2 if pack.twice else 1)
         flops[index % ranks] += spent
     return tokens, flops
+
+
+def pack_layout(data: Histogram | PreparedData, pack: Pack) -> tuple[list[tuple[int, list[int]]], int]:
+    """Lengths of a pack's prompts, each with those of the completions behind it, and its images: as `pass_flops` takes them."""
+    layout: list[tuple[int, list[int]]] = []
+    images = 0
+    for piece in pack.pieces:
+        lengths: list[int] = data.lengths(piece.group).tolist()
+        completions = [lengths[1 + c] for c in piece.completions]
+        layout += [(lengths[0], completions)] if pack.shared else [(lengths[0], [c]) for c in completions]
+        images += data.image_count(piece.group) * (1 if pack.shared else len(completions))
+    return layout, images
 
 
 def _unshared(step: Step, data: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +13,7 @@ from fasttrain.data.packs import Pack, plan_step, run_tokens
 from fasttrain.files import user_path
 from fasttrain.model.flops import pass_flops
 from fasttrain.plan.passes import CannotCount
+from fasttrain.plan.work import pack_layout
 from fasttrain.ranks import full_shape, ranks
 from fasttrain.reference.fill import missing_completions
 from fasttrain.train.engine import make_engine
@@ -122,19 +124,18 @@ def _tokens(job: Job, pack: Pack) -> int:
 def _work(job: Job, steps) -> tuple[int, int, int]:  # type: ignore[no-untyped-def]
     """Tokens, tokens of a trainer without sharing, and operations of an average step."""
     shared = unshared = flops = 0
+    balanced = job.config.loss.router_aux_weight > 0 and job.policy.top_k is not None
     for step in steps:
+        coupled = job.loss.couples_pairs or (balanced and len(step.packs) > step.ranks)
         for pack in step.packs:
             if pack.fill:
                 continue
-            layout, images = [], 0
-            for piece in pack.pieces:
-                lengths = job.train.lengths(piece.group)
-                layout.append((int(lengths[0]), [int(lengths[1 + c]) for c in piece.completions]))
-                images += job.train.image_count(piece.group)
-            shared += _tokens(job, pack)
-            flops += pass_flops(
-                job.shape, layout, images, backward=True, checkpointing=job.checkpointing, shared=pack.shared
-            )
+            layout, images = pack_layout(job.train, pack)
+            count = functools.partial(pass_flops, job.shape, layout, images, shared=pack.shared)
+            flops += count(backward=True, checkpointing=job.checkpointing)
+            twice = coupled or (pack.twice and not job.loss.single)  # as StepRunner runs them
+            flops += count(backward=False, checkpointing=False) if twice else 0
+            shared += _tokens(job, pack) * (2 if twice else 1)
         for group in step.groups:
             lengths = job.train.lengths(group)
             unshared += job.loss.unshared_tokens(lengths, job.train.pairs(group))
