@@ -12,6 +12,7 @@ from fasttrain.data.packs import Order, Pack, Step, plan_step
 from fasttrain.data.prepared import PreparedData
 from fasttrain.model.flops import ModelShape, pass_flops
 from fasttrain.plan.histogram import Histogram
+from fasttrain.train.losses import COUPLE_PAIRS
 
 _STEPS_LOOKED_AT = 10
 
@@ -48,7 +49,8 @@ def measure_work(
         plan_step(data, number, epoch, groups, tokens_per_pack, train.share_prefix, ranks)
         for number, epoch, groups in order.steps(1, min(total, per_epoch, _STEPS_LOOKED_AT))
     ]
-    counted = [_count(step, histogram, shape, checkpointing, ranks) for step in steps]
+    coupled = bool(COUPLE_PAIRS & set(config.loss.kinds))
+    counted = [_count(step, histogram, shape, checkpointing, ranks, coupled) for step in steps]
     tokens, flops = (np.array([entry[i] for entry in counted]) for i in (0, 1))  # (steps, ranks)
     return StepWork(
         steps=total,
@@ -65,9 +67,9 @@ def measure_work(
 
 
 def _count(
-    step: Step, histogram: Histogram, shape: ModelShape, checkpointing: bool, ranks: int
+    step: Step, histogram: Histogram, shape: ModelShape, checkpointing: bool, ranks: int, coupled: bool
 ) -> tuple[list[int], list[int]]:
-    """Tokens and operations of each rank."""
+    """Tokens and operations of each rank; coupled: a loss that couples pairs runs every pack twice."""
     tokens, flops = [0] * ranks, [0] * ranks
     for index, pack in enumerate(step.packs):
         layout, images = pack_layout(histogram, pack)
@@ -75,11 +77,12 @@ def _count(
         spent = pass_flops(
             shape, layout, images, backward=True, checkpointing=checkpointing, shared=pack.shared
         )
-        if pack.twice:
+        twice = coupled or pack.twice
+        if twice:
             spent += pass_flops(
                 shape, layout, images, backward=False, checkpointing=False, shared=pack.shared
             )
-        tokens[index % ranks] += held * (2 if pack.twice else 1)
+        tokens[index % ranks] += held * (2 if twice else 1)
         flops[index % ranks] += spent
     return tokens, flops
 

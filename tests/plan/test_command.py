@@ -296,3 +296,15 @@ def test_a_note_about_experts_is_said_once(
     result = CliRunner().invoke(cli, ["plan", "-c", "recipe.yaml", "--gpus", "4", "--lengths", "50,20,9"])
     assert result.exit_code == 0, result.exception
     assert result.stderr.count("the fused weights of the experts") == 1
+
+
+def test_a_loss_that_couples_pairs_is_planned_to_run_every_pack_twice(
+    tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("MODEL", str(tiny_text)))
+    common = ("-c", "recipe.yaml", "--lengths", "50,20,9", "--json")
+    one, two = (
+        json.loads(plan(*common, "-s", f"loss.kind={kind}"))["stages"][0] for kind in ("sigmoid", "aot")
+    )
+    assert two["work"]["tokens"] == 2 * one["work"]["tokens"]
