@@ -71,8 +71,13 @@ def test_ctrl_c_says_which_steps_are_kept(
 
     monkeypatch.setattr(loop.StepRunner, "run", interrupted)
     pairs = text_pairs(tmp_path / "pairs.jsonl", 18)
-    with pytest.raises(KeyboardInterrupt, match=f"^{said}"):
-        train(tiny_text, pairs, f"train.checkpoint_every={every}")
+    # a shell's background jobs ignore it, and what they start
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt, match=f"^{said}"):
+            train(tiny_text, pairs, f"train.checkpoint_every={every}")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_sigterm_within_an_evaluation_ends_it_and_saves_the_step(
