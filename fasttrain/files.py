@@ -149,24 +149,23 @@ def delete_whole(path: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed `atomic_folder` or `write_atomic` left beside its target, and nothing else."""
     for path in folder.iterdir():
-        if not _LEFTOVER.fullmatch(path.name):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        if _LEFTOVER.fullmatch(path.name):
+            _delete(path)
 
 
 def remove_dead(path: Path) -> None:
     """Delete what a killed `atomic_folder` or `write_atomic` left of `path` itself; that of a living process is kept."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         pid = left.name.split(".")[-2]
-        if not pid.isdigit() or _is_alive(int(pid)):
-            continue
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+        if pid.isdigit() and not _is_alive(int(pid)):
+            _delete(left)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:

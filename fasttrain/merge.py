@@ -25,7 +25,8 @@ def merge(run: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
 
     The weights of an adapter are rounded to the type of the base model's files; so is the product of each low-rank pair, which
     is made in fp32, and so is its sum with the base's weights. A trained projector takes the base's place. Of a base whose
-    files hold quantised weights the merged model has the values in full. A fully fine-tuned run is copied: its `final/` is such a folder already.
+    files hold quantised weights the merged model has the values in full. A fully fine-tuned run is copied: its `final/` is such a
+    folder already.
     `trust_remote_code` lets the Python code run that comes with the base; a run's recipe may say so itself.
     """
     trained = _find_trained(run)

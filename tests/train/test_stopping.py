@@ -29,20 +29,25 @@ def train(tmp_path: Path) -> Callable[..., Any]:
     return run
 
 
-def test_sigterm_within_a_step_saves_without_evaluating(
-    tiny_text: Path, text_pairs: Callable[..., Path], train: Callable[..., Any], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def send_in_step(number: int, which: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the process get a signal at the beginning of a step."""
     from fasttrain.train import loop
 
     run = loop.StepRunner.run
 
     def interrupted(self: Any, step: Any, *rest: Any, **options: Any) -> Any:
-        if step.number == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if step.number == number:
+            os.kill(os.getpid(), which)
         return run(self, step, *rest, **options)
 
     monkeypatch.setattr(loop.StepRunner, "run", interrupted)
+
+
+def test_sigterm_within_a_step_saves_without_evaluating(
+    tiny_text: Path, text_pairs: Callable[..., Path], train: Callable[..., Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    send_in_step(2, signal.SIGTERM, monkeypatch)
     pairs = text_pairs(tmp_path / "pairs.jsonl", 18)
     result = train(tiny_text, pairs)
     assert [line["step"] for line in result.metrics] == [1, 2]
@@ -60,16 +65,7 @@ def test_ctrl_c_says_which_steps_are_kept(
     every: str, said: str, tiny_text: Path, text_pairs: Callable[..., Path], train: Callable[..., Any],
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from fasttrain.train import loop
-
-    run = loop.StepRunner.run
-
-    def interrupted(self: Any, step: Any, *rest: Any, **options: Any) -> Any:
-        if step.number == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return run(self, step, *rest, **options)
-
-    monkeypatch.setattr(loop.StepRunner, "run", interrupted)
+    send_in_step(3, signal.SIGINT, monkeypatch)
     pairs = text_pairs(tmp_path / "pairs.jsonl", 18)
     # a shell's background jobs ignore it, and what they start
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
