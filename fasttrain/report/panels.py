@@ -61,6 +61,12 @@ PANELS = (
         caption="Of whole answers, so that long ones lie lower.",
     ),
     Panel(
+        name="logits",
+        title="logit, mean over vocabulary and answer tokens",
+        names={"logits/chosen": "chosen", "logits/rejected": "rejected"},
+        caption="All logits moved alike change no answer: the two curves should stay near each other.",
+    ),
+    Panel(
         name="token_accuracy",
         title="share of tokens that are the most likely one",
         names={"mean_token_accuracy": "training", "eval_mean_token_accuracy": "evaluation"},

@@ -231,8 +231,9 @@ class Trainer:
                         f"{job.tokens_per_pack}; such groups run in parts, each with the prompt again"
                     )
                 keep = number == 1
-                logged = number % config.log_every == 0 or number == total
-                result = runner.run(step, itertools.chain([first], batches), keep, changes=logged)
+                due = bool(config.eval_every and number % config.eval_every == 0)
+                logged = number % config.log_every == 0 or number == total or due
+                result = runner.run(step, itertools.chain([first], batches), keep, logged)
                 if keep and self.loss.needs_reference:
                     check_first_step(job, engine, result)
                 runner.clock.mark("other")
@@ -247,11 +248,10 @@ class Trainer:
                 runner.clock.mark("update")
                 stop = ranks().any(self._stop)
                 last = number == total or stop
-                due = bool(config.eval_every and number % config.eval_every == 0)
                 # after SIGTERM there may be seconds left: they belong to the checkpoint
                 evaluates = bool(job.eval or job.watches) and (number == total or (due and not stop))
                 note = ""
-                if logged or last or evaluates:
+                if logged or last:
                     line: dict[str, Any] = {"step": number, "epoch": round(step.epoch, 6)}
                     work = work_of(job, step, result, runner.clock.read())
                     sums, work, changes, memory = of_all_ranks(

@@ -30,7 +30,8 @@ class Objective(Protocol):
 
     `command` is its name on the command line, `unit` what a step counts, `title` what a model card calls it. `read` makes a
     row of a file a pair; an answer to learn, by itself, is a pair of that answer with itself. `wants` are the head's optional
-    outputs; `side` takes them from its result as one tensor whose first dimension is N. With `couples_pairs` the loss of a
+    outputs, `reports` those that only the metrics of a logged step need; `side` takes both from its result as one tensor whose first
+    dimension is N. With `couples_pairs` the loss of a
     step is no sum over its pairs; with `single` each pair lies in one completion, so a split group's parts need no values of
     each other.
     """
@@ -43,6 +44,7 @@ class Objective(Protocol):
     couples_pairs: bool
     single: bool
     wants: dict[str, bool]
+    reports: dict[str, bool]
     read: Callable[..., Pair]
 
     def side(self, out: Any) -> Tensor | None: ...

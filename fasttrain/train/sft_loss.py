@@ -32,6 +32,7 @@ class AnswerLoss:
     needs_reference = couples_pairs = False
     single = True
     wants = {"entropy": True, "top1": True}
+    reports: dict[str, bool] = {}
     read = staticmethod(read_example)
 
     def __init__(self, config: LossConfig) -> None:

@@ -60,10 +60,12 @@ class StepRunner:
         self.balance_weight = balance_weight
 
     def run(
-        self, step: Step, batches: Iterator[PackBatch], keep: bool = False, changes: bool = False
+        self, step: Step, batches: Iterator[PackBatch], keep: bool = False, logged: bool = False
     ) -> StepResult:
-        """Add the step's gradient to the engine; `keep` also returns every pack's log-probs, `changes` the pairs' log-ratios."""
+        """Add the step's gradient to the engine; `keep` also returns every pack's log-probs, `logged` the pairs' log-ratios and
+        the sums of what the objective `reports`."""
         device = self.engine.policy.device
+        wants = self.loss.wants | (self.loss.reports if logged else {})
         result = StepResult(torch.zeros(len(self.loss.names), device=device))
         deferred: list[_Deferred] = []
         routed: list[Tensor | None] = []
@@ -77,10 +79,10 @@ class StepRunner:
                 result.layouts.append((batch.layout, batch.images, not whole))
                 result.image_tokens += batch.image_tokens * (1 if whole else 2)
             if not whole:
-                deferred.append(self._values(batch))
+                deferred.append(self._values(batch, wants))
                 self.clock.mark("forward")
                 continue
-            out = self.engine.forward(batch, routing=True, **self.loss.wants)
+            out = self.engine.forward(batch, routing=True, **wants)
             routed.append(None if out.router_V is None else out.router_V.detach())
             balance = self._balance(out.router_V, self._over_ranks(routed[-1]))
             if keep:
@@ -102,13 +104,13 @@ class StepRunner:
             self.engine.backward(pairs.total / step.pairs + balance)
             self.clock.mark("backward")
             result.sums += pairs.sums
-            if changes and batch.reference_N is not None:
+            if logged and batch.reference_N is not None:
                 result.changes.add(
                     batch.pair_ids, out.logprob, batch.reference_N, batch.lengths_S, batch.pairs_P2
                 )
         if deferred:
             result.sums += self._finish(step, deferred)
-            if changes:
+            if logged:
                 self._changes_of_deferred(deferred, result.changes)
             if keep:
                 result.seen += [(entry.batch, entry.value_N) for entry in deferred]
@@ -128,9 +130,9 @@ class StepRunner:
         return self.balance_weight * balance_share(router_V, total_V)
 
     @torch.no_grad()
-    def _values(self, batch: PackBatch) -> _Deferred:
+    def _values(self, batch: PackBatch, wants: dict[str, bool]) -> _Deferred:
         random = random_state()
-        out = self.engine.forward(batch, routing=True, **self.loss.wants)
+        out = self.engine.forward(batch, routing=True, **wants)
         return _Deferred(batch, out.logprob, self.loss.side(out), out.router_V, random)
 
     def _finish(self, step: Step, deferred: list[_Deferred]) -> Tensor:
@@ -258,7 +260,7 @@ def evaluate(
         if ranks().any(stopped()):
             break
         moved = batch.to(policy.device)
-        out = engine.forward(moved, routing=True, **loss.wants)
+        out = engine.forward(moved, routing=True, **loss.wants, **loss.reports)
         values.append(out.logprob)
         routed.append(out.router_V)
         # an evaluation set's images do not fit

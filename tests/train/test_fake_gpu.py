@@ -66,7 +66,7 @@ def test_a_step_runs_on_a_gpu_without_asking_it_for_a_value(
     engine = TorchEngine(job.policy, job.config.train, job.checkpointing)
     runner = StepRunner(engine, job.loss, job.train)
     launched = launches.note_launches(monkeypatch)
-    result = runner.run(step, iter(batches), changes=True)
+    result = runner.run(step, iter(batches), logged=True)
     norm = engine.step(1.0)
     job.close()
     assert result.sums.device == norm.device == META

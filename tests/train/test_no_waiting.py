@@ -135,7 +135,7 @@ def test_a_step_never_waits(
     engine = TorchEngine(job.policy, job.config.train, job.checkpointing)
     runner = StepRunner(engine, job.loss, job.train)
     with waiting_calls(monkeypatch) as found:
-        runner.run(step, iter(batches), changes=True)
+        runner.run(step, iter(batches), logged=True)
         engine.step(1.0)
     job.close()
     assert not found, dict(found)
