@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from fasttrain.errors import UserError, did_you_mean
-from fasttrain.other_trainers import OURS
+from fasttrain.other_trainers import NONE_OF_OURS, OURS
 from fasttrain.setting_types import is_union
 from fasttrain.settings import (
     F_DIVERGENCES,
@@ -162,6 +162,8 @@ def _suggest(key: str, known: list[str], prefix: str) -> str:
                 return f"; did you mean '{section}.{key}'?"
     if key in OURS:  # another trainer's name
         return f"; did you mean {'the option ' if OURS[key].startswith('-') else ''}'{OURS[key]}'?"
+    if key in NONE_OF_OURS:
+        return f": {NONE_OF_OURS[key]}"
     if prefix and key in sections:
         return f"; {key!r} stands at the top of the recipe, not in {prefix.rstrip('.')!r}"
     return did_you_mean(key, known) or f"; wanted one of {', '.join(known)}"

@@ -241,9 +241,15 @@ class TrainConfig:
     )
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "After warm-up.")
     warmup_ratio: float = setting(0.03, "Share of all steps in which the learning rate rises.")
+    warmup_steps: int | None = setting(
+        None, "Steps in which the learning rate rises, instead of warmup_ratio."
+    )
+    min_rate: float = setting(0.0, "Where cosine and linear end, as a share of the peak rate.")
     weight_decay: float = setting(0.0, "Decoupled weight decay; never on biases, norms and embeddings.")
     grad_clip: float | None = setting(1.0, "Largest norm of the gradient; null: no clipping.")
     optimizer: Literal["adamw", "adamw_8bit"] = setting("adamw", "adamw_8bit needs bitsandbytes.")
+    betas: list[float] = setting([0.9, 0.999], "AdamW's averages of the gradient and of its square.")
+    eps: float = setting(1e-8, "AdamW's term beside the root of the second average.")
     gradient_checkpointing: bool | Literal["auto"] = setting(
         "auto", "Recompute activations in the backward pass; auto: only when memory needs it."
     )
@@ -274,10 +280,26 @@ class TrainConfig:
         for name in ("learning_rate", "projector_learning_rate", "weight_decay"):
             require(getattr(self, name) >= 0, f"train.{name}", "a number of at least 0", getattr(self, name))
         require(0 <= self.warmup_ratio <= 1, "train.warmup_ratio", "0 to 1", self.warmup_ratio)
+        steps, ratio = self.warmup_steps, self.warmup_ratio
+        require(steps is None or steps >= 0, "train.warmup_steps", "null or at least 0", steps)
+        require(
+            steps is None or ratio in (0, TrainConfig.warmup_ratio),
+            "train.warmup_steps", f"null with train.warmup_ratio {ratio}", steps,
+        )  # fmt: skip
+        require(0 <= self.min_rate <= 1, "train.min_rate", "0 to 1", self.min_rate)
+        require(
+            self.schedule != "constant" or not self.min_rate,
+            "train.min_rate", "0 with train.schedule constant", self.min_rate,
+        )  # fmt: skip
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "train.betas", "two numbers from 0 to below 1", self.betas,
+        )  # fmt: skip
+        require(self.eps > 0, "train.eps", "a positive number", self.eps)
         require(
             self.grad_clip is None or self.grad_clip > 0,
             "train.grad_clip",
-            "null or positive",
+            "a positive number, or null for no clipping",
             self.grad_clip,
         )
         require(0 <= self.seed < 2**63, "train.seed", "an integer from 0 to below 2^63", self.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from fasttrain.config import (
     load_config,
 )
 from fasttrain.errors import UserError
-from fasttrain.other_trainers import OURS
+from fasttrain.other_trainers import NONE_OF_OURS, OURS
 
 # The published recipe, key for key; what it leaves to the user has its own value in MINE.
 PUBLISHED = """
@@ -96,6 +97,10 @@ ADDED = {
     "loss.simpo_gamma",
     "model.bos",
     "model.trust_remote_code",
+    "train.betas",
+    "train.eps",
+    "train.min_rate",
+    "train.warmup_steps",
 }  # beyond the published keys
 
 
@@ -205,10 +210,11 @@ def test_yaml_merge_keys_work(tmp_path: Path) -> None:
         ("rank: 1\n", "unknown key rank; did you mean 'lora.rank'?"),  # not 'train'
         ("train: {beta: 1}\n", "unknown key train.beta; did you mean 'loss.beta'?"),
         ("1: 2\n", "unknown key 1"),
-        (
-            "stage: dpo\n",
-            "; wanted one of model, lora, data, loss, train, reference, distributed, track",
-        ),
+        ("what: dpo\n", "; wanted one of model, lora, data, loss, train, reference, distributed, track"),
+        ("stage: dpo\n", "unknown key stage: the command says it: fasttrain dpo or fasttrain sft"),
+        ("lora: {use_rslora: true}\n", "unknown key lora.use_rslora: set lora.alpha to the square root of"),
+        ("train: {lr_scheduler_kwargs: {min_lr_rate: 0.1}}\n", "did you mean 'train.min_rate'?"),
+        ("train: {adam_beta2: 0.95}\n", "did you mean 'train.betas'?"),
         ("model_name_or_path: x\n", "unknown key model_name_or_path; did you mean 'model.name'?"),
         ("loss_type: ipo\n", "unknown key loss_type; did you mean 'loss.kind'?"),  # not 'loss'
         ("loss: {f_alpha_divergence_coef: 1}\n", "did you mean 'loss.f_alpha'?"),  # not 'f_divergence'
@@ -218,10 +224,7 @@ def test_yaml_merge_keys_work(tmp_path: Path) -> None:
             "train: {save_steps: 9}\n",
             "unknown key train.save_steps; did you mean 'train.checkpoint_every'?",
         ),  # not 'max_steps'
-        (
-            "train: {template: llava}\n",
-            "unknown key train.template; wanted one of output, epochs",
-        ),  # not 'compile'
+        ("train: {template: llava}\n", "unknown key train.template: prompts are written by"),  # not 'compile'
         ("train: {resume_from_checkpoint: true}\n", "did you mean the option '--resume'?"),
         (
             "train: {data: {train: x}}\n",
@@ -242,7 +245,23 @@ def test_names_of_other_trainers_stand_for_settings_that_exist() -> None:
         "--overwrite",
     }
     assert set(OURS.values()) <= keys
-    assert not set(OURS) & {key.rpartition(".")[2] for key in keys}
+    assert not (set(OURS) | set(NONE_OF_OURS)) & {key.rpartition(".")[2] for key in keys}
+    assert not set(OURS) & set(NONE_OF_OURS)
+
+
+def test_settings_of_trl_have_an_answer() -> None:
+    """Those that decide what is trained; what steers TRL's own machinery is not counted."""
+    import transformers
+
+    trl = pytest.importorskip("trl")
+    known = (
+        set(OURS)
+        | set(NONE_OF_OURS)
+        | {key.rpartition(".")[2] for key in flat(config_from_dict(MINE).to_dict())}
+    )
+    own = {field.name for field in dataclasses.fields(trl.DPOConfig)}
+    own -= {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    assert own - known == {"model_init_kwargs"}
 
 
 def test_the_quickstart_page_translates_names_of_other_trainers_as_errors_do() -> None:
@@ -278,7 +297,19 @@ def test_the_quickstart_page_translates_names_of_other_trainers_as_errors_do() -
         ),
         ("train: {seed: -1}\n", "train.seed: wanted"),
         ("train: {warmup_ratio: 1.1}\n", "train.warmup_ratio: wanted 0 to 1"),
-        ("train: {grad_clip: 0}\n", "train.grad_clip: wanted null or positive"),
+        (
+            "train: {warmup_ratio: 0.1, warmup_steps: 5}\n",
+            "train.warmup_steps: wanted null with train.warmup_ratio 0.1",
+        ),
+        (
+            "train: {schedule: constant, min_rate: 0.1}\n",
+            "train.min_rate: wanted 0 with train.schedule constant",
+        ),
+        ("train: {betas: [0.9]}\n", "train.betas: wanted two numbers from 0 to below 1, got [0.9]"),
+        (
+            "train: {grad_clip: 0}\n",
+            "train.grad_clip: wanted a positive number, or null for no clipping, got 0",
+        ),
         ("loss: {beta: .nan}\n", "loss.beta: wanted a number, got nan"),
         ("loss: {beta: 0}\n", "loss.beta: wanted a positive number, got 0"),
         ("loss: {label_smoothing: 0.5}\n", "loss.label_smoothing: wanted 0 to below 0.5, got 0.5"),

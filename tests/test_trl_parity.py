@@ -277,14 +277,29 @@ def test_mixture_steps_with_the_router_loss_equal_trl(
         assert our["aux_loss"] == pytest.approx(their["aux_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_schedule_warm_up_and_weight_decay_equal_trl(
-    schedule: str, text_model: Path, text_pairs: Callable[..., Path], tiny_models: ModuleType, tmp_path: Path
-) -> None:
+MIN_RATE = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.2}}
+ADAM = {"adam_beta1": 0.7, "adam_beta2": 0.95, "adam_epsilon": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"lr_scheduler_type": "linear"}, {"schedule": "linear", "warmup_ratio": 0.25}),
+        (
+            MIN_RATE | ADAM,
+            {"schedule": "cosine", "min_rate": 0.2, "warmup_steps": 2, "betas": [0.7, 0.95], "eps": 1e-4},
+        ),
+    ],
+    ids=["linear", "cosine that ends above 0"],
+)
+def test_optimizer_and_schedule_equal_trl(
+    theirs: dict[str, Any], ours: dict[str, Any], text_model: Path, text_pairs: Callable[..., Path],
+    tiny_models: ModuleType, tmp_path: Path,
+) -> None:  # fmt: skip
     adapter = tiny_models.build_adapter(text_model, tmp_path / "adapter")
     pairs = text_pairs(tmp_path / "pairs.jsonl", 24, per_prompt=PER_PROMPT)
-    options = {"lr_scheduler_type": schedule, "warmup_steps": 2, "weight_decay": 5.0, "max_grad_norm": 3.0}
-    train = {"schedule": schedule, "warmup_ratio": 0.25, "weight_decay": 5.0, "grad_clip": 3.0}
-    theirs = trl_steps(text_model, adapter, pairs, tmp_path / "trl", 8, **options)
-    ours = fasttrain_steps(text_model, adapter, pairs, tmp_path / "ours", 8, train=train)
-    assert_same_steps(ours, theirs, 8)
+    options = {"warmup_steps": 2, "weight_decay": 5.0, "max_grad_norm": 3.0} | theirs
+    train = {"weight_decay": 5.0, "grad_clip": 3.0} | ours
+    expected = trl_steps(text_model, adapter, pairs, tmp_path / "trl", 8, **options)
+    found = fasttrain_steps(text_model, adapter, pairs, tmp_path / "ours", 8, train=train)
+    assert_same_steps(found, expected, 8)

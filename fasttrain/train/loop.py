@@ -237,7 +237,7 @@ class Trainer:
                 if keep and self.loss.needs_reference:
                     check_first_step(job, engine, result)
                 runner.clock.mark("other")
-                factor = learning_rate_factor(config.schedule, number, total, config.warmup_ratio)
+                factor = learning_rate_factor(config, number, total)
                 norm = engine.step(factor)
                 worst = torch.maximum(worst, norm.detach())
                 if keep and not float(norm):

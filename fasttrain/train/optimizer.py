@@ -17,22 +17,21 @@ from fasttrain.train.eight_bit import MOMENTS, fresh_state, narrow
 from fasttrain.train.tensor_file import TensorStream
 
 
-def learning_rate_factor(schedule: str, step: int, total: int, warmup_ratio: float) -> float:
-    """Factor on the peak rate for step 1..total: linear warm-up over ceil(ratio x total) steps, then the schedule.
+def learning_rate_factor(config: TrainConfig, step: int, total: int) -> float:
+    """Factor on the peak rate for step 1..total: linear warm-up over `warmup_steps` or ceil(ratio x total), then the schedule.
 
     The same values as transformers' schedulers give their optimizer at that step (its first step runs at factor 0 of the
     warm-up when there is one).
     """
-    warmup = math.ceil(warmup_ratio * total)
+    warmup = math.ceil(config.warmup_ratio * total) if config.warmup_steps is None else config.warmup_steps
     done = step - 1
     if done < warmup:
         return done / max(1, warmup)
-    if schedule == "constant":
+    if config.schedule == "constant":
         return 1.0
     progress = (done - warmup) / max(1, total - warmup)
-    if schedule == "linear":
-        return max(0.0, 1.0 - progress)
-    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    left = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return max(0.0, left) * (1.0 - config.min_rate) + config.min_rate
 
 
 def trainable_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -87,7 +86,7 @@ class MasterOptimizer:
         ]
         self.grad_clip = config.grad_clip
         groups = parameter_groups(module, zip(self.names, self.masters), config)
-        self.optimizer = make_optimizer(groups, config.optimizer)
+        self.optimizer = make_optimizer(groups, config)
 
     def gather_gradients(self) -> None:
         """Add the live gradients of a backward pass to the masters'."""
@@ -178,16 +177,17 @@ def _sum_over_ranks(gradients: list[Tensor]) -> None:
         start = stop
 
 
-def make_optimizer(groups: list[dict[str, Any]], kind: str) -> torch.optim.Optimizer:
+def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW, or bitsandbytes' with its state in 8 bits."""
-    if kind == "adamw":
+    betas = (config.betas[0], config.betas[1])
+    if config.optimizer == "adamw":
         # fused: one pass over the weights, and the step count stays on the device
-        return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        return torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True)
     try:
         import bitsandbytes
     except ImportError:
         raise UserError(
             "train.optimizer: adamw_8bit needs bitsandbytes: pip install 'fasttrain-dpo[quant]'"
         ) from None
-    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, betas=(0.9, 0.999), eps=1e-8)
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, betas=betas, eps=config.eps)
     return optimizer

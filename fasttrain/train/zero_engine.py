@@ -70,7 +70,7 @@ class ZeroEngine:
         self.offloaded = offload_device(settings, "offload_optimizer") != "none"
         # torch's AdamW runs offloaded states too, where they lie, with the same numbers as anywhere else; DeepSpeed's own for
         # the CPU is compiled at the first start and rounds its bias correction in fp32
-        optimizer = make_optimizer(groups, config.train.optimizer)
+        optimizer = make_optimizer(groups, config.train)
         self.engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)
         eight_bit = config.train.optimizer == "adamw_8bit"
         self.optimizer: TrainedState = ZeroState(self.engine, named, self.stage, eight_bit)
