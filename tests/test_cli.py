@@ -349,16 +349,19 @@ def test_an_image_that_decodes_to_nothing_is_skipped_by_the_fill_when_asked(
     assert "broken image" in json.loads(line)["reason"]
 
 
-def test_images_under_another_key_are_told(images: Path, fasttrain: Any) -> None:
+def test_columns_that_are_not_read_are_told(images: Path, fasttrain: Any) -> None:
     assert "is not read" not in fasttrain("dpo", "-c", images, "--dry-run").err
     rows = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
     renamed = [
-        {"image_path": row["images"][0], **{key: row[key][-1]["content"][-1]["text"] for key in ("prompt", "chosen", "rejected")}}
+        {"system": "Be short.", "image_path": row["images"][0], **{key: row[key][-1]["content"][-1]["text"] for key in ("prompt", "chosen", "rejected")}}
         for row in rows
     ]  # fmt: skip
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
     said = fasttrain("dpo", "-c", images, "--dry-run").err
     assert "warning: pairs.jsonl line 1: image_path is not read; images go under images or image" in said
+    assert (
+        "warning: pairs.jsonl line 1: system is not read; a system turn stands at the head of prompt" in said
+    )
 
 
 def test_reference_says_what_it_computed_and_computes_it_once(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import warnings
@@ -173,3 +174,12 @@ class ImageNames:
         if not self.used or self.starts_beside(output):
             return None
         return f"note: image names in {output} are relative to {self.out_root}: pass --image-root {self.out_root}"
+
+
+def data_url_bytes(url: str) -> bytes | None:
+    """What an inline image holds, `data:image/png;base64,...`; None if it is no base64."""
+    head, _, text = url.partition(",")
+    try:
+        return base64.b64decode(text, validate=True) if head.endswith(";base64") and text else None
+    except ValueError:
+        return None

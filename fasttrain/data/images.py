@@ -79,7 +79,7 @@ def resolve_inside(root: Path, name: str) -> Path:
     except ValueError:
         raise ValueError("a path without NUL characters and lone surrogates") from None
     if not path.is_relative_to(os.path.realpath(root)):
-        raise ValueError(f"a path inside the image root {root}")
+        raise ValueError(f"a path inside the image root {root} (data.image_root, --image-root)")
     return path
 
 

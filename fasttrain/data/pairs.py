@@ -13,6 +13,7 @@ from typing import Any
 
 from fasttrain.data.bad_row import BadRow, printable
 from fasttrain.data.images import ImageRef, check_header, resolve_inside
+from fasttrain_data.image_files import data_url_bytes
 from fasttrain_data.unread import unread_column, unread_field
 
 PLACEHOLDER = "<image>"
@@ -259,6 +260,10 @@ def _read_image(image: Any, field: str, where: str, root: Path) -> ImageRef:
         image = image.get("path")
     if not isinstance(image, str) or not image:
         raise BadRow(where, field, "an image path or embedded bytes", image)
+    if image.startswith("data:"):
+        if content := data_url_bytes(image):
+            return ImageRef(content=content)
+        raise BadRow(where, field, "a data URL with base64", image)
     try:
         path = resolve_inside(root, image)
         found = path.is_file()

@@ -65,7 +65,7 @@ from fasttrain.train.job_checks import (
     check_vocabulary,
     may_share,
     notes,
-    warn_of_unread_images,
+    warn_of_unread_columns,
 )  # fmt: skip
 from fasttrain.train.losses import PairLoss
 from fasttrain.train.objective import Objective
@@ -314,7 +314,7 @@ def _finish(preparing: tuple[Preparation, Preparation | None], chat: ChatTokeniz
         datasets = [train.finish(), *([evaluation.finish()] if evaluation else [])]
     if chat.pixels is not None:
         for data in datasets:
-            warn_of_unread_images(data)
+            warn_of_unread_columns(data)
     return datasets
 
 

@@ -95,10 +95,14 @@ def check_blank(model: Any, train: PreparedData) -> None:
         )
 
 
-def warn_of_unread_images(data: PreparedData) -> None:
-    """Name a key that seems to hold images and is none that is read: extra keys are allowed, a run without its images is not meant."""
+def warn_of_unread_columns(data: PreparedData) -> None:
+    """Name a key that seems to hold images or a system turn and is not read: extra keys are allowed, a run without them is not meant."""
     for source in data.files.sources:
         row = first_readable(source) or {}
+        if isinstance(row.get("system"), str) and row["system"]:
+            say(
+                f"warning: {source.where(0)}: system is not read; a system turn stands at the head of prompt's messages"
+            )
         if row.get("images") or row.get("image"):
             continue
         for key, value in row.items():

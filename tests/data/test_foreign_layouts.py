@@ -222,3 +222,65 @@ def test_columns_of_a_foreign_parquet_that_json_has_not_are_read_over(tmp_path: 
         ("2.00", "1970-01-01 00:00:00.000002"),
     ]
     assert [read_pair(row, "x", tmp_path).chosen for row in rows] == [row["chosen"]] * 2
+
+
+def test_alpaca_rankings_are_read_as_llama_factory_reads_them(tmp_path: Path) -> None:
+    row = {
+        "instruction": "Translate.",
+        "input": "Hund",
+        "system": "Be short.",
+        "history": [["Hello?", "Hi."]],
+        "chosen": "dog",
+        "rejected": "cat",
+    }
+    path = tmp_path / "ranking.json"
+    path.write_text(json.dumps([row]))
+    source = open_source(path)
+    pair = read_pair(source.row(0), source.where(0), tmp_path)
+    assert [(role, parts[0][1]) for role, parts in pair.messages] == [
+        ("system", "Be short."),
+        ("user", "Hello?"),
+        ("assistant", "Hi."),
+        ("user", "Translate.\nHund"),
+    ]
+    assert (pair.chosen, pair.rejected) == ("dog", "cat")
+
+
+def test_ms_swift_boxes_that_it_would_write_into_the_text_are_refused(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "Where is <ref-object>?"}, {"role": "assistant", "content": "<bbox>"}]
+    row = {
+        "messages": said,
+        "rejected_response": "No.",
+        "objects": {"ref": ["a dog"], "bbox": [[1, 2, 3, 4]]},
+    }
+    path = tmp_path / "boxes.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(UserError, match="objects: wanted names and boxes written out"):
+        open_source(path)
+
+
+@pytest.mark.parametrize("layout", ["ours", "ms-swift"])
+def test_images_may_be_data_urls(layout: str, tmp_path: Path, tiny_models: ModuleType) -> None:
+    import base64
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (5, 4), "red").save(buffer, "PNG")
+    said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    row: dict[str, object] = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
+    if layout == "ms-swift":
+        row = {"messages": said, "rejected_response": "No."}
+    row["images"] = ["data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()]
+    path = tmp_path / "inline.jsonl"
+    path.write_text(json.dumps(row))
+    source = open_source(path)
+    pair = read_pair(source.row(0), source.where(0), tmp_path)
+    check_images(pair)
+    assert [ref.content for ref in pair.images] == [buffer.getvalue()]
+    row["images"] = ["data:image/png,red"]
+    path.write_text(json.dumps(row))
+    with pytest.raises(UserError, match="images: wanted a data URL with base64"):
+        source = open_source(path)
+        read_pair(source.row(0), source.where(0), tmp_path)

@@ -77,6 +77,14 @@ RECORDS = {
         },
         expected(images=()),
     ),
+    "alpaca": (
+        {"image": "a.png", "instruction": "Why?", "input": "", "chosen": "good", "rejected": "bad"},
+        expected(),
+    ),
+    "alpaca argilla": (
+        {"image": "a.png", "input": "Why?", "chosen_response": "good", "rejected_response": "bad"},
+        expected(),
+    ),
     "trl short": ({"image": "a.png", "prompt": "Why?", "chosen": "good", "rejected": "bad"}, expected()),
     "mllm-dpo": (
         {

@@ -10,7 +10,7 @@ import click
 from fasttrain_data.commands.options import UserPath, image_root_option, output_option
 
 _ANY = UserPath(exists=True)
-_FORMATS = "trl, llama-factory, ms-swift, mllm-dpo, rlaif-v, vlfeedback, llava-next, helpsteer, helpsteer3, ultrafeedback"
+_FORMATS = "trl, llama-factory, ms-swift, mllm-dpo, rlaif-v, vlfeedback, llava-next, alpaca, helpsteer, helpsteer3, ultrafeedback"
 _format_option = click.option(
     "--format", "form", help=f"Layout of the file; default: by its first row. One of {_FORMATS}."
 )

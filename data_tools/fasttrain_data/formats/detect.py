@@ -38,6 +38,13 @@ FORMATS: dict[str, Callable[[Row], bool]] = {
         {"prompt", "chosen", "rejected", "chosen-rating", "rejected-rating"} <= set(row)
     ),
     "llava-next": lambda row: {"prompt", "answer", "chosen", "rejected"} <= set(row),
+    "alpaca": lambda row: (
+        row.get("prompt") is None
+        and bool(row.get("instruction") or row.get("input"))
+        and all(
+            isinstance(row.get(side, row.get(f"{side}_response")), str) for side in ("chosen", "rejected")
+        )
+    ),
     "trl": lambda row: {"chosen", "rejected"} <= set(row),
 }
 

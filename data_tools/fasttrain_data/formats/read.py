@@ -24,6 +24,7 @@ from fasttrain_data.formats.messages import (
 from fasttrain_data.formats.scored import read_helpsteer, read_helpsteer3, read_vlfeedback
 from fasttrain_data.formats.table_rows import first_of, iterate_rows
 from fasttrain_data.ids import content_hash
+from fasttrain_data.image_files import data_url_bytes
 from fasttrain_data.jsonl import Row, is_unicode
 
 Skipped = Callable[[str, str], None]
@@ -116,6 +117,11 @@ def images_of(value: Any, place: Place) -> list[Any]:
             result.append({"bytes": image["bytes"], "path": image.get("path")})
         elif isinstance(image, dict) and isinstance(image.get("path"), str):
             result.append(image["path"])
+        elif isinstance(image, str) and image.startswith("data:"):
+            content = data_url_bytes(image)
+            if content is None:
+                raise place.bad("images", "a data URL with base64", image)
+            result.append({"bytes": content, "path": None})
         elif isinstance(image, str) and image and is_unicode(image):
             result.append(image)
         else:
@@ -244,6 +250,8 @@ def _read_ms_swift(row: Row, place: Place) -> Row | str:
         raise place.bad(
             "messages", "a question by the user and the chosen answer at the end", [r for r, _ in turns]
         )
+    if row.get("objects") and any(tag in text for _, text in turns for tag in ("<ref-object>", "<bbox>")):
+        raise place.bad("objects", "names and boxes written out in the messages", row["objects"])
     images = first_of(row, "images", "image")
     if row.get("rejected_images") and row["rejected_images"] != images:
         raise place.bad("rejected_images", "the images of both answers", row["rejected_images"])
@@ -265,6 +273,33 @@ def _read_ms_swift(row: Row, place: Place) -> Row | str:
         "chosen": turns[-1][1],
         "rejected": place.text(rejected, "rejected_response"),
     }
+
+
+def _read_alpaca(row: Row, place: Place) -> Row | str:
+    """LLaMA-Factory's rankings in the alpaca form; also Argilla's columns, as Axolotl's `icr` and `argilla` types read them."""
+    sides = {
+        side: side if row.get(side) is not None else f"{side}_response" for side in ("chosen", "rejected")
+    }
+    return {
+        **_rest(row, "instruction", "input", "history", "system", "images", "image", *sides.values()),
+        "images": first_of(row, "images", "image"),
+        "prompt": alpaca_prompt(row, place),
+        **{side: place.text(row.get(key), key) for side, key in sides.items()},
+    }
+
+
+def alpaca_prompt(row: Row, place: Place) -> list[Message]:
+    """System turn, earlier questions and answers, and the question: instruction, line break, input, as far as they are there."""
+    question = "\n".join(place.text(row[key], key) for key in ("instruction", "input") if row.get(key))
+    if not question:
+        raise place.bad("instruction", "a question in instruction or input", row.get("instruction"))
+    turns = []
+    for said in row.get("history") or []:
+        if not isinstance(said, list) or len(said) != 2:
+            raise place.bad("history", "pairs of a question and its answer", said)
+        turns += [("user", place.text(said[0], "history")), ("assistant", place.text(said[1], "history"))]
+    turns = _with_system([*turns, ("user", question)], row, place)
+    return [message(role, text) for role, text in turns]
 
 
 def _read_mllm_dpo(row: Row, place: Place) -> Row | str:
@@ -331,5 +366,6 @@ _READERS: dict[str, Callable[[Row, Place], Row | str]] = {
     "helpsteer3": read_helpsteer3,
     "ultrafeedback": _read_ultrafeedback,
     "llava-next": _read_llava_next,
+    "alpaca": _read_alpaca,
     "trl": _read_trl,
 }
