@@ -137,20 +137,23 @@ def _convert_foreign(path: Path, source: Source) -> Source:
     if first is None or _is_ours(first):
         return source
     from fasttrain_data.formats import detect_format, read_pairs
+    from fasttrain_data.formats.taught import is_taught, read_taught
 
     passed_over: list[tuple[str, str]] = []
     bad: list[BadRow] = []
     with mistakes_of_data_tools():
         form = detect_format(first)
-        if form in (None, "trl"):
+        if form in (None, "trl") and not is_taught(first):
             return source
-        pairs = read_pairs(
-            path,
-            form,
-            skipped=lambda where, why: passed_over.append((where, why)),
-            bad=lambda error: bad.append(BadRow.told(error.where, printable(error.reason))),
-        )
-        spooled = _spool(pairs, path, unit="pair")  # a row may hold no pair, or several
+
+        def tell(error: Any) -> None:
+            bad.append(BadRow.told(error.where, printable(error.reason)))
+
+        if form is None:
+            spooled = _spool(read_taught(path, tell), path, unit="answer")
+        else:
+            pairs = read_pairs(path, form, lambda where, why: passed_over.append((where, why)), tell)
+            spooled = _spool(pairs, path, unit="pair")  # a row may hold no pair, or several
     if not len(spooled) and bad:
         raise bad[0]
     if not len(spooled):

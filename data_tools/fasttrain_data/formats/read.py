@@ -180,13 +180,16 @@ def _messages(prompt: Any, place: Place) -> list[Message]:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             raise place.bad("prompt", "messages with role and content", turn)
         place.check_read(turn, "prompt")
-        messages.append({"role": turn["role"], "content": _parts(turn.get("content"), "prompt", place)})
+        messages.append(
+            {"role": turn["role"], "content": message_parts(turn.get("content"), "prompt", place)}
+        )
     if messages[-1]["role"] != "user":
         raise place.bad("prompt", "a last message by the user", f"one by {messages[-1]['role']}")
     return messages
 
 
-def _parts(content: Any, field: str, place: Place) -> list[dict[str, str]]:
+def message_parts(content: Any, field: str, place: Place) -> list[dict[str, str]]:
+    """Content that is text, in which `<image>` stands for an image, or a list of parts."""
     if isinstance(content, str):
         return parts_of(content)
     if not isinstance(content, list):
@@ -208,7 +211,7 @@ def _answer_text(value: Any, field: str, place: Place) -> str:
         if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
             raise place.bad(field, "one message by the assistant", value)
         place.check_read(value[0], field)
-        parts = _parts(value[0].get("content"), field, place)
+        parts = message_parts(value[0].get("content"), field, place)
         if any(part["type"] == "image" for part in parts):
             raise place.bad(field, "text only", "an image")
         return "".join(part["text"] for part in parts)

@@ -1,0 +1,90 @@
+"""Answers to learn in other projects' layouts: conversations (`messages`, `conversations`) and alpaca's `output`, a row per answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fasttrain_data.errors import BadRow
+from fasttrain_data.formats.messages import ROLES, Message, Place, message, place_images
+from fasttrain_data.formats.read import alpaca_prompt, images_of, message_parts
+from fasttrain_data.formats.table_rows import first_of, iterate_rows
+from fasttrain_data.jsonl import Row
+
+_ELSEWHERE = ("prompt", "completion", "chosen", "rejected", "rejected_response", "rejected_messages")
+_SILENT = (
+    "loss",
+    "train",
+    "weight",
+)  # ms-swift's, Axolotl's and OpenAI's marks of a turn that is not learned
+
+
+def is_taught(row: Row) -> bool:
+    """Whether a record is a conversation, or alpaca's question and output, that no other layout claims."""
+    if any(row.get(key) is not None for key in _ELSEWHERE):
+        return False
+    asked = row.get("instruction") or row.get("input")
+    return isinstance(_conversation(row), list) or bool(asked and isinstance(row.get("output"), str))
+
+
+def read_taught(path: Path, bad: Callable[[BadRow], object]) -> Iterator[Row]:
+    """TRL's prompt-completion rows, streamed: every answer of the assistant behind all that was said before it.
+
+    That are the tokens which LLaMA-Factory, ms-swift, and TRL with `assistant_only_loss` learn. Rows that are wrong go to `bad`.
+    """
+    for file, name, row in iterate_rows(path, bad):
+        try:
+            rows = list(_answers(row, Place(file, name)))
+        except BadRow as error:
+            bad(error)
+        else:
+            yield from rows
+
+
+def _conversation(row: Row) -> Any:
+    return next((row[key] for key in ("messages", "conversations") if row.get(key) is not None), None)
+
+
+def _answers(row: Row, place: Place) -> Iterator[Row]:
+    said = _conversation(row)
+    if isinstance(said, list):
+        turns = [_turn(turn, place) for turn in said]
+        if row.get("system") and (not turns or turns[0]["role"] != "system"):
+            turns.insert(0, message("system", place.text(row["system"], "system")))
+    else:
+        turns = [*alpaca_prompt(row, place), message("assistant", place.text(row.get("output"), "output"))]
+    images = images_of(first_of(row, "images", "image"), place)
+    turns = place_images(turns, len(images), place)
+    taught = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not taught or any(index == 0 or turns[index - 1]["role"] != "user" for index in taught):
+        raise place.bad("messages", "answers behind a question each", [turn["role"] for turn in turns])
+    kept: Row = {
+        key: row[key] for key in ("tools", "videos", "audios", "chat_template_kwargs", "label") if key in row
+    }
+    for number, index in enumerate(taught, start=1):
+        shown = sum(part["type"] == "image" for turn in turns[:index] for part in turn["content"])
+        name = row.get("id")
+        yield {
+            **kept,
+            "id": name if name is None or len(taught) == 1 else f"{name}#{number}",
+            "images": images[:shown],
+            "prompt": turns[:index],
+            "completion": [turns[index]],
+        }
+
+
+def _turn(turn: Any, place: Place) -> Message:
+    """A turn written as {from, value} or {role, content}, the content text or parts."""
+    if not isinstance(turn, dict):
+        raise place.bad("messages", "a turn", turn)
+    speaker = next((turn[key] for key in ("from", "role") if turn.get(key) is not None), None)
+    role = ROLES.get(str(speaker))
+    if role is None:
+        raise place.bad("messages", "a turn by human, gpt, user, assistant or system", speaker)
+    place.check_read(turn, "messages")
+    for key in _SILENT:
+        if turn.get(key) in (False, 0):
+            raise place.bad("messages", f"turns that are all learned, without {key}", turn[key])
+    content = next((turn[key] for key in ("value", "content") if turn.get(key) is not None), None)
+    return {"role": role, "content": message_parts(content, "messages", place)}
