@@ -329,11 +329,12 @@ def compare(folders: tuple[str, ...], out: Path, baseline: str | None, resamples
       fasttrain compare base=eval/base sft=eval/sft dpo=eval/dpo -o eval/comparison
     """
     from fasttrain.evaluate.comparing import compare as run
-    from fasttrain.evaluate.comparing import markdown, read_evaluations, write_comparison
+    from fasttrain.evaluate.comparing import read_evaluations, terminal_lines, write_comparison
 
     comparison = run(read_evaluations(folders), baseline=baseline, resamples=resamples, seed=seed)
     files = write_comparison(comparison, out)
-    click.echo(markdown(comparison).rpartition("\n\n")[0])
+    for line in terminal_lines(comparison):
+        click.echo(line)
     click.echo(f"page: {files[0]}")
 
 

@@ -1,9 +1,11 @@
-"""Pages that need no network: tables, pictures and text as one HTML file; the same tables as Markdown."""
+"""Pages that need no network: tables, pictures and text as one HTML file; the same tables as Markdown and for a terminal."""
 
 from __future__ import annotations
 
 import base64
 import html
+import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 _STYLE = """
@@ -121,6 +123,27 @@ def table_markdown(table: Table) -> str:
     texts.insert(1, "| " + " | ".join(ruler) + " |")
     parts = [f"## {inert(table.title)}", "", *texts]
     return "\n".join([*parts, "", table.note] if table.note else parts)
+
+
+def table_lines(table: Table) -> Iterator[str]:
+    """The table for a terminal: aligned columns, heads wrapped to the width of what stands below them."""
+    widths = [
+        max(len(cell) for cell in (*head.split(), *cells))
+        for head, *cells in zip(table.head, *table.rows, strict=True)
+    ]
+    wrapped = [
+        textwrap.wrap(head, width, break_on_hyphens=False)
+        for head, width in zip(table.head, widths, strict=True)
+    ]
+    deepest = max(map(len, wrapped))
+    heads = zip(*([""] * (deepest - len(lines)) + lines for lines in wrapped), strict=True)
+    for row in [*heads, ["-" * width for width in widths], *table.rows]:
+        cells = zip(row, widths, strict=True)
+        aligned = (
+            cell.ljust(width) if index < table.words else cell.rjust(width)
+            for index, (cell, width) in enumerate(cells)
+        )
+        yield "  ".join(aligned).rstrip()
 
 
 def inert(text: str) -> str:

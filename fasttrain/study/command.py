@@ -101,5 +101,5 @@ def _tell(study) -> None:  # type: ignore[no-untyped-def]
             click.echo(f"{task.kind} {task.subject}{incomplete(task)}", err=True)
     if results.missing or results.outdated:
         told = ((results.missing, "not finished"), (results.outdated, "outdated"))
-        click.echo("; ".join(f"{len(names)} runs are {what}" for names, what in told if names), err=True)
+        click.echo("; ".join(f"runs {what}: {len(names)}" for names, what in told if names), err=True)
         sys.exit(EXIT_TYPED_FAILURES)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from fasttrain import pages
+from fasttrain.pages import Table
 from fasttrain.study.results import Results, Row, energy_kwh
 from fasttrain.study.scores import Score
 
@@ -17,14 +19,9 @@ METHOD_NAMES = {
 
 
 def table_lines(results: Results) -> Iterator[str]:
-    """Aligned columns: run, what it learned from, each score with its interval, length, time."""
-    head, *body = _cells(results)
-    widths = [max(len(row[column]) for row in [head, *body]) for column in range(len(head))]
-    for number, row in enumerate([head, *body]):
-        first = row[0].ljust(widths[0])
-        yield "  ".join([first, *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip()
-        if not number:
-            yield "  ".join("-" * width for width in widths)
+    """Run, what it learned from, each score with its interval, length, time."""
+    head, *rows = _cells(results)
+    yield from pages.table_lines(Table(title="", head=head, rows=tuple(rows)))
     yield from (f"{name}: no scores yet" for name in results.missing)
     yield from caveats(results)
 
@@ -43,14 +40,14 @@ def caveats(results: Results) -> Iterator[str]:
         )
 
 
-def _cells(results: Results) -> Iterator[list[str]]:
+def _cells(results: Results) -> Iterator[tuple[str, ...]]:
     names = list(results.study.evaluations)
-    yield [
+    yield (
         "run", "trained on", *(f"{results.measure(name)} (95 %)" for name in names), *(f"{name} chars" for name in names), "vs base",
         "train", "answer",
-    ]  # fmt: skip
+    )  # fmt: skip
     for row in results.rows:
-        yield [
+        yield (
             row.name,
             trained_on(row),
             *(score_text(row.scored[name]) for name in names),
@@ -58,7 +55,7 @@ def _cells(results: Results) -> Iterator[list[str]]:
             ", ".join(above_text(results, row, name) for name in names),
             seconds_text(row.train_s) if row.run else "",
             seconds_text(row.answer_s),
-        ]
+        )
 
 
 def trained_on(row: Row) -> str:

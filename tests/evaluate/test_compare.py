@@ -343,14 +343,18 @@ def test_the_command_prints_the_tables_and_writes_the_page(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    base = write_eval("base", "mmbench", [row(n, float(n % 2)) for n in range(20)])
+    base = write_eval("base_1", "mmbench", [row(n, float(n % 2)) for n in range(20)])
     dpo = write_eval("dpo", "mmbench", [row(n, 1.0) for n in range(20)])
     out = tmp_path / "page"
     words = ["fasttrain", "compare", str(base), f"DPO={dpo}", "-o", str(out), "--resamples", "500"]
     monkeypatch.setattr(sys, "argv", words)
     cli.main()
     printed = capsys.readouterr().out
-    assert "| MMBench, % right | DPO | +50.0 |" in printed and f"page: {out / 'comparison.html'}" in printed
+    assert (
+        "MMBench, % right  DPO         +50.0  " in printed
+        and " base_1 " in printed
+        and f"page: {out / 'comparison.html'}" in printed
+    )
     assert (
         markdown(compare(read_evaluations([str(base), f"DPO={dpo}"]), resamples=500))
         == (out / "comparison.md").read_text()
@@ -359,4 +363,4 @@ def test_the_command_prints_the_tables_and_writes_the_page(
     with pytest.raises(SystemExit) as leave:
         cli.main()
     assert leave.value.code == 2
-    assert "--baseline: wanted one of base, DPO, got 'DP0'; did you mean 'DPO'?" in capsys.readouterr().err
+    assert "--baseline: wanted one of base_1, DPO, got 'DP0'; did you mean 'DPO'?" in capsys.readouterr().err

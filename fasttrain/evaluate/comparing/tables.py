@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 
 from fasttrain.evaluate.comparing.analysis import Comparison, ScoreRow, TestRow, is_clear
 from fasttrain.evaluate.comparing.benchmarks import BENCHMARKS
-from fasttrain.pages import Table, inert, table_markdown
+from fasttrain.pages import Table, inert, table_lines, table_markdown
 
 
 def tables(comparison: Comparison) -> list[Table]:
@@ -120,3 +121,11 @@ def markdown(comparison: Comparison) -> str:
     parts = ["# Comparison of models", *(f"> {inert(warning)}" for warning in comparison.warnings)]
     parts += [table_markdown(table) for table in tables(comparison)]
     return "\n\n".join([*parts, "![Scores with 95 % intervals](comparison.png)\n"])
+
+
+def terminal_lines(comparison: Comparison) -> Iterator[str]:
+    yield from (f"warning: {text}" for text in comparison.warnings)
+    for table in tables(comparison):
+        yield f"{table.title}:\n"
+        yield from table_lines(table)
+        yield f"\n{textwrap.fill(table.note, 79)}\n" if table.note else ""
