@@ -93,7 +93,8 @@ def write_json(path: Path, value: Any) -> None:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder to fill; it takes the name `path` only when the block ends well, and vanishes when it does not.
 
-    A folder that stands at `path` already is replaced.
+    A folder that stands at `path` already is replaced. Its files can be read by whoever may read new files here: safetensors
+    writes its own for the user alone.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -102,9 +103,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             yield temporary
         with naming(path, temporary):
+            readable = temporary.stat().st_mode & 0o444
             for file in [temporary, *temporary.rglob("*")]:
                 handle = os.open(file, os.O_RDONLY)
                 try:
+                    mode = os.fstat(handle).st_mode & 0o7777
+                    if readable & ~mode:
+                        os.fchmod(handle, mode | readable)
                     os.fsync(handle)
                 finally:
                     os.close(handle)

@@ -83,6 +83,22 @@ def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
     assert names(tmp_path) == ["final"] and names(target) == ["new"]
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_of_a_folder_can_be_read_as_new_files_can(tmp_path: Path, umask: int, mode: int) -> None:
+    """safetensors 0.8 writes for the user alone, whatever the umask: colleagues could not load an adapter."""
+    before = os.umask(umask)
+    try:
+        with atomic_folder(tmp_path / "final") as folder:
+            (folder / "adapter").touch(mode=0o600)
+            (folder / "deeper").mkdir()
+            (folder / "deeper" / "weights").touch(mode=0o600)
+    finally:
+        os.umask(before)
+    final = tmp_path / "final"
+    modes = {path.stat().st_mode & 0o777 for path in (final / "adapter", final / "deeper" / "weights")}
+    assert modes == {mode}
+
+
 def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
