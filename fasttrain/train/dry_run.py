@@ -72,10 +72,10 @@ def _report(job: Job) -> Iterator[str]:
     ]
     shared, unshared, flops = _work(job, steps)
     packs = [len(step.packs) / ranks().size for step in steps]
-    each = "packs each" if ranks().size == 1 else f"packs each on each of {ranks().size} ranks"
+    each = "" if ranks().size == 1 else f" on each of {ranks().size} ranks"
     yield (
-        f"steps       {total:,} of at least {config.train.pairs_per_step} {job.loss.unit}, {np.mean(packs):.1f} {each} "
-        f"filled up to {job.packs_filled_to:,} tokens; prompts {'shared' if job.policy.shared else 'not shared'}"
+        f"steps       {total:,} of at least {config.train.pairs_per_step} {job.loss.unit}, each in {np.mean(packs):.1f} packs{each}; "
+        f"packs filled up to {job.packs_filled_to:,} tokens; prompts {'shared' if job.policy.shared else 'not shared'}"
     )
     yield (
         f"tokens      {shared:,} a step; {_otherwise(job)} {unshared:,} ({unshared / max(1, shared):.2f} x); "
