@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from fasttrain_data.calls.failures import CallFailed
+from fasttrain_data.completions import build
 from fasttrain_data.completions.build import complete
 from fasttrain_data.completions.local import LocalSampler, gumbel_sampler, load_sampler
 from fasttrain_data.completions.samples import Drawn, SampleSettings, messages_of, samples_of
@@ -190,6 +191,26 @@ def test_a_stopped_run_goes_on_at_the_next_sample(questions, tmp_path, read_rows
     fourth = Scripted(text)
     complete(questions, out, SampleSettings(model="m", samples=4, temperature=1.2), fourth, quiet=True)
     assert len(fourth.drawn) == 12
+
+
+def test_progress_goes_to_the_number_of_samples_wanted(questions, tmp_path, monkeypatch):
+    """Without a total a terminal told neither how far sampling is nor how long it will take."""
+    shown = []
+
+    class Shown(build.Progress):
+        def close(self):
+            shown.append((self._done, self.total))
+
+    monkeypatch.setattr(build, "Progress", Shown)
+    (tmp_path / "2.png").write_bytes(b"no image")
+    questions.write_text(
+        questions.read_text() + questions.read_text().splitlines()[0] + "\n"
+    )  # a repeated one
+    settings, out = SampleSettings(model="m", samples=4), tmp_path / "c.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        complete(questions, out, settings, Scripted(lambda sample: "text", dies_after=3), quiet=True)
+    complete(questions, out, settings, Scripted(lambda sample: "text"), quiet=True)
+    assert shown == [(3, 16), (16, 16)]
 
 
 def test_equal_samples_are_kept_once_with_their_count_and_seeds(questions, tmp_path, read_rows):

@@ -48,8 +48,9 @@ def complete(
             journal.append(sample.key, _entry(sample, drawn))
             progress.add()
 
-        with contextlib.closing(Progress(None, "samples", quiet)) as progress:
-            sampler.draw(_missing(questions, names, settings, sampler, journal), done)
+        total = settings.samples * sum(1 for _ in read_rows(questions))
+        with contextlib.closing(Progress(total, "samples", quiet)) as progress:
+            sampler.draw(_missing(questions, names, settings, sampler, journal, progress), done)
         seen = SeenKeys()
         with whole_rows(output) as write:
             for question, place, images in _read(questions, names):
@@ -96,16 +97,26 @@ def _read(
 
 
 def _missing(
-    questions: Path, names: ImageNames, settings: SampleSettings, sampler: Sampler, journal: Journal
+    questions: Path,
+    names: ImageNames,
+    settings: SampleSettings,
+    sampler: Sampler,
+    journal: Journal,
+    progress: Progress,
 ) -> Iterator[list[Sample]]:
     """Per question, the samples that are not in the journal; those of a repeated question once."""
     seen = SeenKeys()
     for question, _, images in _read(questions, names):
+        missing = []
         if not isinstance(images, BadImage):
             samples = samples_of(question, images, settings, sampler.model_version, sampler.prompt_hash)
             missing = [sample for sample in samples if (journal.get(sample.key) or {}).get("status") != "ok"]
-            if missing and seen.add(samples[0].key):
-                yield missing
+        if missing and not seen.add(samples[0].key):
+            missing = []
+        if len(missing) < settings.samples:
+            progress.add(settings.samples - len(missing))
+        if missing:
+            yield missing
     seen.close()
 
 
