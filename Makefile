@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types wheel docs clean
+.PHONY: demo test lint types wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fasttrain demo

@@ -74,8 +74,8 @@ def make_preference_data(
     sampler = load_sampler(settings, dtype="float32", batch_size=QUESTIONS_AT_A_TIME)
     sampled = complete(questions, completions, settings, sampler)
     echo(
-        f"complete   {sampled.drawn:,} answers of the model, {settings.samples} to each question at temperature "
-        f"{settings.temperature:g}: {sampled.completions:,} different ones"
+        f"complete   {sampled.drawn:,} answers, {settings.samples} to each question at temperature "
+        f"{settings.temperature:g}: {sampled.completions:,} different"
     )
 
     judge = ChartJudge(itertools.islice(examples(seed, "train"), prompts))
@@ -107,19 +107,15 @@ def _annotate(
         except UserError as missing:
             count = _annotate_directly(completions, output, judge)
             echo(f"annotate   {missing}")
-            echo(
-                f"           so {count:,} questions' answers were graded by the judge itself, without any call"
-            )
+            echo(f"           so the judge itself graded {count:,} questions' answers, without any call")
             return count, None
         settings = AnnotateSettings(model=JUDGE_MODEL, seed=seed)
         result = annotate(completions, output, settings, client)
     sdk = f"google-genai {version('google-genai')}"
     ok = result.statuses["ok"]
-    echo(
-        f"annotate   {result.totals.replies:,} calls by {sdk} to a stand-in for Gemini on 127.0.0.1, whose judge is "
-        f"a rule\n           that knows the charts: {ok:,} questions' answers graded, "
-        f"{result.statuses.total() - ok:,} failed"
-    )
+    echo(f"annotate   {result.totals.replies:,} calls by {sdk} to a stand-in for Gemini on 127.0.0.1,")
+    echo("           whose judge is a rule that knows the charts:")
+    echo(f"           answers to {ok:,} questions graded, {result.statuses.total() - ok:,} failed")
     return ok, sdk
 
 
@@ -128,10 +124,8 @@ def _pair(annotations: Path, output: Path, seed: int, echo: Echo) -> PairCounts:
     settings = PairSettings(seed=seed, rejected="all")  # several rejected answers behind one prompt
     counts = make_pairs(annotations, output, settings)
     paired = counts.account.total_kept()
-    echo(
-        f"pair       {counts.pairs:,} pairs, of {paired:,} questions ({paired / counts.prompts:.0%}): "
-        f"the best answer and each at least {settings.margin:g} of 12 points lower"
-    )
+    echo(f"pair       {counts.pairs:,} pairs, of {paired:,} questions ({paired / counts.prompts:.0%}):")
+    echo(f"           the best answer and each at least {settings.margin:g} of 12 points lower")
     for reason, count in counts.account.dropped.get("prompts", {}).items():
         echo(f"           no pair from {count:,} questions: {reason}")
     return counts

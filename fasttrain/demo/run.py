@@ -24,9 +24,10 @@ from fasttrain_data import UserError as DataError
 MODEL = Path(__file__).parent / "assets" / "model"
 RECIPE_MARK = "# Written by `fasttrain demo`."
 INTRODUCTION = """\
-A small LLaVA (1.1 million parameters) reads bar charts well but has learned bad habits: it says "yes",
-it names the tallest bar whatever is asked, and it does not stop after the answer. Sampled, it sometimes answers
-as it should: its own answers, graded by a judge, become the pairs that mend it.
+A small LLaVA (1.1 million parameters) reads bar charts well but has learned bad
+habits: it says "yes", it names the tallest bar whatever is asked, and it does not
+stop after the answer. Sampled, it sometimes answers as it should: its own answers,
+graded by a judge, become the pairs that mend it.
 """
 
 RECIPE = """\
@@ -39,14 +40,14 @@ lora:
   alpha: 32
 data:
   train: {pairs}
-  workers: 0                  # images this small are read faster than they are sent between processes
+  workers: 0                  # small images are read faster than they are sent
 loss:
   beta: 2.0
 train:
   output: {output}
   epochs: 1
   pairs_per_step: 16
-  learning_rate: 3.0e-4       # at 1e-3 the model unlearns right answers that stand in no pair
+  learning_rate: 3.0e-4       # at 1e-3 right answers that stand in no pair are lost
   warmup_ratio: 0.05
   seed: {seed}
 reference:
@@ -98,7 +99,7 @@ def run_demo(
         before = score(asked, answers_before)
         echo(f"Asked about charts kept out of all training ({held_out}):\n{_share(before)}.\n")
         echo(
-            f"Preference data, from file to file in {folder / 'data'}, as the commands of fasttrain-data make it:\n"
+            f"Preference data, from file to file in {folder / 'data'},\nas the commands of fasttrain-data make it:\n"
         )
         data = _make_pairs(folder / "data", held_out, prompts, seed, echo)
         echo(f"\nDPO on the {data.pairs:,} pairs, with {recipe}:\n")
@@ -196,12 +197,14 @@ def _account(
     grades = result.data.pairs_file.with_name("annotations.jsonl")
     lines += [
         "",
-        f"The steps ran {result.tokens:,} tokens. With every answer in a sequence of its own and the reference model",
-        f"run in every step it would have been {result.tokens_unshared:,}, {times:.1f} times as many. The cached",
-        "reference log-probs took one pass over the same prompts and answers and serve later runs too.",
-        f"Run folder: {run.folder} (the adapter is in {run.adapter.name}/, the figures are in metrics.jsonl).",
-        f"The grades in figures and plots: fasttrain-data stats {shlex.quote(str(grades))}",
-        "The habit of saying yes, in POPE's form, before and after (without -a it is before):",
+        f"The steps ran {result.tokens:,} tokens. With every answer in a sequence of its own and the",
+        f"reference model run in every step it would have been {result.tokens_unshared:,}, {times:.1f} times as",
+        "many. The cached reference log-probs took one pass over the same prompts and",
+        "answers and serve later runs too.",
+        f"Run folder: {run.folder} ({run.adapter.name}/ is the adapter, metrics.jsonl has the figures).",
+        "The grades in figures and plots:",
+        f"  fasttrain-data stats {shlex.quote(str(grades))}",
+        "The habit of saying yes, in POPE's form, after; without -a, before:",
         f"  {_pope_command(run)}",
         f"Time: {result.seconds:.0f} s.",
     ]
