@@ -124,7 +124,7 @@ def cost_lines(results: Results) -> Iterator[str]:
         names = f" {', '.join(untimed)}" if timed else ""
         yield f"Not known, and not counted: the time of models{names} whose commands the study did not run itself."
     for name, usd in results.annotation_usd.items():
-        yield f"Judging the answers {name} cost {usd:.2f} USD, by its annotations."
+        yield f"Judging the answers of {name} cost {usd:.2f} USD, by its annotations."
     if study.usd_per_hour is not None and timed:
         usd = study.usd_per_hour * seconds / 3600
         yield f"Machine: about {usd:.2f} USD (estimate: {study.usd_per_hour:g} USD an hour x the hours above)."
