@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from itertools import combinations, permutations
 
 import numpy as np
@@ -295,6 +296,14 @@ def test_a_prompt_annotated_again_over_the_same_answers_counts_once(tmp_path, wr
     assert report["repeated_rows"] == 2
     assert (report["prompts"], report["answers"], report["usd"]) == (3, 4, 0.25)
     assert "2 rows repeat a prompt" in command("stats", path, "--no-files")[1]
+
+
+def test_a_number_without_a_meaning_is_shown_as_a_dash(tmp_path, write_rows, command):
+    """Every answer as complex as every other: no correlation, and no agreement beyond chance."""
+    path = write_rows(tmp_path / "a.jsonl", [annotation([row(12), row(2)], [9, 5])])
+    shown = command("stats", path, "--no-files")[1]
+    assert "nan" not in shown and "-0" not in shown.split("characters")[-1]
+    assert re.search(r"^complexity .* \(0\.\d+\) +-$", shown, re.MULTILINE)
 
 
 def test_margins_that_look_alike_are_counted_together_and_many_are_not_spelled_out(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,12 @@ _MOST_MARGINS = 30  # more fill the screen
 
 def table_lines(report: Report) -> Iterator[str]:
     yield from _annotation_lines(report) if report["kind"] == "annotations" else _pair_lines(report)
+
+
+def _shown(value: float, form: str) -> str:
+    """A number; a dash of its width where it has no meaning: a constant has no correlation."""
+    text = format(value, form)
+    return "-".rjust(len(text)) if math.isnan(value) else text
 
 
 def _annotation_lines(report: Report) -> Iterator[str]:
@@ -31,13 +38,13 @@ def _annotation_lines(report: Report) -> Iterator[str]:
         shares = " ".join(f"{count / report['answers']:6.1%}" for count in row["counts"])
         human = f"{row['helpsteer_mean']:.2f} ({row['helpsteer_sd']:.2f})"
         length = report["length"]["correlation"][name]["spearman"]
-        yield f"{name:<13}{shares}  {row['mean']:5.2f} {row['sd']:5.2f}   {human}  {length:+12.2f}"
+        yield f"{name:<13}{shares}  {row['mean']:5.2f} {row['sd']:5.2f}   {human}  {_shown(length, '+12.2f')}"
     yield ""
     yield "correlation  " + " ".join(f"{name:>6}" for name in _SHORT)
     for name, row in zip(_SHORT, report["correlation"], strict=True):
-        yield f"  {name:<11}" + " ".join(f"{value:6.2f}" for value in row)
+        yield f"  {name:<11}" + " ".join(_shown(value, "6.2f") for value in row)
     hcc = report["length"]["correlation"]["hcc"]
-    yield f"H + C + Co with length: Pearson {hcc['pearson']:+.2f}, Spearman {hcc['spearman']:+.2f}"
+    yield f"H + C + Co with length: Pearson {_shown(hcc['pearson'], '+5.2f')}, Spearman {_shown(hcc['spearman'], '+5.2f')}"
     yield ""
     yield from _agreement_lines(report["agreement"])
     yield "place in list   score against the call's mean   share of best"
@@ -49,7 +56,7 @@ def _annotation_lines(report: Report) -> Iterator[str]:
         if row.get("ties"):
             yield f"  tie    {row['prompts']:>10,} {row['share']:7.1%}"
         else:
-            yield f"  {row['margin']:<5}  {row['prompts']:>10,} {row['share']:7.1%} {row['chars_chosen_minus_lowest']:+14.0f}"
+            yield f"  {row['margin']:<5}  {row['prompts']:>10,} {row['share']:7.1%} {row['chars_chosen_minus_lowest']:+z14.0f}"
 
 
 def _agreement_lines(agreement: Report) -> Iterator[str]:
@@ -62,9 +69,10 @@ def _agreement_lines(agreement: Report) -> Iterator[str]:
             yield f"agreement {title}: ratings   kappa   exact   within 1"
             for name in ATTRIBUTES:
                 row = agreement[kind][name]
-                yield f"  {name:<18}{row['ratings']:>10,} {row['kappa']:9.3f} {row['exact']:7.1%} {row['within_1']:8.1%}"
+                yield f"  {name:<18}{row['ratings']:>10,} {_shown(row['kappa'], '9.3f')} {row['exact']:7.1%} {row['within_1']:8.1%}"
     alphas = ", ".join(
-        f"{short} {agreement['krippendorff_alpha'][name]:.3f}" for short, name in zip(_SHORT, ATTRIBUTES)
+        f"{short} {_shown(agreement['krippendorff_alpha'][name], '5.3f')}"
+        for short, name in zip(_SHORT, ATTRIBUTES)
     )
     yield f"Krippendorff's alpha (ordinal): {alphas}"
     yield f"answer pairs that change order: {agreement['pair_flips']:.1%}"
