@@ -19,6 +19,7 @@ import pytest
 
 from fasttrain import cli
 from fasttrain.answering.local import LocalModel
+from fasttrain.answering.questions import read_questions
 
 
 def test_a_model_that_cannot_answer_is_a_mistake_in_one_line(
@@ -95,6 +96,16 @@ def test_a_mistake_in_a_question_is_one_line_with_its_place(
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "questions.jsonl line 2" in err and message in err
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_images_under_a_key_that_is_not_read_are_told(
+    tmp_path: Path, tiny_models: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question_id": 1, "text": "a"}, {"question_id": 2, "text": "b", "image_path": "b.png"}]
+    read_questions(tiny_models.write_rows(tmp_path / "q.jsonl", rows))
+    assert (
+        "line 2: image_path is not read; images go under images or image, and 1 " in capsys.readouterr().err
+    )
 
 
 def test_other_mistakes_are_one_line(

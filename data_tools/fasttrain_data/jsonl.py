@@ -22,6 +22,12 @@ Row = dict[str, Any]
 _CHUNK = 1 << 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NON_FINITE = "NaN or infinity written as null"
+_NO_JSON = {
+    b"\x1f\x8b": "a gzip file: unpack it first",
+    b"\x28\xb5\x2f\xfd": "a zstd file: unpack it first",
+    b"PK\x03\x04": "a zip file: unpack it first",
+    b"PAR1": "a Parquet file: write it as JSON lines",
+}
 _BETWEEN = re.compile(r"[\s,]*")
 
 
@@ -48,8 +54,9 @@ def read_rows(path: Path, bad: Callable[[BadRow], object] | None = None) -> Iter
 def _head_of(path: Path) -> bytes:
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if head.startswith(b"\x1f\x8b"):
-        raise UserError(f"{path}: wanted JSON, got a gzip file: unpack it first")
+    for magic, kind in _NO_JSON.items():
+        if head.startswith(magic):
+            raise UserError(f"{path}: wanted JSON, got {kind}")
     return head
 
 

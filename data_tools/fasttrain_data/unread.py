@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 _FIELDS = frozenset(("tool_calls", "reasoning_content", "thinking", "reasoning"))
 _COLUMNS = frozenset(("tools", "videos", "audios", "chat_template_kwargs"))
+
+_IMAGE_WORD = re.compile(r"image|img|picture|photo")
+
+
+def unread_image(row: dict[str, Any]) -> str | None:
+    """A key that seems to hold an image and is none that is read, in a row without `images` and `image`."""
+    if row.get("images") or row.get("image"):
+        return None
+    found = (key for key, value in row.items() if isinstance(value, str | list | dict) and value)
+    return next((key for key in found if _IMAGE_WORD.search(key.lower())), None)
 
 
 def unread_field(message: dict[str, Any]) -> str | None:

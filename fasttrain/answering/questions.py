@@ -12,6 +12,8 @@ from fasttrain.data.images import ImageRef, hash_bytes
 from fasttrain.data.pairs import IMAGE, PLACEHOLDER, Message, check_image, read_prompt
 from fasttrain.errors import UserError, mistakes_of_data_tools
 from fasttrain.files import HashMemo
+from fasttrain.progress import say
+from fasttrain_data.unread import unread_image
 
 _TEXT_KEYS = ("text", "question", "prompt", "instruction")
 
@@ -62,7 +64,17 @@ def read_questions(path: Path, image_root: Path | None = None) -> list[Question]
         raise UserError(f"{path}: wanted at least one question, got none")
     check_ids(questions)
     check_image_files(questions)
+    _warn_of_unread_images(questions)
     return questions
+
+
+def _warn_of_unread_images(questions: Sequence[Question]) -> None:
+    blind = [(question.where, key) for question in questions if (key := unread_image(question.row))]
+    for where, key in blind[:1]:
+        say(
+            f"warning: {where}: {key} is not read; images go under images or image, and {len(blind):,} questions are asked "
+            "without any"
+        )
 
 
 def question_of(row: dict[str, Any], where: str, image_root: Path, number: int) -> Question:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,8 +21,7 @@ from fasttrain.model.routing import declares_routing
 from fasttrain.progress import say, ticker
 from fasttrain.ranks import full_shape, ranks
 from fasttrain.train.engine import check_engine
-
-_IMAGE_WORD = re.compile(r"image|img|picture|photo")
+from fasttrain_data.unread import unread_image
 
 
 def check_same_everywhere(config: DPOConfig, datasets: list[PreparedData]) -> None:
@@ -103,14 +101,11 @@ def warn_of_unread_columns(data: PreparedData) -> None:
             say(
                 f"warning: {source.where(0)}: system is not read; a system turn stands at the head of prompt's messages"
             )
-        if row.get("images") or row.get("image"):
-            continue
-        for key, value in row.items():
-            if _IMAGE_WORD.search(key.lower()) and isinstance(value, str | list | dict) and value:
-                say(
-                    f"warning: {source.where(0)}: {key} is not read; images go under images or image, and pairs without them train on "
-                    "text alone"
-                )
+        if key := unread_image(row):
+            say(
+                f"warning: {source.where(0)}: {key} is not read; images go under images or image, and pairs without them train on "
+                "text alone"
+            )
 
 
 def check_vocabulary(chat: ChatTokenizer, model: Any) -> None:

@@ -33,13 +33,21 @@ def test_json_lines_under_a_json_suffix_are_read_as_lines(tmp_path):
     assert list(jsonl.read_rows(path)) == [("line 1", {"a": 1}), ("line 3", {"a": 2})]
 
 
-def test_a_compressed_file_is_called_one(tmp_path):
-    path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"a": 1}\n'))
-    with pytest.raises(UserError, match="wanted JSON, got a gzip file: unpack it first"):
-        next(jsonl.read_rows(path))
-    with pytest.raises(UserError, match="wanted JSON, got a gzip file: unpack it first"):
-        next(jsonl.read_lines(path))
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (gzip.compress(b'{"a": 1}\n'), "a gzip file: unpack it first"),
+        (b"\x28\xb5\x2f\xfd\x04\x00", "a zstd file: unpack it first"),
+        (b"PK\x03\x04\x14\x00", "a zip file: unpack it first"),
+        (b"PAR1\x15\x04", "a Parquet file: write it as JSON lines"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_one(head, kind, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(head)
+    for read in (jsonl.read_rows, jsonl.read_lines):
+        with pytest.raises(UserError, match=f"wanted JSON, got {kind}"):
+            next(read(path))
 
 
 def test_an_array_where_lines_are_wanted_is_called_one(tmp_path):

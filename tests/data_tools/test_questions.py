@@ -1,10 +1,12 @@
 """Sources of questions: formats, repairs, duplicates, overlap, sampling, the account."""
 
+import base64
 import itertools
 import json
 import random
 
 import pytest
+from PIL import Image
 
 from fasttrain_data.errors import UserError
 from fasttrain_data.questions.build import QuestionSettings, build_questions
@@ -196,6 +198,37 @@ def test_images_of_evaluation_rows_that_ask_nothing_usable_are_left_out_too(tmp_
     assert code == 0 and "5 read, 1 kept" in stdout and "4  overlap with evaluation" in stdout
 
 
+def test_the_benchmarks_own_files_are_evaluation_files(tmp_path, write_rows, read_rows, command):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "one.png")
+    rows = [{"image": "one.png", "question": "In MMBench?"}, {"image": "v1_7.png", "question": "In MM-Vet?"}]
+    rows += [{"question": "In MT-Bench?"}, {"question": "In AlpacaEval?"}, {"question": "In none?"}]
+    source = write_rows(tmp_path / "source.jsonl", rows)
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    cell = base64.b64encode((tmp_path / "one.png").read_bytes()).decode()
+    table = [["index", "question", "A", "B", "image"], ["3", "Which?", "x", "y", cell]]
+    (folder / "MMBench.tsv").write_text("".join("\t".join(cells) + "\n" for cells in table))
+    mm_vet = {"v1_7": {"imagename": "v1_7.png", "question": "What?", "answer": "x", "capability": ["ocr"]}}
+    (folder / "mm-vet.json").write_text(json.dumps(mm_vet, indent=1))
+    write_rows(
+        folder / "question.jsonl", [{"question_id": 81, "category": "stem", "turns": ["In MT-Bench?", "B"]}]
+    )
+    (folder / "alpaca.json").write_text(json.dumps([{"instruction": "In AlpacaEval?", "output": "-"}]))
+    files = [word for path in sorted(folder.iterdir()) for word in ("--eval-file", path)]
+    arguments = ("-o", tmp_path / "q.jsonl", "--missing-images", "keep")
+    code, stdout, stderr = command("questions", source, *arguments, *files)
+    assert code == 0 and "4  overlap with evaluation" in stdout, stderr
+    assert [row["question"] for row in read_rows(tmp_path / "q.jsonl")] == ["In none?"]
+    (folder / "MMBench.tsv").write_text("index\tquestion\n")
+    code, _, stderr = command("questions", source, *arguments, *files)
+    assert code == 2 and "MMBench.tsv: wanted MMBench's columns, got none called 'A'" in stderr
+
+
+def test_a_key_that_seems_to_hold_an_image_and_is_not_read_is_told(drafts):
+    rows = [{"question": "Why?", "image_path": "a.png"}, {"question": "How?", "images": [], "img": None}]
+    assert [draft.changed for draft in drafts(*rows)] == [["image_path is not read: no image"], []]
+
+
 def test_rows_of_several_formats_in_one_file_keep_their_images(drafts):
     rows = [
         {"image": "a.png", "question": "Plain?"},
@@ -223,7 +256,10 @@ def test_rows_of_several_formats_in_one_file_keep_their_images(drafts):
         drafts(rows[1])[0],
         ("line 2", "no image_id"),
     ]  # no image is no other format
-    assert drafts(rows[3], rows[2], form="llava")[1].images == []  # as was asked for
+    assert drafts(rows[3], rows[2], form="llava")[1] == (
+        "line 2",
+        "names its image as scigraphqa does, not as llava",
+    )
 
 
 def test_an_image_given_as_inline_base64_is_a_missing_image(tmp_path, write_rows, read_rows, command):

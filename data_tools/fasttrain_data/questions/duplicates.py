@@ -9,7 +9,8 @@ from pathlib import Path
 
 from fasttrain_data.ids import content_hash
 from fasttrain_data.image_files import BadImage, find_image, read_image
-from fasttrain_data.questions.readers import Draft, read_evaluation
+from fasttrain_data.questions.evaluation import Asked, read_evaluation
+from fasttrain_data.questions.readers import Draft
 from fasttrain_data.questions.text import normal_form, similarity, trigrams
 from fasttrain_data.spill import SeenKeys, Spill
 
@@ -110,13 +111,14 @@ class Overlap:
         self._texts: set[str] = set()
         self.digests: set[str] = set()
         for path in files:
-            for names, question in read_evaluation(path):
-                self._learn(names, question, path.parent)
+            for asked in read_evaluation(path):
+                self._learn(asked, path.parent)
 
-    def _learn(self, names: Sequence[str], question: str, folder: Path) -> None:
-        if not names and question:
-            self._texts.add(normal_form(question))
-        for name in names:
+    def _learn(self, asked: Asked, folder: Path) -> None:
+        self.digests.update(asked.digests)
+        if not asked.names and not asked.digests and asked.question:
+            self._texts.add(normal_form(asked.question))
+        for name in asked.names:
             key = image_key(name)
             try:
                 digest = read_image(find_image(folder, name)).sha256

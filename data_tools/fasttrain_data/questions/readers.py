@@ -17,6 +17,7 @@ from fasttrain_data.errors import BadRow, UserError
 from fasttrain_data.jsonl import Row, is_unicode, read_rows
 from fasttrain_data.questions.text import clean_text
 from fasttrain_data.records import Turn
+from fasttrain_data.unread import unread_image
 
 Turns = Literal["first", "last", "each"]
 Reader = Callable[["Row", str, "Turns | None"], Iterator["Draft"]]
@@ -25,6 +26,7 @@ ARXIV_FIGURE = re.compile(
 )
 COORDINATES = re.compile(r"\bX:\s*\d+,?\s*Y:\s*\d+")
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+_NAMED_OTHERWISE = ("scigraphqa", "lrv")  # formats whose rows name images under keys of their own
 _NO_UNICODE = "text that is not valid Unicode"
 # SciGraphQA's `response`: questions with their answers as the language model wrote them, line breaks included.
 _ASKED = re.compile(r"^\s*Question:(.*?)^\s*Answer:(.*?)(?=^\s*Question:|\Z)", re.MULTILINE | re.DOTALL)
@@ -86,48 +88,36 @@ def read_drafts(path: Path, form: str | None, turns: Turns | None) -> Iterator[D
     which files put together from several hold. turns: which human turns of a conversation
     become questions; None is the format's own habit (SciGraphQA first, LLaVA last with the rest as history).
     """
-    for place, row, reader in _rows_and_readers(path, form):
+    first = form
+    for place, row in read_rows(path):
+        first = first or detect_source(row)
         try:
-            yield from reader(row, place, turns)
+            _check_image_key(row, form)
+            for draft in READERS[form or format_of_row(path, place, row, first)](row, place, turns):
+                if not draft.images and (key := unread_image(row)):
+                    draft.changed.append(f"{key} is not read: no image")
+                yield draft
         except Unusable as problem:
             yield place, str(problem)
 
 
-def read_evaluation(path: Path) -> Iterator[tuple[list[str], str]]:
-    """(image names, question) of every question of an evaluation file; of rows that cannot be asked the images alone."""
-    for place, row, reader in _rows_and_readers(path, None):
-        try:
-            for draft in reader(row, place, None):
-                yield draft.images, draft.question
-        except Unusable:
-            yield _named(row), ""
-
-
-def _named(row: Row) -> list[str]:
-    """Names of images wherever a format has them."""
-    images = row.get("images")
-    names = [row.get("image_file"), row.get("image"), *(images if isinstance(images, list) else [])]
-    if row.get("image_id") is not None:
-        names.append(_photo(row["image_id"]))
-    return [name for name in names if isinstance(name, str)]
-
-
-def _rows_and_readers(path: Path, form: str | None) -> Iterator[tuple[str, Row, Reader]]:
-    first = form
-    for place, row in read_rows(path):
-        if first is None:
-            first = detect_source(row)
-            if first is None:
-                known = ", ".join(READERS)
-                raise BadRow(path, place, "row", f"a record of one of: {known}", f"keys {sorted(row)}")
-        yield place, row, READERS[form or _form_of(row, first)]
-
-
-def _form_of(row: Row, first: str) -> str:
-    """The row's own format if it tells an image, so that none is lost; else that of the file's first row."""
+def format_of_row(path: Path, place: str, row: Row, first: str | None) -> str:
+    """The row's own format if it tells an image, so that none is lost; else `first`, the format of the file's first row."""
     own = detect_source(row)
-    tells = own in ("scigraphqa", "lrv") or row.get("image") or row.get("images")
-    return own if own and tells else first
+    tells = own in _NAMED_OTHERWISE or row.get("image") or row.get("images")
+    form = own if own and tells else first or own
+    if form is None:
+        raise BadRow(path, place, "row", f"a record of one of: {', '.join(READERS)}", f"keys {sorted(row)}")
+    return form
+
+
+def _check_image_key(row: Row, form: str | None) -> None:
+    """Unusable if the format that was named for its file does not read the image that it names."""
+    if form is None or form in _NAMED_OTHERWISE or row.get("image") or row.get("images"):
+        return
+    own = detect_source(row)
+    if own in _NAMED_OTHERWISE:
+        raise Unusable(f"names its image as {own} does, not as {form}")
 
 
 def split_source(spec: str) -> tuple[str | None, Path]:
@@ -208,7 +198,7 @@ def _read_lrv(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
         "lrv",
         place,
         question,
-        [_photo(image_id)],
+        [photo(image_id)],
         reference=_optional(row, "answer"),
         source_id=str(image_id),
         category=_optional(row, "task"),
@@ -216,7 +206,8 @@ def _read_lrv(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
     )
 
 
-def _photo(image_id: Any) -> str:
+def photo(image_id: Any) -> str:
+    """The file name of an image of LRV-Instruction."""
     name = str(image_id)
     return name if Path(name).suffix.lower() in (".jpg", ".jpeg", ".png") else f"{name}.jpg"
 

@@ -1,0 +1,83 @@
+"""Evaluation files: what training must not hold, in the forms of question sources and of the benchmarks' own files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fasttrain_data.errors import UserError
+from fasttrain_data.ids import image_hash
+from fasttrain_data.jsonl import Row, read_rows
+from fasttrain_data.questions.readers import READERS, Unusable, detect_source, format_of_row, photo
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One evaluation question: names of its images, hashes of those that its row holds, its text ("" if it has none)."""
+
+    names: list[str]
+    question: str
+    digests: tuple[str, ...] = ()
+
+
+def read_evaluation(path: Path) -> Iterator[Asked]:
+    """Every question of an evaluation file; of rows that cannot be asked the images alone."""
+    if path.suffix == ".tsv":
+        yield from _mmbench(path)
+        return
+    first = None
+    for place, row in _rows(path):
+        first = first or detect_source(row)
+        try:
+            for draft in READERS[format_of_row(path, place, row, first)](row, place, None):
+                yield Asked(draft.images, draft.question)
+        except Unusable:
+            yield Asked(_named(row), "")
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Rows as question sources have them: MM-Vet's, MT-Bench's and AlpacaEval's keys are renamed."""
+    of_mm_vet = _mm_vet(path)
+    for place, row in read_rows(path) if of_mm_vet is None else of_mm_vet.items():
+        if row.get("imagename") is not None:
+            row = {**row, "image": row["imagename"]}
+        if detect_source(row) is None:
+            turns = row.get("turns")
+            text = turns[0] if isinstance(turns, list) and turns else row.get("instruction")
+            row = row if text is None else {**row, "text": text}
+        yield place, row
+
+
+def _mm_vet(path: Path) -> dict[str, Row] | None:
+    """The rows of MM-Vet's file, which is one object; None for any other file."""
+    try:
+        rows = json.loads(path.read_bytes().decode("utf-8-sig")) if path.suffix == ".json" else None
+    except (OSError, ValueError, RecursionError):
+        return None  # several objects, or what read_rows names
+    values = list(rows.values()) if isinstance(rows, dict) else []
+    return rows if values and all(isinstance(row, dict) and "imagename" in row for row in values) else None
+
+
+def _mmbench(path: Path) -> Iterator[Asked]:
+    """The images of MMBench's table, which are in it."""
+    import fasttrain.errors
+    from fasttrain.evaluate.mmbench_file import read_rows as read_table  # needs no torch
+
+    try:
+        rows = read_table(path)
+    except fasttrain.errors.UserError as error:
+        raise UserError(str(error)) from None
+    for row in rows:
+        assert row.image is not None
+        yield Asked([], row.question, (image_hash(row.image.read()),))
+
+
+def _named(row: Row) -> list[str]:
+    """Names of images wherever a format has them."""
+    images = row.get("images")
+    names = [row.get("image_file"), row.get("image"), *(images if isinstance(images, list) else [])]
+    if row.get("image_id") is not None:
+        names.append(photo(row["image_id"]))
+    return [name for name in names if isinstance(name, str)]
