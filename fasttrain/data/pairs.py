@@ -124,8 +124,10 @@ def _is_said_again(prompt: Any, *answers: Any) -> bool:
 
 
 def _check_said_again(prompt: Any, shared: list[Any], where: str) -> None:
-    last = shared[-1].get("content") if isinstance(shared[-1], dict) else None
-    if prompt is not None and last != prompt:
+    if prompt is None:
+        return
+    parts = _read_prompt(shared, where)[-1][1]
+    if "".join(text for _, text in parts) != prompt:
         raise BadRow(where, "prompt", "the last question that the conversations share, or none", prompt)
 
 

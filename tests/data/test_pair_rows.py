@@ -365,7 +365,10 @@ def test_a_prompt_that_the_conversations_repeat_is_read_once(root: Path) -> None
         "chosen": [*shared, turn("assistant", "good")],
         "rejected": [*shared, turn("assistant", "bad")],
     }
+    parts = [turn("system", "Be brief."), turn("user", [{"type": "text", "text": "Why?"}])]
+    in_parts = {key: value if key == "prompt" else [*parts, value[-1]] for key, value in row.items()}
     for read_one in (read, lambda row, root: read_example(row, "x line 1", root)):
+        assert read_one(in_parts, root) == read_one(row, root)
         pair = read_one(row, root)
         assert [(role, parts) for role, parts in pair.messages] == [
             ("system", (("text", "Be brief."),)),
