@@ -360,6 +360,40 @@ def test_a_model_with_a_table_of_positions_stops_at_its_end(tmp_path: Path, tiny
         )
 
 
+@pytest.mark.parametrize("way", ["shared", "generate"])
+def test_a_question_that_cannot_be_asked_fails_alone(
+    way: str, tiny_llava: Path, tiny_models: ModuleType, tmp_path: Path
+) -> None:
+    """A template that takes no system turn, a picture that is cut in its body."""
+    from PIL import Image
+
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    noise.save(tmp_path / "whole.png")
+    noise.save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:900])
+    rows = [
+        {
+            "question_id": "system",
+            "prompt": [{"role": "system", "content": "-"}, {"role": "user", "content": "the bar?"}],
+        },
+        {"question_id": "cut", "text": "the bar?", "image": "cut.jpg"},
+        {"question_id": "good", "text": "the bar?", "image": "whole.png"},
+        {"question_id": "turns", "turns": ["the chart?", "the red bar?"]},
+    ]
+    questions = read_questions(tiny_models.write_rows(tmp_path / "q.jsonl", rows))
+    model = LocalModel(ModelConfig(name=str(tiny_llava)))
+    template = model.processor.chat_template
+    refusal = "{%- if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    model.processor.chat_template = model.processor.tokenizer.chat_template = refusal + template
+    if way == "generate":
+        model.generator = GenericGenerator(model.generator.model, model.processor, model.stops)
+    found = answers_of(model, questions, Decoding(max_new_tokens=4))
+    assert [name for name, replies in found.items() if isinstance(replies, Failed)] == ["system", "cut"]
+    assert re.match(r"refused_request: .*no system turn", str(found["system"]))
+    assert re.match(r"bad_image: .*cut\.jpg", str(found["cut"]))
+    assert len(found["good"]) == 1 and len(found["turns"]) == 2
+
+
 def test_questions_beyond_a_models_trained_length_are_told(
     tmp_path: Path, tiny_models: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:

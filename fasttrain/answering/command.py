@@ -39,7 +39,7 @@ def answer_command(
     (a text or messages); `image` or `images` name files. Answers are written in LLaVA's format, for questions with turns
     in FastChat's, in the order of the questions. They are kept as they come, those of answers.jsonl in
     answers.journal.jsonl: after a stop of any kind the same command goes on where it was. Exit code 3 when some got no answer:
-    a server failed, or a question is longer than the model's positions.
+    a server failed, an image cannot be decoded, or a question is longer than the model's positions or refused by its template.
 
     \b
     Example:

@@ -27,6 +27,8 @@ from fasttrain.data.pairs import Message
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
 
+_Pixels = dict[tuple[Any, ...], dict[str, Tensor]]  # by prefix
+
 
 @dataclass
 class _Prefix:
@@ -50,6 +52,7 @@ class Generator:
         self.model, self.chat, self.positions = model, chat, positions
         self.stops = torch.tensor(sorted(set(stops)), device=model.device)
         self.images_encoded = 0
+        self.takes_images = chat.pixels is not None
 
     def prompt_ids(self, question: Question) -> np.ndarray:
         """Token ids of the first turn's prompt, image tokens included; BadRow if it cannot be rendered."""
@@ -76,10 +79,14 @@ class Generator:
                     open_rows.append(row)
                 except Failed as why:
                     failed[row] = why
+            if prefix is None or any(ask.prefix and ask.prefix_key not in prefix.row for ask in asks):
+                pixels, broken = self._pixels(asks)
+                failed |= {r: broken[a.prefix_key] for r, a in zip(open_rows, asks) if a.prefix_key in broken}
+                open_rows = [row for row in open_rows if row not in failed]
+                asks = [ask for ask in asks if ask.prefix_key not in broken]
+                prefix = self._run_prefixes(asks, pixels)
             if not asks:
                 break
-            if prefix is None or any(ask.prefix and ask.prefix_key not in prefix.row for ask in asks):
-                prefix = self._run_prefixes(asks)
             picker = TokenPicker(
                 [decoding.temperature_of(questions[row]) for row in open_rows],
                 [decoding.seed_of(questions[row], turn) for row in open_rows],
@@ -91,8 +98,11 @@ class Generator:
         return [failed.get(row, said) for row, said in enumerate(replies)]
 
     def _ask(self, question: Question, messages: tuple[Message, ...], contents: list[bytes]) -> _Ask:
-        """The question's prompt; Failed if the model has no room for it and an answer."""
-        ids = self.chat.prompt(messages, question.where).ids
+        """The question's prompt; Failed if it cannot be rendered, or the model has no room for it and an answer."""
+        try:
+            ids = self.chat.prompt(messages, question.where).ids
+        except BadRow as problem:  # an earlier answer may hold an image token
+            raise Failed(f"refused_request: {problem.reason}") from None
         if self.positions is not None and len(ids) >= self.positions:
             raise Failed(
                 f"too_long: wanted fewer than the model's {self.positions} positions, got {len(ids)} tokens"
@@ -100,13 +110,26 @@ class Generator:
         last = int(np.flatnonzero(ids == self.chat.image_token_id)[-1]) if contents else -1
         return _Ask(question, ids, contents, last + 1)
 
-    def _run_prefixes(self, asks: list[_Ask]) -> _Prefix | None:
+    def _pixels(self, asks: list[_Ask]) -> tuple[_Pixels, dict[tuple[Any, ...], Failed]]:
+        """Model inputs of every different image prompt, and those whose images cannot be decoded."""
+        pixels: _Pixels = {}
+        broken = {}
+        for key, ask in {ask.prefix_key: ask for ask in asks if ask.prefix}.items():
+            assert self.chat.pixels is not None
+            try:
+                pixels[key] = self.chat.pixels(ask.contents)
+            except ValueError as error:
+                names = ", ".join(image.name() for image in ask.question.images)
+                broken[key] = Failed(f"bad_image: {names} ({error})")
+        return pixels, broken
+
+    def _run_prefixes(self, asks: list[_Ask], pixels: _Pixels) -> _Prefix | None:
         """Run every different image prompt of the batch once; None if there is none."""
         different = {ask.prefix_key: ask for ask in asks if ask.prefix}
         if not different:
             return None
         ids_PT, mask_PT = self._padded([ask.ids[: ask.prefix] for ask in different.values()])
-        inputs = join_inputs([self._pixels(ask) for ask in different.values()])
+        inputs = join_inputs([pixels[key] for key in different])
         self.images_encoded += sum(len(ask.contents) for ask in different.values())
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         cache = RoomyCache()
@@ -126,14 +149,6 @@ class Generator:
                 f"--model: the processor writes another number of image tokens than the model makes features: {error}"
             ) from None
         return _Prefix(cache, mask_PT, {key: row for row, key in enumerate(different)})
-
-    def _pixels(self, ask: _Ask) -> dict[str, Tensor]:
-        assert self.chat.pixels is not None
-        try:
-            return self.chat.pixels(ask.contents)
-        except ValueError as error:
-            names = ", ".join(image.name() for image in ask.question.images)
-            raise BadRow(ask.question.where, "images", "an image", f"{names} ({error})") from None
 
     def _generate(
         self, asks: list[_Ask], prefix: _Prefix | None, picker: TokenPicker, max_new_tokens: int

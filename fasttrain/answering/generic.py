@@ -14,6 +14,7 @@ from fasttrain.answering.decoding import Decoding, Reply
 from fasttrain.answering.generator import read_image, reply_of
 from fasttrain.answering.picking import TokenPicker
 from fasttrain.answering.questions import Question, next_turn
+from fasttrain.answering.run import Failed
 from fasttrain.data.bad_row import BadRow
 from fasttrain.data.images import open_image
 from fasttrain.data.pairs import IMAGE, Message
@@ -47,27 +48,41 @@ class GenericGenerator:
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
 
     @torch.no_grad()
-    def answer(self, questions: Sequence[Question], decoding: Decoding) -> list[list[Reply]]:
-        """All turns of all questions, in order. The model must be in evaluation mode."""
+    def answer(self, questions: Sequence[Question], decoding: Decoding) -> list[list[Reply] | Failed]:
+        """All turns of all questions, in order, or why one got no answer. The model must be in evaluation mode."""
         replies: list[list[Reply]] = [[] for _ in questions]
+        failed: dict[int, Failed] = {}
         messages = [question.messages for question in questions]
         for turn in range(max(question.turns for question in questions)):
-            rows = [row for row, question in enumerate(questions) if turn < question.turns]
-            if turn:
-                for row in rows:
-                    said, asked = replies[row][-1].text, questions[row].later_turns[turn - 1]
+            chats: dict[int, list[dict[str, Any]]] = {}
+            for row, question in enumerate(questions):
+                if turn >= question.turns or row in failed:
+                    continue
+                if turn:
+                    said, asked = replies[row][-1].text, question.later_turns[turn - 1]
                     messages[row] = next_turn(messages[row], said or " ", asked)
-            asked_now = [questions[row] for row in rows]
-            for row, reply in zip(
-                rows, self._turn(asked_now, [messages[row] for row in rows], turn, decoding)
-            ):
+                try:
+                    chats[row] = self._chat(question, messages[row])
+                except Failed as why:
+                    failed[row] = why
+            if not chats:
+                break
+            asked_now = [questions[row] for row in chats]
+            for row, reply in zip(chats, self._turn(asked_now, list(chats.values()), turn, decoding)):
                 replies[row].append(reply)
-        return replies
+        return [failed.get(row, said) for row, said in enumerate(replies)]
+
+    def _chat(self, question: Question, messages: tuple[Message, ...]) -> list[dict[str, Any]]:
+        """The conversation with its pictures; Failed if it cannot be rendered or they cannot be decoded."""
+        try:
+            self._render([_plain(message) for message in messages], question, tokenize=False)
+        except BadRow as problem:
+            raise Failed(f"refused_request: {problem.reason}") from None
+        return self._with_images(question, messages)
 
     def _turn(
-        self, questions: list[Question], messages: list[tuple[Message, ...]], turn: int, decoding: Decoding
+        self, questions: list[Question], chats: list[list[dict[str, Any]]], turn: int, decoding: Decoding
     ) -> list[Reply]:
-        chats = [self._with_images(q, said) for q, said in zip(questions, messages)]
         inputs = self._tokens(chats, questions[0])
         moved = {
             key: value.to(self.model.device, self.model.dtype)
@@ -131,7 +146,7 @@ class GenericGenerator:
         try:
             return open_image(read_image(image, question))
         except ValueError as error:
-            raise BadRow(question.where, "images", "an image", f"{image.name()} ({error})") from None
+            raise Failed(f"bad_image: {image.name()} ({error})") from None
 
     def _render(self, chat: Any, question: Question, **options: Any) -> Any:
         import jinja2

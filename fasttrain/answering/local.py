@@ -19,6 +19,7 @@ from fasttrain.answering.kv_cache import cache_bytes_per_token
 from fasttrain.answering.questions import Question, image_hashes
 from fasttrain.answering.run import Done, Failed
 from fasttrain.config import ModelConfig
+from fasttrain.data.bad_row import BadRow
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError, is_out_of_memory
 from fasttrain.files import HashMemo, cache_root
@@ -105,7 +106,16 @@ def answer_in_batches(
     decoding: Decoding, budget: Budget, done: Done,
 ) -> None:  # fmt: skip
     """Batches of similar length, questions about one image together; halved, for good, when memory runs out."""
-    lengths = [len(generator.prompt_ids(question)) for question in questions]
+    lengths, askable = [], []
+    for number, question in enumerate(questions):
+        try:
+            lengths.append(len(generator.prompt_ids(question)))
+            askable.append(number)
+        except BadRow as problem:
+            if images[number] and not generator.takes_images:
+                raise  # no question about an image can be asked
+            done(question, Failed(f"refused_request: {problem.reason}"))
+    questions, images = [questions[number] for number in askable], [images[number] for number in askable]
     costs = [
         length + question.turns * decoding.max_new_tokens
         for length, question in zip(lengths, questions, strict=True)
