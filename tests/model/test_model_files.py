@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from fasttrain.cli import cli
 from fasttrain.config import ModelConfig
+from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
 from fasttrain.model.load import load_model, load_model_config, load_processor, pick_device, stop_token_ids
 
@@ -60,6 +61,12 @@ def test_what_a_file_of_the_model_is_wrong_in_is_told_in_one_line(
         stop_token_ids(processor, folder)
         load_model(folder, config, model_config, pick_device())
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_ids_that_no_token_has_do_not_end_a_turn(tiny_text: Path) -> None:
+    """GPT-2's default of 50256 beside a smaller tokenizer: the first answer was a traceback."""
+    chat = ChatTokenizer(load_processor(tiny_text, ModelConfig(name=str(tiny_text)), False), [5, 50256, -1])
+    assert chat.end_tokens == ["<|im_end|>"]
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
