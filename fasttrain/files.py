@@ -70,6 +70,7 @@ def _failure(error: Exception, reads: bool) -> int | None:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write beside, fsync, rename: a reader sees the old file or the new one, never half of it."""
+    remove_dead(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path, temporary):

@@ -225,6 +225,13 @@ def test_what_killed_processes_left_of_a_folder_goes_and_nothing_else(tmp_path: 
     assert names(tmp_path) == sorted(kept)
 
 
+def test_a_file_that_is_written_again_clears_away_what_a_kill_left_of_it(tmp_path: Path) -> None:
+    (tmp_path / ".scores.json.4194399.tmp").write_text("half")
+    (tmp_path / ".scores.json.1.tmp").write_text("of a living process")
+    write_atomic(tmp_path / "scores.json", "whole")
+    assert names(tmp_path) == [".scores.json.1.tmp", "scores.json"]
+
+
 def test_an_error_names_the_file_as_it_is_to_be_called(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as file:
         write_atomic(tmp_path / "absent" / "made", "text")
