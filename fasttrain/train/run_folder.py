@@ -23,7 +23,7 @@ OURS = (
 MAY_CHANGE = {
     "train.max_steps", "train.epochs", "train.log_every", "train.eval_every", "train.checkpoint_every",
     "train.keep_checkpoints", "train.output", "data.workers", "track",
-    "distributed.zero_stage", "distributed.deepspeed_config",
+    "train.tokens_per_pack", "train.gradient_checkpointing", "distributed.zero_stage", "distributed.deepspeed_config",
 }  # fmt: skip
 
 
@@ -118,7 +118,12 @@ def _check_same_recipe(folder: Path, config: DPOConfig) -> None:
     path = folder / "config.yaml"
     if not path.exists():
         return
-    before = _flatten(_with_defaults(read_yaml_mapping(path)))
+    recipe = read_yaml_mapping(path)
+    if not recipe:
+        raise UserError(
+            f"--resume: {path} is empty: it held the recipe that the run began with; --overwrite starts anew"
+        )
+    before = _flatten(_with_defaults(recipe))
     now = _flatten(config.to_dict())
     different = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"

@@ -286,6 +286,19 @@ def test_resume_with_another_recipe_is_refused_and_listed(tiny_text: Path, text:
         run(tiny_text, text, "loss.beta=0.2", "train.learning_rate=1e-3", "train.max_steps=9", resume=True)
 
 
+def test_a_run_that_ran_out_of_memory_goes_on_in_smaller_packs(
+    tiny_text: Path, text: Path, run: Runner
+) -> None:
+    wanted = run(tiny_text, text, "train.max_steps=3", "train.schedule=constant").metrics
+    first = run(tiny_text, text, "train.max_steps=2", "train.schedule=constant", output="again")
+    smaller = "train.tokens_per_pack=150", "train.gradient_checkpointing=true"
+    more = ("train.max_steps=3", "train.schedule=constant", *smaller)
+    found = run(tiny_text, text, *more, resume=True, output="again").metrics
+    assert found[2]["loss"] == pytest.approx(wanted[2]["loss"], rel=1e-5) and len(found) == 3
+    facts = json.loads((first.folder / "environment.json").read_text())
+    assert (facts["tokens_per_pack"], facts["gradient_checkpointing"]) == (150, True)
+
+
 def test_a_run_of_a_version_with_fewer_settings_goes_on(tiny_text: Path, text: Path, run: Runner) -> None:
     folder = run(tiny_text, text, "train.max_steps=2").folder
     recipe = yaml.safe_load((folder / "config.yaml").read_text())
@@ -331,6 +344,7 @@ def test_a_damaged_file_of_the_run_folder_is_named_on_resume(
     for name, held, said in (
         ("config.yaml", "a: [b", "not valid YAML: line 1"),
         ("config.yaml", "- a", "wanted a mapping of sections, got list"),
+        ("config.yaml", "", "is empty: it held the recipe that the run began with"),
         ("environment.json", "{", "Expecting property name"),
         ("environment.json", "[]", "wanted a JSON object, got list"),
         ("environment.json", '{"began": "today"}', "began: wanted a date, got 'today'"),
