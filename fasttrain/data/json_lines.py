@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from fasttrain.data.bad_row import BadRow
+from fasttrain.errors import UserError
 
 _PIECE = 1 << 22  # bytes of a file that are indexed at a time
+_LOOKED_AFTER = 64  # rows from one look at the file's size to the next
 _WHITE = b" \t\n\r\x0b\x0c"  # what bytes.strip() takes away
 
 
@@ -58,10 +60,20 @@ class JsonLines:
     def where(self, number: int) -> str:
         return f"{self.label} {self.unit} {self._lines[number]}"
 
-    def row(self, number: int) -> dict[str, Any]:
+    def _content(self) -> mmap.mmap:
+        """The mapped file; UserError if it was cut meanwhile: the system ends a process that reads what is gone."""
         assert self._map is not None
-        end = self._map.find(b"\n", self._offsets[number])
-        raw = self._map[self._offsets[number] : end if end >= 0 else None]
+        size, now = len(self._map), self._map.size()
+        if now < size:
+            raise UserError(
+                f"{self.label}: wanted the {size:,} bytes that were there at the start, got a file cut to {now:,}"
+            )
+        return self._map
+
+    def row(self, number: int) -> dict[str, Any]:
+        content = self._content()
+        end = content.find(b"\n", self._offsets[number])
+        raw = content[self._offsets[number] : end if end >= 0 else None]
         try:
             row = json.loads(raw.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
@@ -74,12 +86,13 @@ class JsonLines:
 
     def rows(self, start: int, end: int) -> Iterator[dict[str, Any] | BadRow]:
         """Rows from `start` up to `end`, the bad ones as what is wrong with them."""
-        assert self._map is not None
-        read, offsets = json.JSONDecoder().raw_decode, self._offsets
+        content, read, offsets = self._content(), json.JSONDecoder().raw_decode, self._offsets
         for number in range(start, end):
+            if number % _LOOKED_AFTER == 0:
+                self._content()
             behind = offsets[number + 1] if number + 1 < len(offsets) else None
             try:
-                text = self._map[offsets[number] : behind].decode()
+                text = content[offsets[number] : behind].decode()
                 row, length = read(text)
                 if type(row) is dict and (length == len(text) or text[length:].isspace()):
                     yield row

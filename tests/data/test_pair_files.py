@@ -288,6 +288,20 @@ def test_image_root_must_be_a_folder_and_may_start_at_home(
         PairFiles(["~/p.jsonl"], "~/none")
 
 
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
+    """An editor or a shell's > cuts a file before it writes it: the system ended the process at the next row (SIGBUS)."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "p"}\n' * 2000)
+    lines = JsonLines(path)
+    begun = lines.rows(0, 2000)
+    next(begun)
+    path.write_text('{"prompt": "p"}\n')
+    said = "pairs.jsonl: wanted the 32,000 bytes that were there at the start, got a file cut to 16"
+    for read in (lambda: lines.row(1999), lambda: next(lines.rows(5, 9)), lambda: list(begun)):
+        with pytest.raises(UserError, match=said):
+            read()
+
+
 def test_a_first_row_of_no_known_layout_still_gets_its_line(tmp_path: Path) -> None:
     files = PairFiles(
         [str(write(tmp_path / "p.jsonl", b'{"chosen": "a", "prompt": "q"}\n' + LINES[0]))], None
