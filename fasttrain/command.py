@@ -27,6 +27,7 @@ _alone = False
 def main() -> None:
     """Entry point of `fasttrain` and `python -m fasttrain`."""
     global _alone
+    _open_standard_files()
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # a torchrun that is killed outright leaves its ranks waiting for each other
     if sys.argv[1:2] and sys.argv[1] in _TRAINING:
@@ -39,6 +40,16 @@ def main() -> None:
     except KeyboardInterrupt:  # while that is imported, or while it was telling of another end
         sys.stderr.write("fasttrain: interrupted\n")
         sys.exit(130)
+
+
+def _open_standard_files() -> None:
+    """Closed ones as /dev/null: the next files that are opened would take their places, and get what C libraries print."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, this one
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 def _start_with_tunables() -> None:

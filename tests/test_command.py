@@ -50,6 +50,17 @@ def command(fresh_cache: Path, tmp_path: Path) -> Callable[..., list[Any]]:
     return run
 
 
+def test_standard_files_that_are_closed_are_none_of_ours(tmp_path: Path) -> None:
+    """After `<&- 2>&-` the first line of progress was a traceback that nobody saw, and the files opened next were 0 and 2."""
+    code = (
+        "import fasttrain.cli, os, sys; from fasttrain.command import main; from fasttrain.progress import say;"
+        "fasttrain.cli.main = lambda: (say('told'), print(os.open(sys.argv[1], os.O_CREAT | os.O_RDWR))); main()"
+    )
+    words = ["sh", "-c", 'exec "$@" <&- 2>&-', "sh", sys.executable, "-c", code, str(tmp_path / "file")]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == 0 and int(done.stdout) > 2
+
+
 @pytest.fixture
 def recipe(tmp_path: Path, text_pairs: Callable[..., Path]) -> Callable[[Path], Path]:
     """The recipe of one step with a model."""
