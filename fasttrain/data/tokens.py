@@ -75,6 +75,8 @@ class ChatTokenizer:
             raise UserError("model.name: wanted a tokenizer with an end-of-sequence token, got none")
         self._parts_as_list = self._takes_lists()
         self._suffix = self._written_after_answers()
+        self.own_end = self._find_own_end()
+        self.end_tokens += self.own_end
         self.placeholders = Placeholders(processor) if self.image_token else None
         self.image_token_id = self.placeholders.feature_token_id if self.placeholders else None
 
@@ -150,7 +152,7 @@ class ChatTokenizer:
         if len(ids) > len(prompt.ids) and np.array_equal(ids[: len(prompt.ids)], prompt.ids):
             return ids[len(prompt.ids) :]
         self.split_boundary += 1
-        return self._ids(text)
+        return self._ids_behind(text)
 
     def _end_turn(self, text: str, where: str, field: str) -> str:
         """The answer as rendered, with the first end-of-turn token behind it and nothing more."""
@@ -175,6 +177,15 @@ class ChatTokenizer:
         if _PROBE not in before:
             raise UserError(f"{where}: wanted a chat template that renders assistant turns, got {text!r}")
         return suffix
+
+    def _find_own_end(self) -> list[str]:
+        """The token that the template ends answers with, if it is none that the model stops at: of those behind an answer the last."""
+        if any(token in self._suffix for token in self.end_tokens):
+            return []
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        found = [(self._suffix.rfind(token), token) for token in added if token.strip()]
+        place, token = max(found, default=(-1, ""))
+        return [token] if place >= 0 else []
 
     def _message(self, message: Message) -> dict[str, Any]:
         role, parts = message
@@ -232,6 +243,14 @@ class ChatTokenizer:
             [self._message(("user", (("text", _PROBE),)))], generation=True, where="model.name"
         )
         return bool(self.bos_ids) and self.bos == "template" and not text.startswith(self.tokenizer.bos_token)
+
+    def _ids_behind(self, text: str) -> np.ndarray:
+        """Token ids of a text that follows another: some tokenizers put a space in front of one that stands alone."""
+        for before in ("\n", "a"):  # the one that the text does not merge with
+            front, ids = self._ids(before), self._ids(before + text)
+            if len(ids) > len(front) and np.array_equal(ids[: len(front)], front):
+                return ids[len(front) :]
+        return self._ids(text)
 
     def _ids(self, text: str, runs: Sequence[int] = (), front: bool = False) -> np.ndarray:
         """Token ids, every image token repeated as often as `runs` says; `front`: the text is that of a whole prompt."""

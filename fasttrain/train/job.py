@@ -310,6 +310,11 @@ def _finish(preparing: tuple[Preparation, Preparation | None], chat: ChatTokeniz
             f"note: the chat template writes no {bos}, and prompts begin without it, as in TRL and vLLM; transformers' processors put "
             f"it in front of a chat, as model.bos: tokenizer does here"
         )
+    if chat.own_end:
+        stops = ", ".join(token for token in chat.end_tokens if token not in chat.own_end)
+        say(
+            f"note: the chat template ends answers with {chat.own_end[0]}, which generation does not stop at (it stops at {stops})"
+        )
     with notes(chat):
         datasets = [train.finish(), *([evaluation.finish()] if evaluation else [])]
     if chat.pixels is not None:

@@ -61,7 +61,9 @@ def notes(chat: ChatTokenizer) -> Iterator[None]:
             f"note: the chat template ends no answer; {chat.end_tokens[0]} is added to all {appended} answers"
         )
     if split:
-        say(f"note: {split} answers do not tokenize together with their prompt and were tokenized alone")
+        say(
+            f"note: {split} answers do not tokenize together with their prompt and were tokenized by themselves"
+        )
 
 
 def check_recipe(config: DPOConfig, model_config: Any, dtype: torch.dtype) -> None:

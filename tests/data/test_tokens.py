@@ -164,6 +164,16 @@ def test_the_end_is_the_first_of_several_end_tokens(tiny_models: ModuleType) -> 
     assert scored(ChatTokenizer(tokenizer, ends[:1]), "a bar") == "a bar<|im_end|></s>"
 
 
+def test_the_end_is_the_templates_own_where_the_model_stops_at_another_token(tiny_models: ModuleType) -> None:
+    # as Gemma 1's and many ChatML models whose configuration kept the base model's eos
+    tokenizer = tiny_models.build_tokenizer(TRIMS.replace("eos_token", "'<|im_end|>'"), eos="</s>")
+    chat = ChatTokenizer(tokenizer, [tokenizer.eos_token_id])
+    assert scored(chat, "a bar") == "a bar<|im_end|>"
+    assert (chat.own_end, chat.appended_end) == (["<|im_end|>"], 0)
+    with pytest.raises(BadRow, match=r"wanted no end-of-turn token, .* got <\|im_end\|> in the text"):
+        scored(chat, "a <|im_end|> bar")
+
+
 def test_an_answer_that_was_written_with_its_end_token_has_it_once(vision_chat: Any) -> None:
     chat = vision_chat()
     assert scored(chat, "a bar</s>") == scored(chat, "a bar")
@@ -327,15 +337,20 @@ def test_prompt_and_completion_are_one_rendering_tokenized_together(
     assert prompt.ids.dtype == ids.dtype == np.int32
 
 
-def test_an_answer_that_would_merge_with_the_prompt_is_tokenized_alone() -> None:
+@pytest.mark.parametrize("puts_a_space_in_front", [False, True])
+def test_an_answer_that_would_merge_with_the_prompt_is_tokenized_by_itself(
+    puts_a_space_in_front: bool,
+) -> None:
     # The prompt ends in a newline, the answer begins with one, and the tokenizer has a token for two newlines.
-    from tokenizers import Tokenizer, decoders, models
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    letters = ["Q", "A", ":", "\n", "x", "\n\n", "\n\n\n", "</s>"]
+    letters = ["Q", "A", ":", "\n", "x", "\n\n", "\n\n\n", "</s>", "\u2581", "a"]
     merges = [("\n", "\n"), ("\n\n", "\n")]
     tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(letters)}, merges))
     tokenizer.decoder = decoders.Fuse()
+    if puts_a_space_in_front:  # as Llama's do: of an answer that follows something it is no part
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     template = "{% for m in messages %}{{ ('Q:' if m['role'] == 'user' else 'A:\n') + m['content'] + eos_token }}{% endfor %}"
     template += "{% if add_generation_prompt %}{{ 'A:\n' }}{% endif %}"
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", chat_template=template)
@@ -345,8 +360,8 @@ def test_an_answer_that_would_merge_with_the_prompt_is_tokenized_alone() -> None
     assert fast.convert_ids_to_tokens(prompt.ids.tolist())[-2:] == [":", "\n"]
     assert fast.convert_ids_to_tokens(chat.completion(messages, prompt, "x", "x").tolist()) == ["x", "</s>"]
     assert chat.split_boundary == 0
-    alone = fast.convert_ids_to_tokens(chat.completion(messages, prompt, "\n\nx", "x").tolist())
-    assert (alone, chat.split_boundary) == (["\n\n", "x", "</s>"], 1)
+    itself = fast.convert_ids_to_tokens(chat.completion(messages, prompt, "\n\nx", "x").tolist())
+    assert (itself, chat.split_boundary) == (["\n\n", "x", "</s>"], 1)
 
 
 def test_the_text_of_a_prompt_may_not_hold_the_image_token(vision_chat: Any) -> None:
