@@ -25,7 +25,7 @@ from fasttrain.errors import UserError, is_out_of_memory
 from fasttrain.files import HashMemo, cache_root
 from fasttrain.model import load as loading
 from fasttrain.model.lora import read_adapter, read_adapter_config
-from fasttrain.model.positions import trained_positions, why_too_long
+from fasttrain.model.positions import rope_types, trained_positions, why_too_long
 from fasttrain.plan.device_memory import device_memory
 from fasttrain.progress import say
 from fasttrain.reference.key import identity_hash, model_identity
@@ -183,14 +183,13 @@ def shares_prompts(model: Any) -> bool:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     return (
         getattr(model, "_supports_attention_backend", False)
         and (model.config.model_type == "llava" or model.config is config)
         and kinds <= {"full_attention", "attention"}
         and not window
         and not getattr(config, "alibi", False)
-        and rope not in ("dynamic", "longrope")
+        and not rope_types(config) & {"dynamic", "longrope"}
     )
 
 

@@ -18,7 +18,7 @@ def why_too_long(model: Any, longest: int) -> str | None:
     limit = getattr(config, "max_position_embeddings", None)
     if not limit or longest <= limit:
         return None
-    if _rope(config).get("rope_type") == "dynamic":
+    if "dynamic" in rope_types(config):
         return f"beyond {limit} tokens its dynamic position scaling depends on the sequences that ran before"
     # OPT's table has two rows more than positions
     tables = [m.num_embeddings for m in language_model(model).modules() if isinstance(m, nn.Embedding)]
@@ -29,17 +29,28 @@ def why_too_long(model: Any, longest: int) -> str | None:
 
 def trained_positions(config: Any) -> int | None:
     """How long the sequences of the model's training were; None where its config leaves that open, as under scaled positions."""
-    if _rope(config).get("rope_type", "default") not in ("default", "llama3"):
+    if not rope_types(config) <= {"default", "llama3"}:
         return None
     return getattr(config, "max_position_embeddings", None)
 
 
 def scales_by_longest(config: Any, longest: int) -> bool:
     """Whether every sequence of a pass gets the position scaling of the longest (longrope, beyond its original length)."""
-    rope = _rope(config)
-    original = rope.get("original_max_position_embeddings")
-    return bool(rope.get("rope_type") == "longrope" and original and longest > original)
+    originals = [
+        rope.get("original_max_position_embeddings")
+        for rope in _ropes(config)
+        if rope.get("rope_type") == "longrope"
+    ]
+    return any(original and longest > original for original in originals)
 
 
-def _rope(config: Any) -> dict[str, Any]:
-    return getattr(config, "rope_parameters", None) or {}
+def rope_types(config: Any) -> set[str]:
+    """How the positions are scaled, in whichever layers."""
+    return {rope.get("rope_type", "default") for rope in _ropes(config)}
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """What scales the positions: one for all layers, or one for each type of them (Gemma 3)."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    each = [part for part in rope.values() if isinstance(part, dict)]
+    return each or [rope]

@@ -55,6 +55,26 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
         },
         "its longrope position scaling depends on the longest sequence",
     ),
+    "Gemma3 text of two scalings": (
+        {
+            "head_dim": 16,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "max_position_embeddings": 256,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 32,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [4.0] * 8,
+                },
+            },
+        },
+        "its longrope position scaling depends on the longest sequence",
+    ),
     "GptOss": ({"head_dim": 16, "num_local_experts": 4, "sliding_window": 14}, None),
     "Gemma3n": (
         {
@@ -252,7 +272,11 @@ def build(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         if name in ("GPTNeoX", "OPT", "Falcon", *named_otherwise):
             ids = {key: value for key, value in common.items() if key.endswith("_id") or key == "vocab_size"}
             common = ids | ({} if name in named_otherwise else SMALL)
-        text = "TextConfig" if name in ("Gemma3 text", "Gemma3n", "Gemma4", "Llama4") else "Config"
+        text = (
+            "TextConfig"
+            if name.startswith("Gemma3 text") or name in ("Gemma3n", "Gemma4", "Llama4")
+            else "Config"
+        )
         settings = FAMILIES[name][0] if name in FAMILIES else {}
         config = getattr(transformers, f"{family}{text}")(**(common | settings | changes))
         kind = {"GPT2": "GPT2LMHeadModel", "BertGeneration": "BertGenerationDecoder"}.get(
