@@ -170,9 +170,17 @@ class ChatTokenizer:
 
     def _written_after_answers(self) -> str:
         """What the template writes behind an assistant's text, found with an answer that cannot be mistaken."""
-        turns = [(role, (("text", _PROBE),)) for role in ("user", "assistant")]
+        system, *turns = [
+            self._message((role, (("text", _PROBE),))) for role in ("system", "user", "assistant")
+        ]
         where = "model.name"
-        text = self._render([self._message(turn) for turn in turns], generation=False, where=where)
+        try:
+            text = self._render(turns, generation=False, where=where)
+        except BadRow as refused:
+            try:
+                text = self._render([system, *turns], generation=False, where=where)  # some want one
+            except BadRow:
+                raise refused from None
         before, probe, suffix = text.rpartition(_PROBE)
         if _PROBE not in before:
             raise UserError(f"{where}: wanted a chat template that renders assistant turns, got {text!r}")
@@ -198,14 +206,12 @@ class ChatTokenizer:
         return {"role": role, "content": content}
 
     def _render(self, messages: list[dict[str, Any]], generation: bool, where: str) -> str:
-        import jinja2
-
         try:
             with dated(self.processor, self.today):
                 text: str = self.processor.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=generation
                 )
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+        except Exception as error:  # noqa: BLE001 (a template may fail in any way it likes)
             roles = ", ".join(message["role"] for message in messages)
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
             wanted = "roles that the model's chat template can render"

@@ -315,7 +315,7 @@ def _generation_stops(path: Path) -> list[int]:
         raise UserError(f"model.name: {path}: wanted a JSON object, got {type(settings).__name__}")
     stops = settings.get("eos_token_id")
     stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    if wrong := [stop for stop in stops if type(stop) is not int]:
+    if wrong := [stop for stop in stops if type(stop) is not int or not 0 <= stop < 1 << 31]:
         raise UserError(
             f"model.name: {path}: eos_token_id: wanted a token id or a list of them, got {wrong[0]!r}"
         )

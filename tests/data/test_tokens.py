@@ -395,6 +395,27 @@ def test_a_role_that_the_template_refuses_is_named(text_chat: Any) -> None:
         text_chat(strict).prompt((user("be brief", role="system"), *QUESTION), "x")
 
 
+def test_a_template_may_want_a_system_turn(text_chat: Any, tiny_models: ModuleType) -> None:
+    wants = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    chat = text_chat(wants + tiny_models.CHATML)
+    messages = (user("be brief", role="system"), user("x"))
+    assert chat.completion(messages, chat.prompt(messages, "x"), "a bar", "x").size
+    with pytest.raises(BadRow, match=r"line 1: prompt: .* got user \(TemplateError: no system\)"):
+        chat.prompt((user("x"),), "line 1")
+
+
+def test_a_template_that_fails_in_whatever_way_is_named(text_chat: Any, tiny_models: ModuleType) -> None:
+    with pytest.raises(BadRow, match=r"prompt: .* got user, assistant .ZeroDivisionError"):
+        text_chat("{{ 1 // 0 }}" + tiny_models.CHATML)
+
+
+def test_a_stop_token_that_the_tokenizer_lacks_ends_no_answer(tiny_models: ModuleType) -> None:
+    tokenizer = tiny_models.build_tokenizer(tiny_models.CHATML, eos="<|im_end|>")
+    chat = ChatTokenizer(tokenizer, [tokenizer.eos_token_id, 99999])
+    assert chat.end_tokens == ["<|im_end|>"]
+    assert scored(chat, "a bar") == "a bar<|im_end|>"
+
+
 def test_a_template_that_breaks_its_own_prompt_is_named(text_chat: Any) -> None:
     with pytest.raises(
         BadRow, match="prompt: wanted a chat template that continues its own generation prompt"

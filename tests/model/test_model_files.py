@@ -37,6 +37,7 @@ DAMAGE: list[tuple[str, bytes | dict[str, Any], str]] = [
     ("generation_config.json", b'{"a": "\xff"}', "0xff"),
     ("generation_config.json", b'{"eos_token_id": [2, [3]]}', r"eos_token_id: wanted .*, got \[3\]"),
     ("generation_config.json", b'{"eos_token_id": "2"}', "eos_token_id: wanted .*, got '2'"),
+    ("generation_config.json", b'{"eos_token_id": -1}', "eos_token_id: wanted .*, got -1"),
 ]
 
 
