@@ -26,11 +26,11 @@ NOTES = """## Fine print
 
 * **Image tokens.** A prompt has as many image tokens as the model's own processor gives images of their sizes, measured with blank
   images of these sizes, once for each different list of sizes. Images are never cut.
-* **torchvision is not needed.** Images go through transformers' PIL image processors. Processors that also take videos (Qwen-VL,
-  GLM-V, LLaVA-OneVision, LLaVA-NeXT-Video, SmolVLM, InternVL, Gemma 4, Ernie 4.5 VL) need torchvision for the videos alone and
-  are loaded without them where it is missing; what a run saves in `final/` names them again. Pixtral's processor, of Mistral 3
-  too, imports torchvision for one function and gets it from its PIL twin. Families without a PIL image processor (Llama 4, Cohere
-  2 Vision, LFM2-VL, Molmo 2, Kimi) need torchvision: one line says so. SmolVLM's processor needs `num2words`.
+* **torchvision is not needed**, and changes nothing where it is installed. Images go through transformers' PIL image processors.
+  Processors that also take videos (Qwen-VL, GLM-V, LLaVA-OneVision, LLaVA-NeXT-Video, SmolVLM, InternVL, Gemma 4, Ernie 4.5 VL) need
+  torchvision for the videos alone and are loaded without them; what a run saves in `final/` names them again. Pixtral's processor, of
+  Mistral 3 too, imports torchvision for one function and gets it from its PIL twin. Families without a PIL image processor (Cohere 2
+  Vision, LFM2-VL, Molmo 2, Kimi, Perception LM) need torchvision: one line says so. SmolVLM's processor needs `num2words`.
 * **Positions.** Where a family has positions on several axes (Qwen-VL), those of a prompt come from the model's own `get_rope_index`;
   every answer goes on behind the prompt's last position on every axis.
 * **lora.targets: auto** is every linear layer of the language model except the head, none of the vision parts. Mixtures of experts

@@ -1,8 +1,8 @@
-"""Processors on machines without torchvision that transformers refuses there, though their image processing needs only PIL.
+"""Processors that transformers refuses to load with PIL image processing, though their images need nothing else.
 
-Video processors are made with torchvision alone, and the whole processor is refused where it is missing, also to those who
-have no videos: the same processor is made for images only. Pixtral's imports torchvision for a function that its PIL image
-processing has too.
+Video processors are made with torchvision alone: the whole processor is refused where it is missing, and where it is
+installed, for there is no video processing by PIL. The same processor is made for images only. Pixtral's imports
+torchvision for a function that its PIL image processing has too.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ class _Absent(SimpleNamespace):
 
 def without_videos(model_type: str, named: str | None = None) -> Any | None:
     """The model type's processor class, or where it has none the one that the files name, without its video processor; None
-    if it has none, or torchvision is installed."""
+    if it has none."""
     import transformers
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-    from transformers.utils import is_torchvision_available
 
     name = PROCESSOR_MAPPING_NAMES.get(model_type) or named
     found: Any = getattr(transformers, name or "", None)
-    if found is None or name == PIXTRAL or is_torchvision_available():
+    if found is None or name == PIXTRAL:  # looking at Pixtral's attributes imports torchvision
         return None
     attributes = found.get_attributes()
     if "video_processor" not in attributes:

@@ -173,6 +173,18 @@ def test_experts_named_in_lora_targets_train_the_same_through_shared_prompts(
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+def test_a_processor_with_videos_loads_without_them_where_torchvision_is_installed(
+    build: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fasttrain.config import ModelConfig
+    from fasttrain.model.load import load_processor
+
+    folder = build("Qwen2-VL")
+    monkeypatch.setattr("transformers.utils.is_torchvision_available", lambda: True)
+    processor = load_processor(folder, ModelConfig(name=str(folder)), True)
+    assert type(processor.image_processor).__name__ == "Qwen2VLImageProcessorPil"
+
+
 def test_a_processor_that_needs_torchvision_is_one_line(tmp_path: Path) -> None:
     import json
 
