@@ -165,7 +165,26 @@ def attach_lora(model: Any, lora: LoraConfig, train_projector: bool) -> Any:
     except ValueError as error:
         raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
     refuse_head(model, "lora.targets")
+    _refuse_unreadable(adapted)
     return adapted
+
+
+def _refuse_unreadable(adapted: Any) -> None:
+    """UserError where peft would look for the adapter's weights by other names than it saves them by: it renames them as
+    transformers renames those of the model's first checkpoints, and what was trained could not be loaded by anything."""
+    import peft
+    from peft.utils import transformers_weight_conversion as conversion
+
+    saved = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    read = conversion.convert_peft_adapter_state_dict_for_transformers(
+        adapted, adapted.peft_config["default"], dict(saved)
+    )
+    if lost := sorted(saved.keys() - read.keys()):
+        layers = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in lost})
+        raise UserError(
+            f"lora.targets: wanted layers whose adapters peft can load again, got {', '.join(layers)} of "
+            f"{type(adapted.get_base_model()).__name__}: peft {peft.__version__} looks for {lost[0]} by another name"
+        )
 
 
 def refuse_head(model: Any, key: str) -> None:

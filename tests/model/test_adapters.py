@@ -233,3 +233,21 @@ def test_all_that_trains_with_an_adapter_is_planned(
     config = AutoConfig.from_pretrained(tiny_text)
     planned = build_planned_model(config_from_dict(raw), config, torch.float32)
     assert planned.weights.trained == sum(value.numel() for value in weights_of(start).values())
+
+
+def test_layers_whose_adapter_peft_could_not_load_again_are_refused(tiny_models: Any) -> None:
+    import transformers
+
+    from fasttrain.config import LoraConfig
+    from fasttrain.model.head import install_head
+    from fasttrain.model.lora import attach_lora
+
+    tokenizer = tiny_models.build_tokenizer(tiny_models.CHATML, eos="<|im_end|>")
+    text = tiny_models.language_config(tokenizer, num_key_value_heads=4, mlp_layer_types=["dense", "sparse"])
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(
+            transformers.DeepseekOcr2Config(text_config=text)
+        )
+    install_head(model)
+    with pytest.raises(UserError, match=r"lora\.targets: wanted layers .* got down_proj, .* by another name"):
+        attach_lora(model, LoraConfig(rank=2, alpha=4, targets="auto"), False)
