@@ -36,11 +36,32 @@ def test_what_the_file_says_stands_and_the_rest_stays_ours(tmp_path: Path) -> No
     assert merged["train_micro_batch_size_per_gpu"] == 1 and "train_batch_size" not in merged
 
 
+def test_auto_null_and_what_is_switched_off_say_nothing(tmp_path: Path) -> None:
+    """As in files that were written for the Hugging Face Trainer."""
+    written = {
+        "fp16": {"enabled": "auto", "loss_scale": 0}, "bf16": {"enabled": "auto"}, "flops_profiler": {"enabled": False},
+        "gradient_clipping": "auto",
+        "zero_optimization": {"offload_param": None, "offload_optimizer": {"device": "cpu", "pin_memory": "auto"}},
+    }  # fmt: skip
+    merged, ours = settings(tmp_path, written), settings(tmp_path, {})
+    assert merged["zero_optimization"].pop("offload_optimizer") == {"device": "cpu"}
+    assert merged == ours
+
+
 @pytest.mark.parametrize(
     ("written", "stage", "words"),
     [
         ([1], 3, "wanted a JSON object, got list"),
         ({"optimizer": {"type": "Adam"}}, 3, "optimizer is set by the recipe"),
+        ({"optimizer": {}, "scheduler": {}, "fp16": {"enabled": True}}, 2, "optimizer, scheduler, fp16 are set by the recipe"),
+        ({"zero_optimisation": {}}, 2, "wanted any of .*, got zero_optimisation; did you mean 'zero_optimization'"),
+        ({"gradient_allreduce_op": "sum"}, 2, "wanted any of .*, got gradient_allreduce_op"),
+        ({"zero_optimization": [1]}, 2, r"zero_optimization: wanted a JSON object, got \[1\]"),
+        ({"zero_optimization": {"offload_optimizer": "cpu"}}, 2, 'zero_optimization.offload_optimizer: wanted a JSON object, got "cpu"'),
+        ({"zero_optimization": {"stgae": 2}}, 2, "zero_optimization.stgae: Extra inputs are not permitted, got 2"),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, 2, "zero_optimization.reduce_bucket_size: .* got 'big'"),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, 3, "zero_quantized_weights has never been run here"),
+        ({"communication_data_type": "float16"}, 2, "communication_data_type.*float16"),
         ({"zero_optimization": {"stage": 2}}, 3, "wanted zero_optimization.stage 3 .*, got 2"),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, 3, "offload_optimizer.device: wanted cpu or none, got nvme"),
         ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, 3, "offload_param.device: wanted cpu or none, got nvme"),
