@@ -24,6 +24,8 @@ hidden states (with a scale or a softcap), are refused by name.
 
 NOTES = """## Fine print
 
+* **Weights that the files hold quantised.** Those in fp8 and mxfp4 (gpt-oss) are loaded in full, as what runs them as they are gives no
+  gradient; bitsandbytes' 4 bits stay and take LoRA. GPTQ, AWQ, int8 and all others are refused by name.
 * **Image tokens.** A prompt has as many image tokens as the model's own processor gives images of their sizes, measured with blank
   images of these sizes, once for each different list of sizes. Images are never cut.
 * **torchvision is not needed**, and changes nothing where it is installed. Images go through transformers' PIL image processors.

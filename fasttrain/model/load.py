@@ -19,6 +19,7 @@ from fasttrain.model.no_videos import PIXTRAL, pixtral_processor, processor_name
 from fasttrain.settings import require
 
 WEIGHTS = ("*.safetensors",)
+_WIDENED = ("fp8", "mxfp4")  # what a model's files may hold and transformers can load in full
 
 
 def pick_device() -> torch.device:
@@ -92,7 +93,28 @@ def load_model_config(folder: Path, config: ModelConfig) -> Any:
             "model.name: wanted a causal language model or a vision-language model around one, got model type "
             f"{found.model_type!r}"
         )
+    _widen_stored(found, folder)
     return found
+
+
+def _widen_stored(model_config: Any, folder: Path) -> None:
+    """Have weights that the model's files hold in 8 or 4 bits loaded in full where transformers can do that: its kernels for them
+    give no gradient. bitsandbytes' 4 bits stay, as peft trains over them; UserError for all others."""
+    stored = _stored(model_config)
+    if not stored or stored.get("load_in_4bit"):
+        return
+    method = "int8" if stored.get("load_in_8bit") else stored.get("quant_method")
+    if method not in _WIDENED:
+        raise UserError(
+            f"model.name: wanted weights in full in {folder}, or in {', '.join(_WIDENED)} or bitsandbytes' 4 bits, got {method}"
+        )
+    model_config.quantization_config = stored | {"dequantize": True}
+
+
+def _stored(model_config: Any) -> dict[str, Any]:
+    """How the model's files hold quantised weights; empty where they hold none."""
+    stored = getattr(model_config, "quantization_config", None) or {}
+    return dict(stored) if isinstance(stored, dict) else dict(stored.to_dict())
 
 
 def read_model_config(folder: Path, config: ModelConfig) -> Any:
@@ -108,9 +130,7 @@ def read_model_config(folder: Path, config: ModelConfig) -> Any:
 def as_stored(config: DPOConfig, model_config: Any) -> DPOConfig:
     """The recipe with `model.quantize` as the model's files have it, where their weights are quantised already; UserError if it
     would train such weights."""
-    stored = getattr(model_config, "quantization_config", None) or {}
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    if config.model.quantize or not stored.get("load_in_4bit"):
+    if config.model.quantize or not _stored(model_config).get("load_in_4bit"):
         return config
     if config.lora is None:
         raise UserError(

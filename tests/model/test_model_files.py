@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from fasttrain.cli import cli
@@ -28,6 +29,13 @@ DAMAGE: list[tuple[str, bytes | dict[str, Any], str]] = [
     ("config.json", b"[]", "model_type"),
     ("config.json", b"null", "NoneType"),
     ("config.json", b"[" * 100_000, "recursion"),
+    ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "got gptq"),
+    (
+        "config.json",
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        "got int8",
+    ),
+    ("config.json", {"quantization_config": {"bits": 4}}, "got None"),
     ("tokenizer.json", {"version": "9"}, "Unknown tokenizer version"),
     ("tokenizer.json", {"model": {"type": "Odd"}}, "did not match any variant"),
     ("tokenizer.json", b'{"version": "1.0", ', "double quotes"),
@@ -106,3 +114,25 @@ def test_every_command_tells_it(
     assert isinstance(found, UserError)
     assert ("hidden_size" if file == "config.json" else "tokenizer version") in str(found)
     assert "\n" not in str(found)
+
+
+def test_weights_in_fp8_are_loaded_in_full(tiny_text: Path, tmp_path: Path) -> None:
+    """On a GPU too, where transformers would run them as they are, by kernels without a gradient."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_text, tmp_path / "model")
+    weights, name = load_file(folder / "model.safetensors"), "model.layers.1.self_attn.q_proj.weight"
+    narrow, scale = weights[name].to(torch.float8_e4m3fn), torch.tensor([[0.5, 2.0], [4.0, 0.25]])
+    save_file(
+        weights | {name: narrow, f"{name}_scale_inv": scale}, folder / "model.safetensors", {"format": "pt"}
+    )
+    others = ["lm_head", "gate_proj", "up_proj", "down_proj", "k_proj", "v_proj", "o_proj"]
+    stored = {"quant_method": "fp8", "weight_block_size": [32, 32], "modules_to_not_convert": others}
+    spoil(folder, "config.json", {"quantization_config": stored})
+    config = ModelConfig(name=str(folder))
+    model_config = load_model_config(folder, config)
+    assert model_config.quantization_config["dequantize"]
+    model = load_model(folder, config, model_config, pick_device())
+    whole = narrow.float() * scale.repeat_interleave(32, 0).repeat_interleave(32, 1)
+    torch.testing.assert_close(model.get_parameter(name), whole, check_dtype=True)
+    assert not hasattr(model.config, "quantization_config")  # what is saved of it is an ordinary model
