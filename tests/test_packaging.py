@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import fasttrain_kernels
+
 NOT_PACKAGES = ("kernels", "data_tools", "bench", "tests")
 PACKAGES = {
     "fasttrain": "fasttrain",
@@ -144,3 +146,16 @@ def test_package_runs_as_a_module(package: str, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("Usage:")
+
+
+@pytest.mark.slow
+def test_type_checkers_see_what_every_kernel_takes_and_returns(repository: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    lines = [f"reveal_type(fasttrain_kernels.{name})" for name in fasttrain_kernels.__all__]
+    user = tmp_path / "user.py"
+    user.write_text("\n".join(["import fasttrain_kernels", *lines]))
+    command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", str(user)]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    revealed = [line for line in done.stdout.splitlines() if "Revealed type" in line]
+    assert len(revealed) == len(lines), done.stdout + done.stderr
+    assert not [line for line in revealed if '"Any"' in line]

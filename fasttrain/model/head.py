@@ -28,7 +28,7 @@ class LogprobHead(nn.Linear):
     gathered_once = False
 
     def forward(  # type: ignore[override]
-        self, hidden: Tensor, target_N: Tensor | None = None, unit: bool = False, **wants: bool
+        self, hidden: Tensor, target_N: Tensor | None = None, unit: bool = False, **wants: Any
     ) -> Any:
         """hidden (..., D) -> logits; with target_N (N,): hidden (N, D) -> object with .logprob (N,) fp32.
 

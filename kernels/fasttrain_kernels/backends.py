@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @functools.cache
@@ -66,3 +69,13 @@ def resolve_backend(name: str | None, tensor: Tensor, operation: str) -> str:
             f"{operation}: backend: 'triton' wants CUDA tensors (or TRITON_INTERPRET=1), got {tensor.device}"
         )
     return name
+
+
+def outside_graphs(reason: str) -> Callable[[Function], Function]:
+    """`torch.compiler.disable`, under which type checkers still see the function's signature."""
+
+    def decorate(function: Function) -> Function:
+        disabled: Function = torch.compiler.disable(function, reason=reason)
+        return disabled
+
+    return decorate

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import resolve_backend
+from .backends import outside_graphs, resolve_backend
 from .once_differentiable import once_differentiable
 
 IGNORED = -100
@@ -93,7 +93,7 @@ class _LabelLogprob(torch.autograd.Function):
         return out, None, None, None
 
 
-@torch.compiler.disable(reason="label_logprob runs its own kernels")
+@outside_graphs("label_logprob runs its own kernels")
 def label_logprob(logits_NV: Tensor, target_N: Tensor, *, inplace: bool = False, backend: str | None = None,
                   validate: bool = True) -> Tensor:  # fmt: skip
     """Log-prob of each row's target: (N,) fp32 (fp64 for fp64 logits), differentiable in the logits.

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import no_autocast, resolve_backend
+from .backends import no_autocast, outside_graphs, resolve_backend
 from .once_differentiable import once_differentiable
 
 # Longest row of a norm in the Triton backend, which holds it in registers.
@@ -156,7 +156,7 @@ class _Rotary(torch.autograd.Function):
         return dx, None, None, None
 
 
-@torch.compiler.disable(reason="rms_norm runs its own kernels")
+@outside_graphs("rms_norm runs its own kernels")
 def rms_norm(
     x: Tensor, weight_D: Tensor, eps: float, *, one_plus: bool = False, backend: str | None = None
 ) -> Tensor:
@@ -178,7 +178,7 @@ def rms_norm(
     return _RmsNorm.apply(x, weight_D, eps, one_plus, _backend("rms_norm", backend, x, _why_no_norm(x)))
 
 
-@torch.compiler.disable(reason="swiglu runs its own kernels")
+@outside_graphs("swiglu runs its own kernels")
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     """silu(gate) * up, differentiable in both: their shape and dtype.
 
@@ -191,7 +191,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     return _gated("swiglu", gate, up, backend)
 
 
-@torch.compiler.disable(reason="geglu runs its own kernels")
+@outside_graphs("geglu runs its own kernels")
 def geglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     """gelu(gate) * up with GELU's tanh form, as Gemma has it; the rest as `swiglu`."""
     return _gated("geglu", gate, up, backend)
@@ -205,7 +205,7 @@ def _gated(operation: str, gate: Tensor, up: Tensor, backend: str | None) -> Ten
     )
 
 
-@torch.compiler.disable(reason="rotary runs its own kernels")
+@outside_graphs("rotary runs its own kernels")
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> Tensor:
     """x cos + rotate_half(x) sin, differentiable in x: x's shape and dtype. rotate_half puts (-x_2, x_1) for halves (x_1, x_2).
 

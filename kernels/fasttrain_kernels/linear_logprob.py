@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import autocast_dtype, autocast_on, no_autocast, resolve_backend
+from .backends import autocast_dtype, autocast_on, no_autocast, outside_graphs, resolve_backend
 from .head_gradients import Inputs, SavedSoftmax, head_gradients
 from .head_options import LogitTransform
 from .head_scores import HeadCall, Scores, score_rows
@@ -150,7 +150,7 @@ def with_unit_gradient(hidden_ND: Tensor, logprob_N: Tensor, unit_ND: Tensor) ->
     return _UnitGradient.apply(hidden_ND, logprob_N, unit_ND)  # type: ignore[no-any-return]
 
 
-@torch.compiler.disable(reason="linear_logprob cuts its own tiles; N differs from batch to batch")
+@outside_graphs("linear_logprob cuts its own tiles; N differs from batch to batch")
 @torch.no_grad()
 def linear_logprob_and_unit(
     hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, bias: Tensor | None = None, temperature: float = 1.0,
@@ -178,7 +178,7 @@ def linear_logprob_and_unit(
     return out, scores.unit
 
 
-@torch.compiler.disable(reason="linear_logprob cuts its own tiles; N differs from batch to batch")
+@outside_graphs("linear_logprob cuts its own tiles; N differs from batch to batch")
 def linear_logprob(
     hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, bias: Tensor | None = None, temperature: float = 1.0,
     logit_scale: float = 1.0, softcap: float | None = None, entropy: bool = False, backend: str | None = None, *,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import autocast_dtype, autocast_on, no_autocast
+from .backends import autocast_dtype, autocast_on, no_autocast, outside_graphs
 from .shared_prefix import SharedPrefixLayout
 from .shared_prefix_backends import (
     AttentionCase,
@@ -40,7 +40,7 @@ def shared_prefix_attention_ref(
     return torch.cat([scores, column], -1).softmax(-1)[..., :-1] @ v
 
 
-@torch.compiler.disable(reason="shared_prefix_attention makes its own plan; lengths differ from pack to pack")
+@outside_graphs("shared_prefix_attention makes its own plan; lengths differ from pack to pack")
 def shared_prefix_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout, scale: float | None = None,
     backend: str | None = None, *, window: int | None = None, softcap: float | None = None,
