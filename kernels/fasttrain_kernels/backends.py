@@ -71,6 +71,13 @@ def resolve_backend(name: str | None, tensor: Tensor, operation: str) -> str:
     return name
 
 
+def check_tensors(operation: str, **named: object) -> None:
+    """ValueError that names the argument, where one is no tensor."""
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{operation}: {name}: wanted a tensor, got {type(x).__name__}")
+
+
 def outside_graphs(reason: str) -> Callable[[Function], Function]:
     """`torch.compiler.disable`, under which type checkers still see the function's signature."""
 

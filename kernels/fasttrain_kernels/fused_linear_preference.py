@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .backends import check_tensors
 from .head_options import LogitTransform
 from .linear_logprob import IGNORED, linear_logprob
 from .preference_loss import PreferenceLoss, check_options, preference_loss
-from .sequence_logprob import check_ld_alpha, pair_sums, sequence_sums, wpo_weights
+from .sequence_logprob import check_ld_alpha, check_pairs, pair_sums, sequence_sums, wpo_weights
 
 
 class FusedLinearPreferenceLoss(nn.Module):
@@ -62,6 +63,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         each pair's chosen and rejected completion. Only scored tokens count in any length.
         ref_chosen_P, ref_rejected_P: (P,) cached sums; None for reference-free kinds.
         """
+        check_tensors("FusedLinearPreferenceLoss", hidden=hidden, target=target)
         if hidden.dim() == 3:
             if lengths_S is not None or pairs_P2 is not None:
                 raise ValueError(
@@ -73,6 +75,9 @@ class FusedLinearPreferenceLoss(nn.Module):
             raise ValueError(
                 "FusedLinearPreferenceLoss: lengths_S, pairs_P2: wanted with packed hidden (N, D), got None"
             )
+        else:
+            check_tensors("FusedLinearPreferenceLoss", lengths_S=lengths_S, pairs_P2=pairs_P2)
+            check_pairs("FusedLinearPreferenceLoss", pairs_P2, len(lengths_S))
         rows = linear_logprob(hidden, weight_VD, target, bias, log_p2=self.use_weighting, **self.head)
         order_N, lengths_S = _scored_first(target, lengths_S)
         logp_N = rows.logprob[order_N]

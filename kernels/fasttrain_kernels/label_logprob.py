@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import outside_graphs, resolve_backend
+from .backends import check_tensors, outside_graphs, resolve_backend
 from .once_differentiable import once_differentiable
 
 IGNORED = -100
@@ -118,6 +118,7 @@ def _check(logits: Tensor, target: Tensor, inplace: bool, validate: bool) -> Non
     def refuse(name: str, wanted: object, got: object) -> None:
         raise ValueError(f"label_logprob: {name}: wanted {wanted}, got {got}")
 
+    check_tensors("label_logprob", logits_NV=logits, target_N=target)
     if logits.dim() != 2 or logits.shape[1] == 0:
         refuse("logits_NV", "shape (N, V)", tuple(logits.shape))
     if not logits.is_floating_point():

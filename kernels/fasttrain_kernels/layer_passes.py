@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import no_autocast, outside_graphs, resolve_backend
+from .backends import check_tensors, no_autocast, outside_graphs, resolve_backend
 from .once_differentiable import once_differentiable
 
 # Longest row of a norm in the Triton backend, which holds it in registers.
@@ -263,6 +263,7 @@ def _why_no_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> str | None:
 
 
 def _check_floating(operation: str, name: str, x: Tensor) -> None:
+    check_tensors(operation, **{name: x})
     if not x.is_floating_point():
         raise ValueError(f"{operation}: {name}: wanted a floating dtype, got {x.dtype}")
     if x.dim() == 0:
@@ -275,6 +276,7 @@ def _check_like(
     def refuse(wanted: object, got: object) -> None:
         raise ValueError(f"{operation}: {name}: wanted {wanted}, got {got}")
 
+    check_tensors(operation, **{name: given})
     if shape is not None and given.shape != shape:
         refuse(f"shape {tuple(shape)}", tuple(given.shape))
     if given.dtype != x.dtype:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import autocast_dtype, autocast_on, no_autocast, outside_graphs, resolve_backend
+from .backends import autocast_dtype, autocast_on, check_tensors, no_autocast, outside_graphs, resolve_backend
 from .head_gradients import Inputs, SavedSoftmax, head_gradients
 from .head_options import LogitTransform
 from .head_scores import HeadCall, Scores, score_rows
@@ -289,6 +289,8 @@ def _refuse(name: str, wanted: object, got: object) -> None:
 
 
 def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
+    given = {} if bias is None else {"bias": bias}
+    check_tensors("linear_logprob", hidden_ND=hidden, weight_VD=weight, target_N=target, **given)
     for name, x in (("hidden_ND", hidden), ("weight_VD", weight), ("target_N", target), ("bias", bias)):
         if hasattr(x, "full_tensor"):  # a DTensor
             _refuse(name, "a whole tensor, as a weight is inside the forward of its FSDP module", "a DTensor")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import backend_for, resolve_backend
+from .backends import backend_for, check_tensors, resolve_backend
 from .once_differentiable import once_differentiable
 from .preference_kinds import (
     COUPLE_PAIRS,
@@ -203,6 +203,8 @@ def check_options(
 
 def _check_tensors(kinds: tuple[str, ...], named: dict[str, Tensor | None]) -> None:
     chosen = named["chosen_P"]
+    check_tensors("preference_loss", chosen_P=chosen, rejected_P=named["rejected_P"])
+    check_tensors("preference_loss", **{name: x for name, x in named.items() if x is not None})
     assert chosen is not None
     if chosen.dim() != 1 or not chosen.is_floating_point():
         _refuse("chosen_P", "a floating tensor of shape (P,)", f"{chosen.dtype} {tuple(chosen.shape)}")

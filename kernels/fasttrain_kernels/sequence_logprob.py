@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import check_tensors
 from .linear_logprob import linear_logprob
 
 
@@ -32,10 +33,12 @@ def pair_sums(
         pairs_P2: int64 (P, 2) indices of the chosen and the rejected completion.
         ld_alpha: LD-DPO (Liu et al., arXiv 2409.06411): in each pair the first min(Lc, Lr) tokens of both answers count
             fully, the rest times ld_alpha. None, or 1.0: the plain sum.
-        validate: as in `sequence_sums`.
+        validate: as in `sequence_sums`; False trusts the indices too.
     """
     check_ld_alpha(ld_alpha)
     _check("pair_sums", value_N, lengths_S, pairs_P2)
+    if validate:
+        check_pairs("pair_sums", pairs_P2, len(lengths_S))
     lengths_S = lengths_S.to(value_N.device, non_blocking=True)
     sums_P2 = _wide_sums(value_N, lengths_S, validate)[pairs_P2]
     if ld_alpha is not None:
@@ -53,9 +56,12 @@ def wpo_weights(
     """(P,) weight of each pair, no gradient: WPO, Zhou et al., arXiv 2406.11827, eq. 2.
 
     w = exp(mean over tokens of (logp - log sum_v p_v^2)) per answer; a pair's weight is the product of its two. `validate` as in
-    `sequence_sums`.
+    `pair_sums`.
     """
+    check_tensors("wpo_weights", log_p2_N=log_p2_N)
     _check("wpo_weights", logp_N, lengths_S, pairs_P2)
+    if validate:
+        check_pairs("wpo_weights", pairs_P2, len(lengths_S))
     if log_p2_N.shape != logp_N.shape:
         _refuse("wpo_weights", "log_p2_N", f"shape {tuple(logp_N.shape)} as logp_N", tuple(log_p2_N.shape))
     lengths_S = lengths_S.to(logp_N.device, non_blocking=True)
@@ -69,9 +75,20 @@ def check_ld_alpha(ld_alpha: float | None) -> None:
         _refuse("pair_sums", "ld_alpha", "a number in [0, 1] or None", ld_alpha)
 
 
+def check_pairs(operation: str, pairs_P2: Tensor, sequences: int) -> None:
+    """ValueError where an index is no completion's: a negative one would silently count from the last. Waits for the device."""
+    if pairs_P2.numel():
+        low, high = torch.stack(torch.aminmax(pairs_P2)).tolist()
+        if low < 0 or high >= sequences:
+            _refuse(operation, "pairs_P2", f"indices in [0, {sequences})", low if low < 0 else high)
+
+
 def _check(operation: str, value_N: Tensor, lengths_S: Tensor, pairs_P2: Tensor | None = None) -> None:
     """What shapes and dtypes tell; the numbers in them are on the device."""
     name = "logp_N" if operation == "wpo_weights" else "value_N"
+    check_tensors(operation, **{name: value_N}, lengths_S=lengths_S)
+    if pairs_P2 is not None:
+        check_tensors(operation, pairs_P2=pairs_P2)
     if value_N.dim() != 1:
         _refuse(operation, name, "shape (N,)", tuple(value_N.shape))
     if lengths_S.dim() != 1 or lengths_S.dtype not in (torch.int64, torch.int32):

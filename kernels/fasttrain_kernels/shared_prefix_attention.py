@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import autocast_dtype, autocast_on, no_autocast, outside_graphs
+from .backends import autocast_dtype, autocast_on, check_tensors, no_autocast, outside_graphs
 from .shared_prefix import SharedPrefixLayout
 from .shared_prefix_backends import (
     AttentionCase,
@@ -60,6 +60,7 @@ def shared_prefix_attention(
     masked attention elsewhere); None picks the first that can run. ValueError names the argument, what was wanted and what
     came, also where the backend asked for cannot run.
     """
+    check_tensors("shared_prefix_attention", q=q, k=k, v=v, **({} if sinks is None else {"sinks": sinks}))
     if autocast_on(q.device):
         q, k, v = (x.to(autocast_dtype(x)) for x in (q, k, v))
         with no_autocast(q.device):

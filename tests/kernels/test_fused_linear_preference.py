@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasttrain_kernels import FusedLinearPreferenceLoss, pair_sums, preference_logps, preference_loss
+from fasttrain_kernels import (
+    FusedLinearPreferenceLoss,
+    pair_sums,
+    preference_logps,
+    preference_loss,
+    wpo_weights,
+)
 
 
 def batch(pairs: int = 3, length: int = 11) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,6 +150,21 @@ def test_a_wrong_shape_is_named() -> None:
         FusedLinearPreferenceLoss()(hidden, weight, target, **packed)
     with pytest.raises(ValueError, match="softcap: wanted a positive"):
         FusedLinearPreferenceLoss(softcap=0.0)
+
+
+@pytest.mark.parametrize("index", [-1, 6])
+def test_a_pair_of_no_answer_is_refused(index: int) -> None:
+    hidden, weight, target = batch()
+    rows, lengths, pairs = torch.zeros(66), torch.full((6,), 11), torch.tensor([[0, 3], [1, index]])
+    zero = torch.zeros(2)
+    for call in (
+        lambda: FusedLinearPreferenceLoss()(hidden.flatten(0, 1), weight, target.flatten(), zero, zero,
+                                            lengths_S=lengths, pairs_P2=pairs),
+        lambda: pair_sums(rows, lengths, pairs, 0.5),
+        lambda: wpo_weights(rows, rows, lengths, pairs),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"pairs_P2: wanted indices in \[0, 6\), got {index}"):
+            call()
 
 
 @pytest.mark.parametrize(
