@@ -26,7 +26,7 @@ from .preference_kinds import (
 
 
 class PreferenceLoss(NamedTuple):
-    """loss (): mean of `losses`; losses (P,), differentiable too; rewards (P,), detached. fp32.
+    """loss (): mean of `losses`, 0 where there are none; losses (P,), differentiable too; rewards (P,), detached. fp32.
 
     A reward is beta * log(policy / reference) of the answer, whatever the kind. Without a reference it is beta * log-prob, of simpo
     and orpo (alone or with sft) beta * mean log-prob of a token.
@@ -101,7 +101,7 @@ def preference_loss(
     if pair_weight is not None:
         losses = losses * pair_weight
     chosen_reward, rejected_reward = _rewards(terms, kinds)
-    return PreferenceLoss(losses.mean(), losses, chosen_reward, rejected_reward)
+    return PreferenceLoss(losses.sum() / max(1, len(losses)), losses, chosen_reward, rejected_reward)
 
 
 def _scalar(x: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:

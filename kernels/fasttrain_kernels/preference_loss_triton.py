@@ -264,6 +264,9 @@ def launch(t: Terms, kinds: tuple[str, ...], factors: tuple[float, ...], weight:
     """Run the kernel on checked inputs; `t` holds contiguous tensors of one dtype."""
     a, pairs = t.chosen.contiguous(), t.chosen.shape[0]
     out = Launched(a.new_empty(()), *(torch.empty_like(a) for _ in range(6)))
+    if not pairs:
+        out.mean.zero_()
+        return out
     s = t.label_smoothing
     other = [t.rejected, t.ref_chosen, t.ref_rejected, t.chosen_length, t.rejected_length, weight, t.sft_logprob,
              t.mean_chosen_length]  # fmt: skip

@@ -111,7 +111,7 @@ def test_a_batch_without_pairs_adds_nothing_to_a_sum_of_losses() -> None:
     out = loss(hidden, weight, torch.zeros(0, 5, dtype=torch.int64), nothing, nothing)
     total = out.losses.sum()
     total.backward()
-    assert total.item() == 0 and out.losses.shape == (0,)
+    assert total.item() == 0 and out.losses.shape == (0,) and out.loss.item() == 0
     assert weight.grad is not None and torch.equal(weight.grad, torch.zeros(11, 8))
     assert hidden.grad is not None and hidden.grad.shape == (0, 5, 8)
 

@@ -291,6 +291,13 @@ def test_far_apart_log_probs_give_finite_losses_and_gradients(divergence: str) -
             assert x.isfinite().all(), kind
 
 
+def test_a_batch_without_pairs_has_a_loss_of_0() -> None:
+    nothing = torch.zeros(0, requires_grad=True)
+    out = preference_loss(nothing, nothing, nothing.detach(), nothing.detach(), backend="triton")
+    out.loss.backward()
+    assert out.loss.item() == 0 and out.losses.shape == (0,) and nothing.grad is not None
+
+
 def test_a_number_that_is_not_finite_is_no_log_prob_of_0() -> None:
     hidden, weight = torch.ones(3, 16), torch.ones(40, 16)
     hidden[1, 3], target = torch.nan, torch.tensor([1, 2, 3])
