@@ -167,7 +167,7 @@ def rms_norm(
 
     Args:
         x: (..., D) fp32, bf16, fp16 or fp64.
-        weight_D: (D,), x's dtype; it may not want a gradient.
+        weight_D: (D,), x's dtype; it gets no gradient, and is refused where one would be lost.
         eps: added to the mean square.
         backend: "torch", "triton" (D up to 32,768, not fp64) or None for the one that fits x's device.
 
@@ -211,7 +211,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -
 
     Args:
         x: (..., K) with K even, for instance (B, H, T, K), of any strides.
-        cos, sin: broadcast to x, last axis K, x's dtype; they may not want a gradient.
+        cos, sin: broadcast to x, last axis K, x's dtype; they get no gradient, as above.
         backend: "torch", "triton" (x of four axes, cos and sin alike for all heads, axis 1 or 2; not fp64) or None for the
             one that fits.
 
@@ -283,5 +283,5 @@ def _check_like(
         refuse(x.dtype, given.dtype)
     if given.device != x.device:
         refuse(f"device {x.device}", given.device)
-    if frozen and given.requires_grad:
+    if frozen and given.requires_grad and torch.is_grad_enabled():
         refuse("a tensor that wants no gradient", "requires_grad=True")

@@ -101,3 +101,9 @@ def test_rotary_turns_any_shape_that_cos_and_sin_broadcast_to() -> None:
 def test_wrong_arguments_are_named(call: Callable[[Tensor], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(torch.ones(4, 6))
+
+
+def test_without_gradients_a_weight_may_want_one() -> None:
+    x, weight = draw(3, 6), draw(6)
+    with torch.no_grad():
+        assert torch.equal(rms_norm(x, torch.nn.Parameter(weight), 1e-6), rms_norm(x, weight, 1e-6))
