@@ -63,7 +63,8 @@ class Account:
         """The account as indented text, one group after the other."""
         for group in dict.fromkeys([*self.kept, *self.dropped, *self.changed]):
             dropped, changed = self.dropped.get(group, Counter()), self.changed.get(group, Counter())
-            yield f"{group}: {self.kept[group] + dropped.total():,} read, {self.kept[group]:,} kept"
+            read = self.kept[group] + dropped.total()
+            yield f"{group}: {read:,} read, {self.kept[group]:,} kept" if read else f"{group}:"
             yield from (f"  changed {count:>8,}  {what}" for what, count in changed.most_common())
             yield from (f"  dropped {count:>8,}  {reason}" for reason, count in dropped.most_common())
         yield from self.notes

@@ -180,6 +180,7 @@ def test_flipped_labels_are_nested_seeded_and_swap_all_that_is_said(tmp_path, wr
     _, counts = run(0.5, held_out=0.3)
     assert not any(row.get("flipped") for row in read_rows(held_out_path(tmp_path / "p.jsonl")))
     assert counts.account.changed["pairs"]["labels swapped"] > 50
+    assert "pairs:" in counts.account.lines()  # they are made here: "0 read, 0 kept" stood there
 
 
 def test_steer_asks_every_kind_of_question_and_renames_images(tmp_path, command, write_rows, read_rows):
