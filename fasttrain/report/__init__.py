@@ -26,7 +26,7 @@ def write_report(runs: Sequence[Run], folder: Path, *, examples: int = 6) -> Pat
     for panel in panels_of(runs):
         content = panel_png(panel, runs)
         write_atomic(plots / f"{panel.name}.png", content)
-        drawn.append(figure(content, panel.title, panel.caption))
+        drawn.append(figure(content, panel.title, panel.caption_for(runs)))
     anatomy = anatomy_png(runs)
     if anatomy is not None:
         write_atomic(plots / "anatomy.png", anatomy)

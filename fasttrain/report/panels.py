@@ -19,13 +19,21 @@ _SMOOTH_FROM = 80  # steps; fewer are drawn as they are
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """names: metrics drawn together, with the words for them. scale: what values are multiplied by. caption: how to read it."""
+    """names: metrics drawn together, with the words for them. scale: what values are multiplied by. caption: how to read it.
+
+    of_pairs: what the caption adds where pairs were trained on.
+    """
 
     name: str
     title: str
     names: dict[str, str]
     scale: float = 1.0
     caption: str = ""
+    of_pairs: str = ""
+
+    def caption_for(self, runs: Sequence[Run]) -> str:
+        added = self.of_pairs if any(run.unit == "pairs" for run in runs) else ""
+        return f"{self.caption} {added}".strip()
 
 
 PANELS = (
@@ -33,7 +41,8 @@ PANELS = (
         name="loss",
         title="loss",
         names={"loss": "training", "eval_loss": "evaluation"},
-        caption="What training lowers. DPO starts at 0.693 (ln 2: it cannot tell the answers apart yet).",
+        caption="What training lowers.",
+        of_pairs="DPO's own loss, sigmoid, starts at 0.693 (ln 2: it cannot tell the answers apart yet).",
     ),
     Panel(
         name="rewards",
@@ -82,7 +91,7 @@ PANELS = (
         name="lengths",
         title="length of an answer, tokens",
         names={"lengths/chosen": "chosen", "lengths/rejected": "rejected"},
-        caption="Where chosen answers are longer throughout, training may teach length instead of quality.",
+        of_pairs="Where chosen answers are longer throughout, training may teach length instead of quality.",
     ),
     Panel(
         name="grad_norm",
@@ -102,7 +111,8 @@ PANELS = (
         name="tokens",
         title="tokens a step: run, and without sharing and cache",
         names={"tokens": "run", "tokens_unshared": "without"},
-        caption="Work done, and what a trainer does that repeats prompt and image for every answer and runs a reference.",
+        caption="Work done, and what a trainer does that repeats prompt and image for every answer.",
+        of_pairs="For pairs it runs a reference besides.",
     ),
     Panel(
         name="mfu",

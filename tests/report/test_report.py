@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -17,7 +18,8 @@ from fasttrain import cli
 from fasttrain.errors import UserError
 from fasttrain.report import read_run, read_runs, write_report
 from fasttrain.report.examples import PairReader
-from fasttrain.report.panels import panels_of
+from fasttrain.report.panels import PANELS, panels_of
+from fasttrain.report.runs import Run
 
 
 def line(step: int, **more: Any) -> dict[str, Any]:
@@ -150,6 +152,19 @@ def test_sft_and_unknown_metrics_have_their_panels(make_run: Callable[..., Path]
         "seconds a step",
         "pope/mean_f1",
     ]
+
+
+def test_a_page_of_sft_alone_speaks_of_no_pairs(make_run: Callable[..., Path]) -> None:
+    folder = make_run()
+    pairs = read_run(folder)
+    sft = dataclasses.replace(pairs, environment=pairs.environment | {"method": "sft"})
+
+    def captions(runs: list[Run]) -> str:
+        return " ".join(panel.caption_for(runs) for panel in PANELS)
+
+    told = ("sigmoid, starts at 0.693", "Where chosen answers are longer", "runs a reference")
+    assert all(text in captions([pairs]) and text in captions([sft, pairs]) for text in told)
+    assert not any(text in captions([sft]) for text in told)
 
 
 def test_values_that_are_no_numbers_are_not_drawn(make_run: Callable[..., Path]) -> None:
