@@ -75,11 +75,11 @@ A {kind} trained with {job.loss.title} by fasttrain {__version__} from `{config.
 def _data(job: Job) -> Iterator[str]:
     account, unit = job.train.account, job.loss.unit
     yield (
-        f"{account.pairs:,} {unit} in {account.groups:,} groups of one prompt, {account.images:,} images; "
+        f"{account.pairs:,} {unit} in {account.groups:,} groups, one a prompt, {account.images:,} images; "
         f"{len(account.skipped):,} rows left out, {account.truncated:,} completions truncated."
     )
     yield ""
-    for name in _files(job.config.data.train):
+    for name in _listed(job.config.data.train):
         path = user_path(name)
         digest = f", BLAKE2b-128 `{hash_file(path)}`" if path.is_file() else ""
         yield f"* `{path.name}`{digest}"
@@ -127,7 +127,7 @@ def _rows(job: Job) -> Iterator[dict[str, Any]]:
 
 def _licences(job: Job) -> Iterator[str]:
     """Notes on the sources that can be recognised, and what to check where none can."""
-    words = " ".join([*_files(job.config.data.train), *_provenance(job).get("source", ())]).lower()
+    words = " ".join([*_listed(job.config.data.train), *_provenance(job).get("source", ())]).lower()
     known = [note for key, note in LICENCES.items() if key in words]
     yield f"* Base model: under the licence of `{job.config.model.name}`; an adapter is of use only with it."
     yield from (f"* {note}" for note in known)
@@ -138,10 +138,9 @@ def _licences(job: Job) -> Iterator[str]:
 
 def _recipe(job: Job, lines: list[dict[str, Any]]) -> Iterator[str]:
     config, train = job.config, job.config.train
-    loss = (
-        f"loss `{config.loss.kind}`, beta {config.loss.beta}" if job.loss.needs_reference else "cross-entropy"
-    )
-    tuned = "all weights"
+    kinds = " + ".join(f"`{kind}`" for kind in _listed(config.loss.kind))
+    loss = f"loss {kinds}, beta {config.loss.beta}" if job.loss.needs_reference else "cross-entropy"
+    tuned = "the whole language model"
     if job.adapted is not None:  # the recipe may leave both to the adapter it starts from
         adapter = job.adapted.peft_config["default"]
         tuned = f"LoRA rank {adapter.r}, alpha {adapter.lora_alpha:g}"
@@ -172,7 +171,7 @@ def _spent(job: Job, lines: list[dict[str, Any]]) -> Iterator[str]:
     seconds = sum(line["step_s"] for line in lines)
     device = _device(job)
     yield (
-        f"{seconds:,.0f} s in logged steps ({seconds / 3600:.2f} h), measured, on {device}; loading, reference log-probs and "
+        f"{seconds:,.0f} s in logged steps ({seconds / 3600:.3g} h), measured, on {device}; loading, reference log-probs and "
         "evaluation come on top."
     )
     yield ""
@@ -185,8 +184,8 @@ def _spent(job: Job, lines: list[dict[str, Any]]) -> Iterator[str]:
     yield "Cost and carbon follow from it: hours x the price of the machine, kWh x the grid's grams of CO2 per kWh."
 
 
-def _files(paths: str | list[str]) -> list[str]:
-    return [paths] if isinstance(paths, str) else paths
+def _listed(names: str | list[str]) -> list[str]:
+    return [names] if isinstance(names, str) else names
 
 
 def _device(job: Job) -> str:

@@ -16,7 +16,7 @@ from fasttrain.files import hash_file
 
 @pytest.fixture
 def card(tiny_text: Path, text_pairs: Callable[..., Path], tmp_path: Path) -> Callable[..., tuple[str, Any]]:
-    def make(name: str, **keys: Any) -> tuple[str, Any]:
+    def make(name: str, sections: dict[str, Any] | None = None, **keys: Any) -> tuple[str, Any]:
         path = text_pairs(tmp_path / name, 8)
         rows = [json.loads(line) | keys for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -27,7 +27,7 @@ def card(tiny_text: Path, text_pairs: Callable[..., Path], tmp_path: Path) -> Ca
             "train": {"output": str(tmp_path / f"run-{name}"), "epochs": 1, "pairs_per_step": 4, "seed": 7},
             "track": [],
         }
-        result = train_dpo(config_from_dict(recipe))
+        result = train_dpo(config_from_dict(recipe | (sections or {})))
         return (result.adapter / "README.md").read_text(), (result.metrics, path)
 
     return make
@@ -43,6 +43,11 @@ def test_figures_are_the_runs_own(card: Any) -> None:
     assert "Energy: not metered." in text
     assert "The rows do not say where they came from" in text
     assert "no source with known terms was recognised" in text
+
+
+def test_several_losses_and_full_fine_tuning_are_named_as_they_are(card: Any) -> None:
+    text, _ = card("pairs.jsonl", {"lora": None, "loss": {"kind": ["sigmoid", "sft"], "beta": 0.2}})
+    assert "\nthe whole language model; loss `sigmoid` + `sft`, beta 0.2; " in text
 
 
 def test_what_the_rows_say_of_themselves_is_counted_and_their_terms_are_told(card: Any) -> None:
