@@ -76,7 +76,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DPOConfig:
     try:
         return _with_settings(raw, settings)
     except UserError as error:
+        if str(error) != _mistake_in(raw):  # an override's, which the file has no part in
+            raise
         raise UserError(f"{path}: {error}") from None
+
+
+def _mistake_in(raw: dict[str, Any]) -> str | None:
+    """What is wrong with a recipe as its file has it."""
+    try:
+        _with_settings(raw, [])
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def read_yaml_mapping(path: Path, what: str = "recipe") -> dict[str, Any]:

@@ -164,8 +164,8 @@ def test_env_names_versions_and_backends(fasttrain: Any) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("train.learnin_rate=1", "recipe.yaml: unknown key train.learnin_rate; did you mean 'learning_rate'?"),
-        ("train.pairs_per_step=many", "recipe.yaml: train.pairs_per_step: wanted an integer, got 'many'"),
+        ("train.learnin_rate=1", "unknown key train.learnin_rate; did you mean 'learning_rate'?"),
+        ("train.pairs_per_step=many", "train.pairs_per_step: wanted an integer, got 'many'"),
         ("model.attention=flash", "model.attention: wanted a backend that can run here, got flash: flash-attn wants a CUDA"),
         ("model.attention=flex", "model.attention: wanted a backend that can run here, got flex: FlexAttention wants a CUDA"),
         ("data.train=none.jsonl", "none.jsonl: data.train/data.eval: wanted a pair file or folder"),

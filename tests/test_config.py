@@ -564,3 +564,20 @@ def test_a_malformed_override_is_named_instead_of_the_file(override: str, said: 
 @pytest.mark.parametrize("override", ["loss.beta.x=3", "loss=3", "a..b=1", "train.=3", "loss.beta="])
 def test_an_override_that_fits_nowhere_is_refused(override: str, tmp_path: Path) -> None:
     assert "wanted" in (message := mistake("", tmp_path, override)) or "unknown key" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "told"),
+    [
+        ("model: {name: m}\ndata: {train: p}\n", "train.lr=1", "unknown key train.lr"),
+        ("model: {name: m}\n", "train.epochs=much", "train.epochs: wanted"),
+        ("model: {name: m}\n", "train.epochs=2", "r.yaml: data.train"),
+        ("model: {name: m, nam: 1}\n", "train.epochs=2", "r.yaml: unknown key model.nam"),
+    ],
+)
+def test_a_mistake_is_told_where_it_was_made(tmp_path: Path, text: str, override: str, told: str) -> None:
+    """A wrong setting of the command line was blamed on the recipe's file."""
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError) as raised:
+        load_config(tmp_path / "r.yaml", [override])
+    assert str(raised.value).removeprefix(f"{tmp_path}/").startswith(told)
