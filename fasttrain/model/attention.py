@@ -70,12 +70,16 @@ AttentionInterface.register(SHARED, _attention)
 
 
 def check_attention(
-    wanted: str, config: Any, device: torch.device, dtype: torch.dtype, bidirectional: bool = False
-) -> None:
-    """UserError if the backend that a recipe asks for cannot run a model of this configuration there."""
+    wanted: str, config: Any, device: torch.device, dtype: torch.dtype, bidirectional: bool = False,
+    elsewhere: bool = False,
+) -> None:  # fmt: skip
+    """UserError if the backend that a recipe asks for cannot run a model of this configuration there.
+
+    elsewhere: the device is another machine's.
+    """
     for size in [] if wanted == "auto" else _head_sizes(config):
         case = AttentionCase(device, dtype, size, bidirectional, softcap=_softcap(config))
-        reason = why_not_attention(wanted, case)
+        reason = why_not_attention(wanted, case, elsewhere)
         if reason:
             raise UserError(f"model.attention: wanted a backend that can run here, got {wanted}: {reason}")
 

@@ -19,20 +19,31 @@ _STEP = 256
 
 
 def choose_checkpointing(
-    config: DPOConfig, longest_group: int, device: torch.device, fits: Callable[[int, bool], bool]
-) -> bool:
-    """The recipe's word, or whether a pack worth running, or the largest that the recipe can make, would not fit without it."""
+    config: DPOConfig, longest_group: int, device: torch.device, fits: Callable[[int, bool], bool], runs: int = 1
+) -> bool:  # fmt: skip
+    """The recipe's word, or whether a pack worth running, or the largest that the recipe can make, would not fit without it.
+
+    runs: how often a group's prompt may stand in a pack.
+    """
     wanted, tokens = config.train.gradient_checkpointing, config.train.tokens_per_pack
     if wanted != "auto":
         return wanted
     if tokens == "auto":
         return not fits(max(min(longest_group, _ceiling(device)), _floor(device)), False)
-    return not fits(most_in_a_pack(config, int(tokens), longest_group), False)
+    return not fits(most_in_a_pack(config, int(tokens), runs * longest_group), False)
 
 
 def most_in_a_pack(config: DPOConfig, tokens_per_pack: int, longest_group: int) -> int:
     """A step has a pair of every group that it takes, so a pack of all of them has no more tokens than so many groups."""
     return min(tokens_per_pack, config.train.pairs_per_step * longest_group)
+
+
+def most_without_gradients(config: DPOConfig, tokens_per_pack: int, longest_group: int) -> int:
+    """What a pack of references or of an evaluation may have, which no step limits: no more than one of training, or than helps.
+
+    So its memory, which holds no gradients, is below what is predicted for training.
+    """
+    return min(tokens_per_pack, max(_WHOLE, most_in_a_pack(config, tokens_per_pack, longest_group)))
 
 
 def choose_tokens(

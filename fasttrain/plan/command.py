@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ import torch
 
 from fasttrain.config import DPOConfig
 from fasttrain.errors import UserError
+from fasttrain.model.attention import check_attention
 from fasttrain.model.flops import counts_tower
 from fasttrain.model.load import as_stored
 from fasttrain.model.lora import note_experts
@@ -19,7 +21,7 @@ from fasttrain.plan.memory import Activations, PackMix
 from fasttrain.plan.page import as_json, print_page
 from fasttrain.plan.planned_model import build_planned_model, find_config
 from fasttrain.plan.predict import CUDA, Machine, predict
-from fasttrain.train.job_checks import check_recipe
+from fasttrain.train.job_checks import check_blank, check_recipe, why_separate
 from fasttrain.train.losses import PairLoss
 
 GPUS_PER_NODE = 8
@@ -40,23 +42,33 @@ def make_plan(
     PairLoss(config.loss)  # what sft takes of it, it takes too
     model_config, source = find_config(config.model)
     dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
-    check_recipe(config, model_config, dtype)
+    check_attention(config.model.attention, model_config, CUDA, dtype, elsewhere=True)
+    check_recipe(config, model_config, dtype, gpus)
     config = as_stored(config, model_config)
-    vision = hasattr(model_config, "vision_config")
-    histogram = find_histogram(config, lengths, vision)
+    planned = build_planned_model(config, model_config, dtype, source)
+    note_experts(planned.model, config.lora)
+    histogram = find_histogram(config, lengths, planned.model)
+    longest = max(data.longest_sequence for data in (histogram, histogram.evaluated) if data is not None)
+    separate = why_separate(config, planned.model, longest)
+    shared = config.train.share_prefix and separate is None
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, share_prefix=shared))
+    if gpus > 1 and config.distributed.zero_stage is not None:
+        check_blank(planned.model, histogram.images)
     tower = counts_tower(model_config)
+    mix = PackMix.of(histogram, tower, shared)
     predictions = []
-    held: dict[bool, Activations] = {}
+    held = {False: Activations(planned, mix, CUDA, sharded=gpus > 1)}
     for stage in _stages(config, gpus):
         apart = stage == 3  # whose modules gather one by one, so that none can be fused
         if apart not in held:
-            planned = build_planned_model(config, model_config, dtype, source, stage)
-            held[apart] = Activations(planned, PackMix.of(histogram, tower), CUDA, sharded=gpus > 1)
+            unfused = build_planned_model(config, model_config, dtype, source, stage)
+            held[apart] = Activations(unfused, mix, CUDA, sharded=True)
         predictions.append(predict(config, held[apart], histogram, machine, stage))
-    planned = held[False].planned
-    note_experts(planned.model, config.lora)
     notes = []
-    if vision and not tower:
+    if separate:
+        name = type(planned.model).__name__
+        notes.append(f"{name} cannot share prefixes: {separate}; every completion is its own sequence")
+    if hasattr(model_config, "vision_config") and not tower:
         notes.append(
             f"of the vision tower and projector of {model_config.model_type} only the weights are counted, not the work of their passes "
             "nor its memory"

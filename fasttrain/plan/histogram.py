@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,6 +36,13 @@ class GroupShape:
     images: int
     count: int = 1
 
+    def run_tokens(self, shared: bool) -> int:
+        """Tokens that one of them costs in one pass."""
+        return self.prompt * (1 if shared else len(self.completions)) + sum(self.completions)
+
+    def run_images(self, shared: bool) -> int:
+        return self.images * (1 if shared else len(self.completions))
+
 
 @dataclass
 class Histogram:
@@ -41,6 +50,7 @@ class Histogram:
 
     shapes: list[GroupShape]
     source: str
+    evaluated: Histogram | None = None  # of data.eval, where its pairs were read
     _starts: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,7 +88,7 @@ class Histogram:
     @property
     def tokens(self) -> int:
         """Prompts once, completions each."""
-        return sum((shape.prompt + sum(shape.completions)) * shape.count for shape in self.shapes)
+        return sum(shape.run_tokens(True) * shape.count for shape in self.shapes)
 
     @property
     def rows(self) -> int:
@@ -92,10 +102,9 @@ class Histogram:
     def completion_count(self) -> int:
         return sum(len(shape.completions) * shape.count for shape in self.shapes)
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the largest group."""
-        return max(shape.prompt + sum(shape.completions) for shape in self.shapes)
+    def longest(self, shared: bool) -> int:
+        """Tokens that the largest group costs in one pass."""
+        return max(shape.run_tokens(shared) for shape in self.shapes)
 
     @property
     def longest_sequence(self) -> int:
@@ -137,8 +146,12 @@ def typical(images: int, why: str) -> Histogram:
     return Histogram([shape], f"typical lengths of LLaVA-1.5 data, not yours: {why}")
 
 
-def find_histogram(config: DPOConfig, lengths: Sequence[str], vision: bool) -> Histogram:
-    """`--lengths`; else the recipe's pairs, tokenized, if they and the processor are there; else typical lengths."""
+def find_histogram(config: DPOConfig, lengths: Sequence[str], model: Any) -> Histogram:
+    """`--lengths`; else the recipe's pairs, tokenized, if they and the processor are there; else typical lengths.
+
+    UserError for pairs, or for a processor of `model`, that training would refuse.
+    """
+    vision = hasattr(model.config, "vision_config")
     images = int(vision)
     if lengths:
         return parse_lengths(lengths, images)
@@ -148,7 +161,7 @@ def find_histogram(config: DPOConfig, lengths: Sequence[str], vision: bool) -> H
         return typical(images, f"{absent[0]} is not there")
     folder = user_path(config.model.name)
     if folder.is_dir():
-        return _read_pairs(config, _tokenizer(folder, config, vision), ", ".join(paths))
+        return _read_pairs(config, _tokenizer(folder, config, vision), model, ", ".join(paths))
     snapshot = cached_snapshot(config.model)
     if snapshot is None:
         missing = f"{config.model.name} is neither a folder nor in the local hub cache"
@@ -157,7 +170,7 @@ def find_histogram(config: DPOConfig, lengths: Sequence[str], vision: bool) -> H
         chat = _tokenizer(snapshot, config, vision)
     except UserError as error:  # the cache need not hold all of a model
         return typical(images, f"the hub cache has no tokenizer for {paths[0]}: {error}")
-    return _read_pairs(config, chat, ", ".join(paths))
+    return _read_pairs(config, chat, model, ", ".join(paths))
 
 
 def _tokenizer(folder: Path, config: DPOConfig, vision: bool) -> ChatTokenizer:
@@ -168,23 +181,22 @@ def _tokenizer(folder: Path, config: DPOConfig, vision: bool) -> ChatTokenizer:
     return ChatTokenizer(processor, stop_token_ids(processor, folder), config.model.bos)
 
 
-def _read_pairs(config: DPOConfig, chat: ChatTokenizer, source: str) -> Histogram:
+def _read_pairs(config: DPOConfig, chat: ChatTokenizer, model: Any, source: str) -> Histogram:
     from fasttrain.files import HashMemo, cache_root
     from fasttrain.progress import ticker
+    from fasttrain.train.job_checks import check_image_token, check_vocabulary
+    from fasttrain.train.watch import open_watches, split_eval
 
-    memo = HashMemo(cache_root() / "hashes.sqlite")
-    try:
-        data = config.data
-        prepared = prepare(
-            data.train,
-            data,
-            chat,
-            memo,
-            seed=config.train.seed,
-            limit_pairs=data.limit_pairs,
-            progress=ticker,
-            whole=True,
+    check_vocabulary(chat, model)
+    check_image_token(chat, model)
+    data, seed = config.data, config.train.seed
+    pair_files, folders = split_eval(data.eval)
+    with contextlib.closing(HashMemo(cache_root() / "hashes.sqlite")) as memo:
+        read = functools.partial(
+            prepare, data=data, chat=chat, memo=memo, seed=seed, progress=ticker, whole=True
         )
-    finally:
-        memo.close()
-    return of_prepared(prepared, source)
+        open_watches(folders, data, memo)
+        found = of_prepared(read(data.train, limit_pairs=data.limit_pairs), source)
+        if pair_files:
+            found.evaluated = of_prepared(read(pair_files, limit_pairs=None), source)
+    return found

@@ -110,23 +110,27 @@ def _uncheckpoint(model: object) -> None:
 
 @dataclass(frozen=True)
 class PackMix:
-    """The mean group: tokens, predicting rows and images; what packs are made of."""
+    """The mean group: tokens that it costs in one pass, predicting rows and images; what packs are made of."""
 
     tokens: float
     rows: float
     images: float
     tower: bool
+    shared: bool = True
 
     @classmethod
-    def of(cls, histogram: Histogram, tower: bool) -> PackMix:
-        groups = len(histogram)
-        return cls(histogram.tokens / groups, histogram.rows / groups, histogram.images / groups, tower)
+    def of(cls, histogram: Histogram, tower: bool, shared: bool) -> PackMix:
+        groups, shapes = len(histogram), histogram.shapes
+        tokens = sum(shape.run_tokens(shared) * shape.count for shape in shapes)
+        images = sum(shape.run_images(shared) * shape.count for shape in shapes)
+        return cls(tokens / groups, histogram.rows / groups, images / groups, tower, shared)
 
     def pack(self, groups: int) -> PassSize:
         return PassSize(
             max(2, round(groups * self.tokens)),
             max(1, round(groups * self.rows)),
             round(groups * self.images),
+            self.shared,
         )
 
 

@@ -30,11 +30,12 @@ class PassBytes:
 
 @dataclass(frozen=True)
 class PassSize:
-    """A pack: tokens of the decoder, of which `rows` predict, and images."""
+    """A pack: tokens of the decoder, of which `rows` predict, and images; of shared prompts or of ordinary sequences."""
 
     tokens: int
     rows: int
     images: int = 0
+    shared: bool = True
 
 
 def count_pass(
@@ -106,7 +107,7 @@ def _forward(
         del embedded_TD, mask_T1
     positions = torch.empty(1, size.tokens, dtype=torch.int64, device="meta")
     decoder = language_model(model)
-    if trimmed_mlp(decoder) is not None:  # its last layer is told which rows predict
+    if size.shared and trimmed_mlp(decoder) is not None:  # its last layer is told which rows predict
         inputs["shared_prefix_layout"] = SharedPrefixLayout.from_groups(
             [(size.tokens - size.rows, [size.rows])]
         )

@@ -82,7 +82,7 @@ CUDA = torch.device("cuda")
 def predict(
     config: DPOConfig, activations: Activations, histogram: Histogram, machine: Machine, stage: int
 ) -> Prediction:
-    """Memory, work, communication and time under one stage."""
+    """Memory, work, communication and time under one stage; `train.share_prefix` is whether the model does share."""
     planned, held = activations.planned, activations
 
     def memory(tokens: int, checkpointing: bool) -> MemoryPlan:
@@ -93,13 +93,13 @@ def predict(
     def fits(tokens: int, checkpointing: bool) -> bool:
         return memory(tokens, checkpointing).peak <= machine.usable_bytes
 
-    sequence = histogram.longest_sequence
+    sequence, longest = histogram.longest_sequence, histogram.longest(config.train.share_prefix)
     checkpointing = choose_checkpointing(
-        config, histogram.longest, CUDA, lambda size, on: fits(max(size, sequence), on)
+        config, longest, CUDA, lambda size, on: fits(max(size, sequence), on)
     )
-    tokens = choose_tokens(config, histogram.longest, CUDA, lambda size: fits(size, checkpointing))
+    tokens = choose_tokens(config, longest, CUDA, lambda size: fits(size, checkpointing))
     work = measure_work(config, histogram, planned.shape, tokens, checkpointing, machine.gpus)
-    plan = memory(max(most_in_a_pack(config, tokens, histogram.longest), sequence), checkpointing)
+    plan = memory(max(most_in_a_pack(config, tokens, longest), sequence), checkpointing)
     moved = count_communication(
         planned, stage=stage, ranks=machine.gpus, packs=work.packs, checkpointing=checkpointing
     )

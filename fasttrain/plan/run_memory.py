@@ -8,10 +8,16 @@ from typing import Any
 import torch
 
 from fasttrain.config import DPOConfig
+from fasttrain.data.packs import run_tokens
 from fasttrain.data.prepared import PreparedData
 from fasttrain.model.flops import counts_tower
 from fasttrain.model.load import as_stored
-from fasttrain.plan.choose import choose_checkpointing, choose_tokens, largest_pack
+from fasttrain.plan.choose import (
+    choose_checkpointing,
+    choose_tokens,
+    largest_pack,
+    most_without_gradients,
+)
 from fasttrain.plan.memory import (
     CPU_FRAGMENTATION,
     Activations,
@@ -37,16 +43,16 @@ class RunMemory:
     """Predictions for one recipe, model and data set; nothing is built or counted before it is asked for.
 
     free: bytes left on the device once the model is on it; with several ranks on the fullest of their devices, so that all
-    of them settle on the same packs.
+    of them settle on the same packs. shared: whether prompts are run once for all their completions.
     """
 
     def __init__(
         self, config: DPOConfig, model_config: Any, dtype: torch.dtype, data: PreparedData, device: torch.device, *,
-        free: int, ranks: int = 1,
+        free: int, ranks: int = 1, shared: bool = True,
     ) -> None:  # fmt: skip
         self.config, self.device, self.ranks = as_stored(config, model_config), device, ranks
         self._model_config, self._dtype, self._data = model_config, dtype, data
-        self.free = free
+        self.free, self._shared = free, shared
 
     @cached_property
     def planned(self) -> PlannedModel:
@@ -57,7 +63,8 @@ class RunMemory:
     @cached_property
     def _activations(self) -> Activations:
         sharded = self.config.distributed.zero_stage is not None
-        return Activations(self.planned, mean_group(self._data, self._model_config), self.device, sharded)
+        mix = mean_group(self._data, self._model_config, self._shared)
+        return Activations(self.planned, mix, self.device, sharded)
 
     def predict(self, tokens: int, checkpointing: bool, counted: bool = False) -> MemoryPlan:
         """Memory of one rank by part; CannotCount for a model that does not run without values."""
@@ -101,7 +108,17 @@ class RunMemory:
         return 0 if fits(longest) else longest
 
     def _checkpoints(self, longest_group: int) -> bool:
-        return choose_checkpointing(self.config, longest_group, self.device, self.fits)
+        return choose_checkpointing(self.config, longest_group, self.device, self.fits, self._runs)
+
+    @property
+    def _runs(self) -> int:
+        """How often a prompt stands in a pack at most."""
+        return 1 if self._shared else 2 * int(self._data.pair_counts().max(initial=1))
+
+    def most_without_gradients(self, tokens_per_pack: int) -> int:
+        """Most tokens of a pack of references or of an evaluation."""
+        longest, _ = self._data.longest()
+        return most_without_gradients(self.config, tokens_per_pack, self._runs * longest)
 
     def _all_fits(self) -> tuple[bool, int] | None:
         """The settings of a machine with room for the largest pack that may be wanted: one pass is counted, not three."""
@@ -144,12 +161,12 @@ class RunMemory:
             )
 
 
-def mean_group(data: PreparedData, model_config: Any) -> PackMix:
+def mean_group(data: PreparedData, model_config: Any, shared: bool) -> PackMix:
     """The mean of all groups with pairs, or of some of many."""
     groups = tokens = rows = images = 0
     for number in data.some_groups():
         lengths = data.lengths(number)
-        groups, tokens, rows = groups + 1, tokens + int(lengths.sum()), rows + int(lengths[1:].sum())
-        images += data.image_count(number)
+        groups, tokens, rows = groups + 1, tokens + run_tokens(lengths, shared), rows + int(lengths[1:].sum())
+        images += data.image_count(number) * (1 if shared else len(lengths) - 1)
     groups = max(1, groups)
-    return PackMix(tokens / groups, rows / groups, images / groups, tower=counts_tower(model_config))
+    return PackMix(tokens / groups, rows / groups, images / groups, counts_tower(model_config), shared)

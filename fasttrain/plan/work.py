@@ -49,8 +49,11 @@ def measure_work(
         plan_step(data, number, epoch, groups, tokens_per_pack, train.share_prefix, ranks)
         for number, epoch, groups in order.steps(1, min(total, per_epoch, _STEPS_LOOKED_AT))
     ]
-    coupled = bool(COUPLE_PAIRS & set(config.loss.kinds))
-    counted = [_count(step, histogram, shape, checkpointing, ranks, coupled) for step in steps]
+    coupled, balanced = bool(COUPLE_PAIRS & set(config.loss.kinds)), config.loss.router_aux_weight > 0
+    counted = [
+        _count(step, histogram, shape, checkpointing, coupled or (balanced and len(step.packs) > ranks))
+        for step in steps
+    ]
     tokens, flops = (np.array([entry[i] for entry in counted]) for i in (0, 1))  # (steps, ranks)
     return StepWork(
         steps=total,
@@ -67,9 +70,10 @@ def measure_work(
 
 
 def _count(
-    step: Step, histogram: Histogram, shape: ModelShape, checkpointing: bool, ranks: int, coupled: bool
+    step: Step, histogram: Histogram, shape: ModelShape, checkpointing: bool, coupled: bool
 ) -> tuple[list[int], list[int]]:
-    """Tokens and operations of each rank; coupled: a loss that couples pairs runs every pack twice."""
+    """Tokens and operations of each rank; coupled: the loss runs every pack twice."""
+    ranks = step.ranks
     tokens, flops = [0] * ranks, [0] * ranks
     for index, pack in enumerate(step.packs):
         layout, images = pack_layout(histogram, pack)

@@ -148,9 +148,10 @@ def build_job(config: DPOConfig, loss: Objective | None = None, began: Began | N
     policy, dtype = loaded.policy, loaded.policy.model.dtype
     memory = RunMemory(
         config, read.model_config, dtype, train, read.device,
-        free=min(ranks().gather(free_memory(read.device))), ranks=ranks().size,
+        free=min(ranks().gather(free_memory(read.device))), ranks=ranks().size, shared=policy.shared,
     )  # fmt: skip
     checkpointing, tokens = memory.settings(began.settings)
+    tokens = memory.most_without_gradients(tokens)  # training has no larger packs
     identity = loaded.identity
     # rounding differs between ways to attend, by more than a first step's check allows for
     if pick_dtype(config.model.dtype, read.device) != torch.float32:
@@ -222,16 +223,11 @@ def _read(config: DPOConfig, objective: Objective, today: date) -> _Read:
     folder = find_folder(config.model)
     model_config = load_model_config(folder, config.model)
     check_attention(config.model.attention, model_config, device, pick_dtype(config.model.dtype, device))
-    check_recipe(config, model_config, pick_dtype(config.model.dtype, device))
+    check_recipe(config, model_config, pick_dtype(config.model.dtype, device), ranks().size)
     processor = load_processor(folder, config.model, takes_images(model_config))
     chat = ChatTokenizer(processor, stop_token_ids(processor, folder), config.model.bos, today)
     memo = HashMemo(cache_root() / "hashes.sqlite")
     pair_files, folders = split_eval(config.data.eval)
-    if folders and ranks().size > 1:
-        raise UserError(
-            "data.eval: wanted pair files with several ranks, got a benchmark folder, which one process can watch; "
-            "use `fasttrain eval` on the checkpoints"
-        )
     watches = open_watches(folders, config.data, memo)
     preparing = _start_preparing(config, pair_files, objective, chat, memo)
     datasets = None if preparing[0].in_background else _finish(preparing, chat)
@@ -279,7 +275,7 @@ def _load(config: DPOConfig, read: _Read) -> _Loaded:
     identity = model_identity(read.folder, read.model_config, config.model, name, adapter, read.memo)
     datasets = read.datasets or _finish(read.preparing, chat)
     if policy.blank is not None:
-        check_blank(model, datasets[0])
+        check_blank(model, datasets[0].account.images)
     policy.set_shared(may_share(config, model, chat, datasets))
     return _Loaded(policy, adapted, identity, datasets)
 

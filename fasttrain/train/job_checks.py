@@ -21,6 +21,7 @@ from fasttrain.model.routing import declares_routing
 from fasttrain.progress import say, ticker
 from fasttrain.ranks import full_shape, ranks
 from fasttrain.train.engine import check_engine
+from fasttrain.train.watch import split_eval
 from fasttrain_data.unread import unread_image
 
 
@@ -66,9 +67,14 @@ def notes(chat: ChatTokenizer) -> Iterator[None]:
         )
 
 
-def check_recipe(config: DPOConfig, model_config: Any, dtype: torch.dtype) -> None:
-    """UserError for settings that the recipe's engine, or a model of this configuration, cannot follow."""
+def check_recipe(config: DPOConfig, model_config: Any, dtype: torch.dtype, processes: int) -> None:
+    """UserError for settings that the recipe's engine, so many ranks, or a model of this configuration cannot follow."""
     check_engine(config, dtype)
+    if processes > 1 and split_eval(config.data.eval)[1]:
+        raise UserError(
+            "data.eval: wanted pair files with several ranks, got a benchmark folder, which one process can watch; "
+            "use `fasttrain eval` on the checkpoints"
+        )
     if config.loss.router_aux_weight and not declares_routing(model_config):
         raise UserError(
             f"loss.router_aux_weight: wanted a mixture of experts that returns its router's logits, got model type "
@@ -86,9 +92,9 @@ def _refuse_quantized(config: DPOConfig) -> None:
         )
 
 
-def check_blank(model: Any, train: PreparedData) -> None:
+def check_blank(model: Any, images: int) -> None:
     """Refuse a model whose images pass through layers that a sequence without images leaves out."""
-    if train.account.images and not hasattr(model.base_model, "get_image_features"):
+    if images and not hasattr(model.base_model, "get_image_features"):
         raise UserError(
             f"distributed.zero_stage: wanted null for {type(model).__name__} with images: it runs other layers with images than "
             "without, and under ZeRO all passes must run the same"
@@ -139,20 +145,23 @@ def may_share(config: DPOConfig, model: Any, chat: ChatTokenizer, datasets: list
             for data in datasets:
                 tokenize_all(data, chat, ticker)
         longest = max(data.longest()[1] for data in datasets)
+    reason = why_separate(config, model, longest)
+    if reason:
+        say(
+            f"warning: {type(model).__name__} cannot share prefixes: {reason}; every completion runs as its own sequence"
+        )
+    return config.train.share_prefix and reason is None
+
+
+def why_separate(config: DPOConfig, model: Any, longest: int) -> str | None:
+    """Why prompts cannot be run once although the recipe wants it; UserError if sequences of `longest` tokens cannot be run."""
     problem = why_too_long(model, longest)
     if problem:
         raise UserError(
             f"data.max_length: {type(model).__name__} cannot run the longest sequence of {longest} tokens: {problem}; "
             "lower data.max_length and set data.overflow"
         )
-    if not config.train.share_prefix:
-        return False
-    reason = why_unshared(model, longest)
-    if reason:
-        say(
-            f"warning: {type(model).__name__} cannot share prefixes: {reason}; every completion runs as its own sequence"
-        )
-    return reason is None
+    return why_unshared(model, longest) if config.train.share_prefix else None
 
 
 def _matters(model: Any, longest: int) -> bool:

@@ -35,14 +35,9 @@ def attention_case(
 
 def flash_kernel(case: AttentionCase) -> FlashKernel | str:
     """The best flash-attn kernel that can run the case, or why none can."""
-    if case.device.type != "cuda":
-        return f"flash-attn wants a CUDA device, got {case.device.type}"
-    if case.dtype not in (torch.float16, torch.bfloat16):
-        return f"flash-attn wants bfloat16 or float16, got {str(case.dtype).removeprefix('torch.')}"
-    if case.head_size % 8 or case.head_size > 256:
-        return f"flash-attn wants a head size that 8 divides, at most 256, got {case.head_size}"
-    if case.bidirectional:
-        return "flash-attn cannot make spans of a prompt bidirectional"
+    reason = _why_no_flash(case)
+    if reason:
+        return reason
     capability = torch.cuda.get_device_capability(case.device)
     reasons = []
     for version in flash_versions(capability):
@@ -63,13 +58,31 @@ def flash_kernel(case: AttentionCase) -> FlashKernel | str:
     )
 
 
-def why_not_attention(backend: str, case: AttentionCase) -> str | None:
-    """Why a backend cannot run a case; None if it can. ValueError for an unknown backend."""
+def _why_no_flash(case: AttentionCase) -> str | None:
+    """Why no version of flash-attn runs the case, whatever is installed."""
+    if case.device.type != "cuda":
+        return f"flash-attn wants a CUDA device, got {case.device.type}"
+    if case.dtype not in (torch.float16, torch.bfloat16):
+        return f"flash-attn wants bfloat16 or float16, got {str(case.dtype).removeprefix('torch.')}"
+    if case.head_size % 8 or case.head_size > 256:
+        return f"flash-attn wants a head size that 8 divides, at most 256, got {case.head_size}"
+    if case.bidirectional:
+        return "flash-attn cannot make spans of a prompt bidirectional"
+    return None
+
+
+def why_not_attention(backend: str, case: AttentionCase, elsewhere: bool = False) -> str | None:
+    """Why a backend cannot run a case; None if it can. ValueError for an unknown backend.
+
+    elsewhere: on another machine, so that what is installed here does not count.
+    """
+    if backend == "flash" and elsewhere:
+        return _why_no_flash(case)
     if backend == "flash":
         found = flash_kernel(case)
         return found if isinstance(found, str) else None
     if backend == "flex":
-        return _why_not_flex(case)
+        return _why_not_flex(case, elsewhere)
     if backend == "sdpa":
         return None
     raise ValueError(
@@ -77,11 +90,11 @@ def why_not_attention(backend: str, case: AttentionCase) -> str | None:
     )
 
 
-def _why_not_flex(case: AttentionCase) -> str | None:
+def _why_not_flex(case: AttentionCase, elsewhere: bool) -> str | None:
     # on a CPU it has no backward, no log-sum-exp for sinks, and code that does not compile at most head sizes
     if case.device.type != "cuda":
         return f"FlexAttention wants a CUDA device, got {case.device.type}"
-    if not triton_installed():
+    if not (elsewhere or triton_installed()):
         return "FlexAttention needs triton, which is not installed"
     if case.head_size < 16:
         return f"FlexAttention wants a head size of 16 or more, got {case.head_size}"

@@ -260,6 +260,9 @@ lora: {rank: 4, alpha: 8}
         ["lora={init_from: replicated}"],
         ["lora={init_from: plain, rank: 8}"],
         ["lora={init_from: plain, targets: [q_proj]}"],
+        ["data.eval=absent.jsonl", "train.eval_every=1"],
+        ["data.eval_questions=3"],
+        ["model.name=few-embeddings"],
     ],
 )
 def test_plan_refuses_what_dpo_refuses_in_the_same_words(
@@ -275,6 +278,7 @@ def test_plan_refuses_what_dpo_refuses_in_the_same_words(
     changes = {
         "plain": {}, "alora": {"alora_invocation_tokens": [5]}, "replicated": {"layer_replication": [[0, 2], [0, 1]]},
     }  # fmt: skip
+    tiny_models.build_text(tmp_path / "few-embeddings", vocab_size=200)
     for name, change in changes.items():
         tiny_models.build_adapter(tiny_text, tmp_path / name)
         path = tmp_path / name / "adapter_config.json"
@@ -308,3 +312,67 @@ def test_a_loss_that_couples_pairs_is_planned_to_run_every_pack_twice(
         json.loads(plan(*common, "-s", f"loss.kind={kind}"))["stages"][0] for kind in ("sigmoid", "aot")
     )
     assert two["work"]["tokens"] == 2 * one["work"]["tokens"]
+
+
+def test_a_routers_loss_is_planned_to_run_every_pack_twice_where_a_step_has_several(
+    tiny_models: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(
+        RECIPE.replace("MODEL", str(tiny_models.build_mixture(tmp_path / "m")))
+    )
+
+    def tokens(size: int, weight: float) -> float:
+        settings = (
+            f"loss.router_aux_weight={weight}",
+            f"train.tokens_per_pack={size}",
+            "train.pairs_per_step=9",
+        )
+        words = [word for setting in settings for word in ("-s", setting)]
+        answer = json.loads(plan("-c", "recipe.yaml", "--lengths", "50,20,9", "--json", *words))
+        return float(answer["stages"][0]["work"]["tokens"])
+
+    assert tokens(200, 0.1) == 2 * tokens(200, 0) > 0
+    assert tokens(9999, 0.1) == tokens(9999, 0)
+
+
+def test_what_a_model_cannot_run_is_not_planned(
+    tiny_text: Path,
+    tiny_families: ModuleType,
+    tiny_models: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prompts of a model that shares none are planned unshared, images with every answer; a table of positions ends plan."""
+    import transformers
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("MODEL", str(tiny_text)))
+    words = ("-c", "recipe.yaml", "--lengths", "300,40,6", "--json", "-s", "train.pairs_per_step=6")
+    tiny_families.FAMILIES["Mllama"](tiny_models)[0].save_pretrained(tmp_path / "mllama")
+    answer = json.loads(plan(*words, "-s", "model.name=mllama"))
+    assert answer["stages"][0]["work"]["tokens"] == 6 * 2 * 340
+    assert "cannot share prefixes" in answer["notes"][0]
+    transformers.GPT2Config(n_positions=64, n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(UserError, match="cannot run the longest sequence of 340 tokens: it has 64 positions"):
+        plan(*words, "-s", "model.name=gpt2", "-s", "lora=null")
+    with pytest.raises(UserError, match=r"model\.attention: .* flash-attn wants bfloat16"):
+        plan(*words, "-s", "model.dtype=float32", "-s", "model.attention=flash")
+    with pytest.raises(UserError, match=r"data\.eval: wanted pair files with several ranks"):
+        (tmp_path / "mmbench").mkdir()
+        (tmp_path / "mmbench" / "dev.tsv").touch()
+        plan(*words, "--gpus", "2", "-s", "data.eval=mmbench", "-s", "train.eval_every=1")
+
+
+def test_a_pack_of_unshared_prompts_is_planned_with_all_its_copies_of_them(
+    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("MODEL", str(tiny_llava)))
+    words = ("-c", "recipe.yaml", "--lengths", "500,40,64", "--json", "-s", "train.tokens_per_pack=1000000")
+    once, copied = (
+        json.loads(plan(*words, "-s", f"train.share_prefix={shared}"))["stages"][0]["memory"]
+        for shared in ("true", "false")
+    )
+    assert copied["images"] == pytest.approx(2 * once["images"], rel=0.1)
+    assert copied["activations"] > 1.7 * once["activations"]

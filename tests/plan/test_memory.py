@@ -15,7 +15,13 @@ from fasttrain.config import config_from_dict
 from fasttrain.model.flops import measure_shape
 from fasttrain.model.load import load_model
 from fasttrain.plan.allocated import peak_allocated
-from fasttrain.plan.choose import choose_checkpointing, choose_filling, choose_tokens, largest_pack
+from fasttrain.plan.choose import (
+    choose_checkpointing,
+    choose_filling,
+    choose_tokens,
+    largest_pack,
+    most_without_gradients,
+)
 from fasttrain.plan.histogram import GroupShape, Histogram
 from fasttrain.plan.memory import Activations, PackMix, plan_memory
 from fasttrain.plan.planned_model import build_planned_model, count_weights
@@ -199,6 +205,14 @@ def test_auto_checkpoints_only_when_a_pack_worth_running_does_not_fit() -> None:
     assert 900 < choose_tokens(auto, 900, CPU, lambda tokens: tokens <= 1030) <= 1030
 
 
+def test_packs_without_gradients_are_no_larger_than_training_or_speed_asks_for() -> None:
+    """A step limits neither references nor evaluations: packs of 10^8 tokens would be all of their data at once."""
+    config = recipe(LORA, tokens_per_pack=10**8, pairs_per_step=4)
+    assert most_without_gradients(config, 10**8, 900) == 16384
+    assert most_without_gradients(config, 10**8, 9000) == 36000
+    assert most_without_gradients(config, 700, 9000) == 700
+
+
 def test_auto_splits_no_group_that_fits() -> None:
     """Its parts would run its prompt again."""
     auto = recipe(LORA)
@@ -223,6 +237,6 @@ def test_the_largest_pack_is_found_to_256_tokens(room: int) -> None:
 def test_a_histogram_is_the_groups_it_counts() -> None:
     data = Histogram([GroupShape(10, (3, 4), ((0, 1),), 1, 2), GroupShape(20, (5,), (), 0, 1)], "here")
     assert [data.lengths(n).tolist() for n in range(len(data))] == [[10, 3, 4], [10, 3, 4], [20, 5]]
-    assert (data.tokens, data.rows, data.images, data.pair_total, data.longest) == (59, 19, 2, 2, 25)
+    assert (data.tokens, data.rows, data.images, data.pair_total, data.longest(True)) == (59, 19, 2, 2, 25)
     assert data.longest_sequence == 25
     assert Histogram([GroupShape(10, (3, 4), ((0, 1),), 1)], "here").longest_sequence == 14
