@@ -24,7 +24,14 @@ def cache_root() -> Path:
     """Folder of everything fasttrain caches: $FASTTRAIN_CACHE, else $XDG_CACHE_HOME or ~/.cache, plus fasttrain."""
     if folder := os.environ.get("FASTTRAIN_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fasttrain"
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "fasttrain"
+    try:
+        return Path.home() / ".cache" / "fasttrain"
+    except RuntimeError:  # a container's user without a name
+        raise UserError(
+            "FASTTRAIN_CACHE: wanted a folder for caches, got none, and HOME is not set"
+        ) from None
 
 
 def user_path(name: str | Path) -> Path:

@@ -123,6 +123,19 @@ def test_leftovers_of_a_kill_go_and_hidden_files_of_the_user_stay(tmp_path: Path
     assert names(tmp_path) == [".cache.tmp", ".env", ".profile.old", ".ssh.old", "notes.1.tmp"]
 
 
+def test_a_user_without_a_home_is_asked_for_a_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("FASTTRAIN_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    with pytest.raises(UserError, match="FASTTRAIN_CACHE: wanted a folder for caches, got none, and HOME"):
+        cache_root()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_root() == Path("/somewhere/fasttrain")
+
+
 def test_hash_file_is_blake2b_of_the_content(tmp_path: Path) -> None:
     content = bytes(range(256)) * 20_000  # more than one block
     (tmp_path / "file").write_bytes(content)
