@@ -135,8 +135,9 @@ class PackMaker(Dataset[Any]):
         try:
             return [hash_bytes(content) for content in contents], self.pixels(contents)
         except ValueError as error:
+            problem = " ".join(str(error).split())  # processors give advice on lines of its own
             raise ValueError(
-                f"{refs[0].name() if len(refs) == 1 else 'one of its images'}: {error}"
+                f"{refs[0].name() if len(refs) == 1 else 'one of its images'}: {problem}"
             ) from None
 
     def _reference(self, batch: _Builder) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,15 @@ def text_of_images(processor: Any, count: int) -> str:
     if type(processor).__name__ == "HunYuanVLProcessor":  # it refuses images without their marks
         one = f"{processor.image_start_token}{one}{processor.image_end_token}"
     return " ".join([one] * count)
+
+
+def _unset(processor: Any) -> str:
+    """Which of a processor's own settings have no value: files that old versions of transformers wrote lack some."""
+    settings = [
+        name for name in inspect.signature(type(processor).__init__).parameters if name != "chat_template"
+    ]
+    unset = [name for name in settings if getattr(processor, name, "") is None]
+    return f" (processor_config.json sets no {', '.join(unset)})" if unset else ""
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ class Placeholders:
         except Exception as error:  # noqa: BLE001 (it may be anything: what a processor wants besides text and images)
             problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise UserError(
-                f"model.name: {type(processor).__name__} does not take a text and its images: {problem}"
+                f"model.name: {type(processor).__name__} does not take a text and its images: {problem}{_unset(processor)}"
             ) from None
         self.feature_token = self._most_frequent(texts[0])
         self.feature_token_id: int = self.tokenizer.convert_tokens_to_ids(self.feature_token)

@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
-from fasttrain.errors import UserError
+from fasttrain.errors import UserError, is_out_of_memory
 from fasttrain.ranks import full_shape
 from fasttrain_kernels import linear_logprob, linear_logprob_and_unit, with_unit_gradient
 
@@ -90,7 +91,15 @@ def check_head(model: Any, head: LogprobHead, device: torch.device) -> None:
     """Compare our log-probs with the model's own logits on a few tokens; UserError if the head does something else."""
     vocabulary = full_shape(model.get_input_embeddings().weight)[0]
     ids = torch.arange(1, 9, device=device)[None] % vocabulary
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"model.name: {type(model).__name__}, as transformers {transformers.__version__} has it, fails on a text: {problem}"
+        ) from error
     theirs = logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
     hidden = trunk(model)(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
     off = _choose_transform(model, head, hidden, ids[0, 1:], theirs)

@@ -107,6 +107,11 @@ def test_other_towers_layers_and_text_models_train(
         ),
         (
             "processor_config.json",
+            {"patch_size": None},
+            r"LlavaProcessor does not take a text and its images: TypeError: .* \(processor_config.json sets no patch_size\)",
+        ),
+        (
+            "processor_config.json",
             {"patch_size": 14},
             "the processor writes 4 tokens for an image, the model makes another",
         ),

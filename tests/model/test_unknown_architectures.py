@@ -135,3 +135,23 @@ def test_an_architecture_that_leaks_between_answers_is_told_and_run_unshared(
     assert (first["tokens"] < ordinary["tokens"]) == shares
     assert first["grad_norm"] == pytest.approx(ordinary["grad_norm"], rel=5e-5)
     assert first["logps/chosen"] == pytest.approx(ordinary["logps/chosen"], rel=1e-5)
+
+
+def test_a_model_whose_own_code_fails_is_one_line(tiny_models: ModuleType) -> None:
+    """Llama 4's with images in transformers 5.24, for one."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fasttrain.errors import UserError
+    from fasttrain.model.head import check_head, install_head
+
+    def fails(**inputs: Any) -> None:
+        raise AttributeError("'Output' object\nhas no 'image_outputs'")
+
+    tokenizer = tiny_models.build_tokenizer(tiny_models.CHATML, eos="<|im_end|>")
+    model = LlamaForCausalLM(LlamaConfig(**tiny_models.language_config(tokenizer)))
+    head = install_head(model)
+    model.forward = fails
+    wanted = r"LlamaForCausalLM, as .* has it, fails on a text: AttributeError: 'Output' object has no 'image_outputs'$"
+    with pytest.raises(UserError, match=wanted):
+        check_head(model, head, torch.device("cpu"))
