@@ -43,6 +43,8 @@ NOTES = """## Fine print
   `aligner`, `projector`, `vision_projection`, `visual_embeddings_table`, `resampler_model`, `embed_vision`,
   `merger`, `layerwise_projectors` with `spatial_projectors`, or a tower's `patch_merger`: those of every family above, asked of each
   in the tests. It refuses a model that has none of them.
+* **Qwen-Omni** is trained as what its files hold: a thinker saved by itself (`qwen2_5_omni_thinker`, `qwen3_omni_moe_thinker`), without
+  sound; the whole model with its talker is refused.
 * **Not taken with images**: encoder-decoders and models whose image part is no `vision_config` (Florence-2, Pix2Struct, Chameleon),
   refused by name, and GOT-OCR 2, whose processor takes the images of one page only.
 * **Logits** are the model's own in transformers. Aya Vision's class applies no `logit_scale`, though its text configuration has one:
@@ -60,7 +62,8 @@ NOTES = """## Fine print
   `model.bos: tokenizer` does as they do, token for token. A note says which models are concerned. `fasttrain answer` and `eval`
   ask an adapter as its run was trained; for merged models there is `--bos`.
   PaliGemma has no chat template of its own, and its processor puts `<bos>` behind the images and a newline behind the question: write both
-  into the template, for here, too, a prompt is what the template says.
+  into the template, for here, too, a prompt is what the template says. So with Molmo 2, whose processor puts `<bos>`, or the end-of-text
+  token where its tokenizer has no `<bos>`, in front of a prompt that does not begin with it.
 * **Own code.** A model whose Python code comes with it is loaded with `model.trust_remote_code: true` only. `fasttrain answer`, `eval` and
   the merge of an adapter folder take `--trust-remote-code`, and nothing from the adapter's folder; a study's answers go by its recipe.
 * **Reference cache.** With weights that are not fp32 the key also holds how attention was computed (the shared backend, or unshared):

@@ -778,6 +778,143 @@ def internvl_moe(tiny_models: ModuleType) -> Parts:
     return config, processor
 
 
+def deepseek_vl_hybrid(tiny_models: ModuleType) -> Parts:
+    """DeepSeek-VL hybrid: a SigLIP tower and one of SAM's for the same image at a higher resolution."""
+    import transformers
+
+    image = "<image_placeholder>"
+    tokenizer = tokenizer_with(tiny_models, image=image, image_token=image)
+    closer = {
+        "model_type": "sam_vision_model", "hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": 64, "patch_size": 8, "window_size": 3, "global_attn_indexes": [1],
+        "mlp_dim": 48,
+    }  # fmt: skip
+    config = transformers.DeepseekVLHybridConfig(
+        text_config=transformers.LlamaConfig(**tiny_models.language_config(tokenizer)),
+        vision_config={**VISION, "model_type": "siglip_vision_model"}, high_res_vision_config=closer,
+        image_token_id=tokenizer.convert_tokens_to_ids(image), tie_word_embeddings=False,
+    )  # fmt: skip
+    sizes = {
+        "size": {"height": 28, "width": 28},
+        "high_res_size": {"height": 64, "width": 64},
+        "min_size": 14,
+    }
+    processor = transformers.DeepseekVLHybridProcessor(
+        image_processor=pil("deepseek_vl_hybrid", "DeepseekVLHybridImageProcessorPil", **sizes),
+        tokenizer=tokenizer,
+        num_image_tokens=16,
+        chat_template=tokenizer.chat_template,
+    )
+    return config, processor
+
+
+def qwen_patches(
+    kind: str, prefix: str, vision: dict[str, Any], **text: Any
+) -> Callable[[ModuleType], Parts]:
+    """Families with Qwen2-VL's image processor: patches of any number."""
+
+    def build(tiny_models: ModuleType) -> Parts:
+        import transformers
+
+        marks = ("<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+        image = "<|vision_start|><|image_pad|><|vision_end|>"
+        tokenizer = tokenizer_with(tiny_models, "<|image_pad|>", *marks, image=image)
+        id_of = tokenizer.convert_tokens_to_ids
+        config = getattr(transformers, f"{prefix}Config")(
+            text_config={**tiny_models.language_config(tokenizer), **text}, vision_config=vision,
+            image_token_id=id_of("<|image_pad|>"), video_token_id=id_of("<|video_pad|>"), tie_word_embeddings=False,
+        )  # fmt: skip
+        size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+        pixels = pil("qwen2_vl", "Qwen2VLImageProcessorPil", patch_size=7, merge_size=2, size=size)
+        template = tokenizer.chat_template
+        return config, image_only(kind, image_processor=pixels, tokenizer=tokenizer, chat_template=template)
+
+    build.__doc__ = qwen_patches.__doc__
+    return build
+
+
+def paddle_ocr(tiny_models: ModuleType) -> Parts:
+    """PaddleOCR-VL: patches of any number, positions on three axes."""
+    import transformers
+
+    mark, start, end = "<|IMAGE_PLACEHOLDER|>", "<|IMAGE_START|>", "<|IMAGE_END|>"
+    tokenizer = tokenizer_with(
+        tiny_models, start, end, "<|video|>", image=f"{start}{mark}{end}", image_token=mark
+    )
+    id_of = tokenizer.convert_tokens_to_ids
+    text = tiny_models.language_config(tokenizer, head_dim=16, rope_parameters=rope(mrope_section=[2, 3, 3]))
+    config = transformers.PaddleOCRVLConfig(
+        text_config=text, vision_config={**VISION, "image_size": 56}, image_token_id=id_of(mark),
+        video_token_id=id_of("<|video|>"), vision_start_token_id=id_of(start), vision_end_token_id=id_of(end),
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+    pixels = pil("paddleocr_vl", "PaddleOCRVLImageProcessorPil", patch_size=7, merge_size=2, size=size)
+    processor = transformers.PaddleOCRVLProcessor(
+        image_processor=pixels, tokenizer=tokenizer, chat_template=tokenizer.chat_template
+    )
+    return config, processor
+
+
+def granite_docling(tiny_models: ModuleType) -> Parts:
+    """Granite Docling: rows and columns of tiles named in the text, features of a second layer for the decoder's first."""
+    import transformers
+
+    grid = [f"<row_{row}_col_{column}>" for row in (1, 2, 3, 4) for column in (1, 2, 3, 4)]
+    marks = ("<fake_token_around_image>", "<global-img>")
+    tokenizer = tokenizer_with(tiny_models, *marks, *grid, image_token="<image>")
+    text = tiny_models.language_config(
+        tokenizer, logits_scaling=0.7, embedding_multiplier=2.0, attention_multiplier=0.3
+    )
+    vision = {**VISION, "scale_factor": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [0]}
+    config = transformers.GraniteDoclingConfig(
+        text_config=text, vision_config=vision, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False,
+    )  # fmt: skip
+    size = {"height": 28, "width": 28}
+    processor = transformers.GraniteDoclingProcessor(
+        image_processor=pil("granite_docling", "GraniteDoclingImageProcessorPil", size=size, max_patches=3),
+        tokenizer=tokenizer,
+        image_seq_len=4,
+        chat_template=tokenizer.chat_template,
+    )
+    return config, processor
+
+
+def qwen_omni(tiny_models: ModuleType) -> Parts:
+    """Qwen2.5-Omni's thinker: patches of any number, positions on three axes that it makes of an attention mask only."""
+    import transformers
+
+    names = {
+        "image_token": "<|IMAGE|>", "audio_token": "<|AUDIO|>", "video_token": "<|VIDEO|>", "vision_bos_token": "<|vision_bos|>",
+        "vision_eos_token": "<|vision_eos|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>",
+    }  # fmt: skip
+    tokenizer = tokenizer_with(tiny_models, image="<|vision_bos|><|IMAGE|><|vision_eos|>", **names)
+    id_of = tokenizer.convert_tokens_to_ids
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 7, "out_hidden_size": 64,
+        "window_size": 28, "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    audio = {
+        "num_mel_bins": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "d_model": 32,
+        "output_dim": 64, "max_source_positions": 64,
+    }  # fmt: skip
+    config = transformers.Qwen2_5OmniThinkerConfig(
+        text_config=tiny_models.language_config(tokenizer, rope_parameters=rope(mrope_section=[2, 3, 3])),
+        vision_config=vision, audio_config=audio, audio_token_index=id_of("<|AUDIO|>"), image_token_index=id_of("<|IMAGE|>"),
+        video_token_index=id_of("<|VIDEO|>"), vision_start_token_id=id_of("<|vision_bos|>"),
+        vision_end_token_id=id_of("<|vision_eos|>"), audio_start_token_id=id_of("<|audio_bos|>"),
+        audio_end_token_id=id_of("<|audio_eos|>"),
+    )  # fmt: skip
+    size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+    processor = image_only(
+        "qwen2_5_omni", image_processor=pil("qwen2_vl", "Qwen2VLImageProcessorPil", patch_size=7, merge_size=2, size=size),
+        feature_extractor=transformers.WhisperFeatureExtractor(feature_size=16), tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+    return config, processor
+
+
 FAMILIES: dict[str, Callable[[ModuleType], Parts]] = {
     "Qwen2-VL": qwen_vl(
         "qwen2_vl", "Qwen2VL",
@@ -860,6 +997,35 @@ FAMILIES: dict[str, Callable[[ModuleType], Parts]] = {
     "Cosmos 3 Edge": cosmos3_edge,
     "Granite Vision 4": granite_vision,
     "InternVL-MoE": internvl_moe,
+    "GLM-4.6V": glm_v("glm46v", "Glm46V", "Glm46V"),
+    "DeepSeek-VL hybrid": deepseek_vl_hybrid,
+    "EXAONE 4.5": qwen_patches(
+        "exaone4_5", "Exaone4_5_",
+        {
+            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "num_key_value_heads": 1, "patch_size": 7,
+            "out_hidden_size": 64, "window_size": 28, "fullatt_block_indexes": [1],
+        },
+        model_type="exaone4", sliding_window=24, layer_types=["sliding_attention", "full_attention"],
+    ),
+    "HyperCLOVA X Vision": qwen_patches(
+        "hyperclovax_vision_v2", "HyperCLOVAXVisionV2",
+        {
+            "model_type": "qwen2_5_vl_vision", "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
+            "patch_size": 7, "out_hidden_size": 64, "window_size": 28, "fullatt_block_indexes": [1],
+        },
+        model_type="hyperclovax", logits_scaling=3.0, embedding_multiplier=2.0, attention_multiplier=0.3,
+    ),
+    "LFM3-VL": qwen_patches(
+        "lfm3_vl", "Lfm3Vl",
+        {
+            "hidden_size": 32, "intermediate_size": 48, "patch_size": 7, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        },
+        model_type="lfm3",
+    ),
+    "PaddleOCR-VL": paddle_ocr,
+    "Granite Docling": granite_docling,
+    "Qwen2.5-Omni": qwen_omni,
 }  # fmt: skip
 
 # Why families that do not share prompts do not.
@@ -867,4 +1033,5 @@ UNSHARED = {
     "Mllama": "it sees images through cross-attention layers",
     "Qwen3.5": "it has layers of type linear_attention",
     "Qwen3.5-MoE": "it has layers of type linear_attention",
+    "LFM3-VL": "it has layers of type conv",
 }

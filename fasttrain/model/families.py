@@ -58,9 +58,9 @@ class FamilyInputs:
             return torch.arange(len(ids))[None]
         assert self._rope_index is not None
         wanted = inspect.signature(self._rope_index).parameters
-        inputs = {**images, **self.token_types(ids)}
-        inputs = {name: value for name, value in inputs.items() if name in wanted}
         ids_1T = torch.from_numpy(ids.astype(np.int64))[None]
+        inputs = {**images, **self.token_types(ids), "attention_mask": torch.ones_like(ids_1T)}
+        inputs = {name: value for name, value in inputs.items() if name in wanted}
         positions: Tensor = self._rope_index(input_ids=ids_1T, **inputs)[0]
         return positions[:, 0]
 
@@ -79,6 +79,9 @@ class FamilyInputs:
         inputs = {**self.token_types(ids), **self.expert_types(ids)}
         if self._both_ways == "prompt":  # its tokens are of type 0, and see each other
             inputs["token_type_ids"] = (torch.arange(len(ids)) >= prompt).long()[None]
+        if images and self._rope_index is not None and self._types_name is None:
+            # without a mask Qwen-Omni's forward makes positions on one axis only
+            inputs["attention_mask"] = torch.ones(1, len(ids), dtype=torch.long)
         if images and "cross_attention_mask" in self._accepts:
             inputs["cross_attention_mask"] = self._cross_attention_mask(ids, images)
         return inputs

@@ -51,7 +51,9 @@ def without_videos(model_type: str, named: str | None = None) -> Any | None:
             super().__init__(*parts[:place], *parts[place + 1 :], **named)
 
     class Images(found, Parts):  # type: ignore[misc]
-        video_processor = _Absent(font="")  # Ernie's saves the font of its
+        video_processor = _Absent(
+            font="", model_input_names=[]
+        )  # what Ernie's saves and what Qwen-Omni's adds up
 
         @classmethod
         def get_attributes(cls) -> list[str]:
