@@ -198,11 +198,26 @@ def refuse_head(model: Any, key: str) -> None:
 def _load_adapter(model: Any, lora: LoraConfig, train_projector: bool) -> Any:
     folder = user_path(str(lora.init_from))
     config = adapter_to_train(model, read_adapter_config(folder), lora, train_projector)
+    if any(hasattr(parameter, "ds_shape") for parameter in model.parameters()):
+        refuse_in_parts(config, folder)
     replaces = _replaces_embeddings(model, folder)
     adapted = read_adapter(model, folder, config, trainable=True)
     refuse_head(model, "lora.init_from")
     adapted.replaces_embeddings = replaces  # `final/` must hold them too
     return adapted
+
+
+def refuse_in_parts(config: Any, folder: Path) -> None:
+    """UserError for an adapter that peft makes from the base's weights as it loads it: under ZeRO-3 no rank has them whole."""
+    start = str(config.init_lora_weights).lower()
+    made = [name for name in ("use_dora", "trainable_token_indices") if getattr(config, name, None)]
+    if start not in ("true", "false", "gaussian", "orthogonal", "eva"):
+        made.append(f"init_lora_weights {start}")
+    if made:
+        raise UserError(
+            f"lora.init_from: {folder} has {made[0]}, for which peft reads whole weights, and distributed.zero_stage 3 has them in "
+            "parts: set it to 2 or null, or merge that adapter and start a new one"
+        )
 
 
 def adapter_to_train(model: Any, config: Any, lora: LoraConfig, train_projector: bool) -> Any:

@@ -29,6 +29,7 @@ from fasttrain.model.lora import (
     language_model,
     read_adapter_config,
     refuse_head,
+    refuse_in_parts,
 )
 from fasttrain.plan.known_models import known_config
 from fasttrain.plan.passes import use_planned_attention
@@ -149,6 +150,8 @@ def _attach(model: Any, config: DPOConfig) -> Any | None:
         return attach_lora(model, lora, config.model.train_projector) if lora else None
     found = read_adapter_config(user_path(lora.init_from), weights=False)
     found = adapter_to_train(model, found, lora, config.model.train_projector)
+    if config.distributed.zero_stage == 3:
+        refuse_in_parts(found, user_path(lora.init_from))
     found.base_model_name_or_path = None
     found.init_lora_weights = True  # others want the base's values
     try:

@@ -55,6 +55,17 @@ def alone_as_a_rank() -> None:
     }
 
 
+def _gather_experts_whole(policy: Policy) -> None:
+    """Have an adapter on a mixture's fused experts gathered with what it wraps, for as long as the whole of it runs: peft reads it
+    in a module that it makes anew in every pass, without DeepSpeed's hooks."""
+    from deepspeed.utils import set_z3_leaf_modules
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if any(isinstance(module, ParamWrapper) for module in policy.modules()):
+        set_z3_leaf_modules(policy, [ParamWrapper])
+        policy.model.enable_input_require_grads()  # else the first layer's would be let go before its gradients are made
+
+
 class ZeroEngine:
     """Every rank holds a part of the optimizer's state (ZeRO-2), and of the weights too (ZeRO-3)."""
 
@@ -71,6 +82,8 @@ class ZeroEngine:
         # torch's AdamW runs offloaded states too, where they lie, with the same numbers as anywhere else; DeepSpeed's own for
         # the CPU is compiled at the first start and rounds its bias correction in fp32
         optimizer = make_optimizer(groups, config.train)
+        if self.stage == 3:
+            _gather_experts_whole(policy)
         self.engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)
         eight_bit = config.train.optimizer == "adamw_8bit"
         self.optimizer: TrainedState = ZeroState(self.engine, named, self.stage, eight_bit)

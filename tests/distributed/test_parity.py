@@ -42,6 +42,9 @@ CASES: dict[str, tuple[str, list[str]]] = {
         MIXED, [r"lora.targets=model\.vision_tower\..*q_proj", "train.pairs_per_step=1", "train.max_steps=9"],
     ),
     "mixture": (MIXTURE, ["loss.router_aux_weight=0.5", "train.tokens_per_pack=110"]),
+    "experts": (  # alone, so that nothing before the first layer's has a gradient
+        MIXTURE, ["lora.targets=[mlp.experts.gate_up_proj,mlp.experts.down_proj]", "train.learning_rate=1e-3"],
+    ),
     "nf4": (MIXED, ["model.quantize=nf4"]),
     "few": ("text", ["train.pairs_per_step=1", "data.limit_pairs=5", "train.epochs=4"]),  # a group a step
 }  # fmt: skip
@@ -129,6 +132,7 @@ def assert_same(ours: list[dict[str, Any]], truth: list[dict[str, Any]]) -> None
         ("2", {}, ["text", "full", "split", "projector rests", "tower alone", "nf4", "mixture"]),
         ("2", ON_CPU, ["projector rests"]),
         ("3", IN_PARTS, ["full", "few", "projector rests", "tower alone", "unshared", "mixture"]),
+        ("3", IN_PARTS, ["experts"]),
         ("3", {**IN_PARTS, **ON_CPU, "offload_param": {"device": "cpu"}}, ["full", "projector rests"]),
     ],
 )
@@ -258,18 +262,28 @@ def test_a_finished_run_under_zero_holds_no_memory(
     assert ended.codes == [0, 0], ended.stderr
 
 
-def test_an_adapter_with_embeddings_is_refused_under_zero_3(
-    recipes: Callable[..., Any], run_ranks: Callable[..., Any], tiny_text: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "holds weights of the embedding or the head"),
+        ({"use_dora": True}, "has use_dora, for which peft reads whole weights"),
+        ({"init_lora_weights": "pissa"}, "has init_lora_weights pissa, for which"),
+        ({"trainable_token_indices": [3]}, "has trainable_token_indices, for which"),
+    ],
+    ids=str,
+)
+def test_an_adapter_that_needs_whole_weights_is_refused_under_zero_3(
+    recipes: Callable[..., Any], run_ranks: Callable[..., Any], tiny_text: Path, tmp_path: Path, options: dict[str, Any], words: str,
+) -> None:  # fmt: skip
     import peft
     from transformers import AutoModelForCausalLM
 
-    about = peft.LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    about = peft.LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
     adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_text), about)
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     changes = ["lora={}", f"lora.init_from={tmp_path / 'adapter'}", "distributed.zero_stage=3"]
     ended = run_ranks(lambda: train_dpo(recipes("text", "zero", *changes)))
-    assert "adapter holds weights of the embedding or the head" in ended.stderr
+    assert f"adapter {words}" in ended.stderr
 
 
 @pytest.mark.slow
