@@ -77,19 +77,43 @@ def ranks() -> Ranks:
     return _here
 
 
+def launched() -> int:
+    """How many processes the environment says there are; UserError where it does not say all that they need to meet."""
+    size = _from_environment("WORLD_SIZE", 1)
+    if size <= 1:
+        return 1
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is {size} but {missing[0]} is not set: start with torchrun --nproc_per_node={size}"
+        )
+    rank = _from_environment("RANK", 0)
+    if rank >= size:
+        raise UserError(f"RANK: wanted below WORLD_SIZE, which is {size}, got {rank}")
+    return size
+
+
+def _from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(f"{name}: wanted a number in the environment, got {text!r}")
+    return int(text)
+
+
 def start_ranks() -> Ranks:
     """Join the other processes if a launcher started several; the same answer when called again."""
     global _here
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = launched()
     if size == 1 or _here.size > 1:
         return _here
-    if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
-        raise UserError(
-            f"WORLD_SIZE is {size} but RANK or MASTER_ADDR is not set: start with torchrun --nproc_per_node={size}"
-        )
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local, devices = _from_environment("LOCAL_RANK", 0), torch.cuda.device_count()
+        if local >= devices:
+            raise UserError(
+                f"LOCAL_RANK: wanted below {devices}, as each process has a GPU of its own and {devices} are here, got {local}"
+            )
+        torch.cuda.set_device(local)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not torch.distributed.is_initialized():

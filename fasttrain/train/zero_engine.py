@@ -15,7 +15,7 @@ from fasttrain.data.batch import PackBatch
 from fasttrain.errors import UserError
 from fasttrain.model.checkpointing import checkpoint_decoder
 from fasttrain.model.policy import Policy
-from fasttrain.ranks import ranks
+from fasttrain.ranks import launched, ranks
 from fasttrain.train.deepspeed_settings import deepspeed_settings, offload_device
 from fasttrain.train.engine import TrainedState
 from fasttrain.train.optimizer import make_optimizer, parameter_groups, trainable_parameters
@@ -41,7 +41,8 @@ def import_deepspeed() -> Any:
 
 def alone_as_a_rank() -> None:
     """Say in the environment what a launcher says, for one process without a launcher: DeepSpeed wants a group."""
-    if "WORLD_SIZE" in os.environ:
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if launched() > 1 or all(os.environ.get(name) for name in names):
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

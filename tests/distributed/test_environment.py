@@ -1,0 +1,55 @@
+"""What a launcher, or a person in its place, says in the environment: taken whole, or told by name."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+
+from fasttrain.errors import UserError
+from fasttrain.ranks import launched
+from fasttrain.train.zero_engine import alone_as_a_rank
+
+NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that what a test writes is taken back
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: wanted a number in the environment, got 'two'"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 but RANK is not set: start with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a"}, "WORLD_SIZE is 2 but MASTER_PORT is not set"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "RANK: wanted below WORLD_SIZE, which is 2, got 2",
+        ),
+    ],
+)
+def test_ranks_that_could_not_meet_are_told(said: dict[str, str], message: str) -> None:
+    os.environ.update(said)
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        launched()
+
+
+@pytest.mark.parametrize("said", [{}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "1", "RANK": "0"}])
+def test_one_process_is_a_group_whatever_is_left_in_the_environment(said: dict[str, str]) -> None:
+    os.environ.update(said)
+    assert launched() == 1
+    alone_as_a_rank()
+    assert [os.environ[name] for name in NAMES[:4]] == ["1", "0", "0", "127.0.0.1"]
+    assert int(os.environ["MASTER_PORT"]) > 0
+
+
+def test_what_torchrun_says_to_one_process_stands() -> None:
+    said = dict(zip(NAMES, ("1", "0", "0", "gpu07", "29500"), strict=True))
+    os.environ.update(said)
+    alone_as_a_rank()
+    assert {name: os.environ[name] for name in NAMES} == said
