@@ -94,7 +94,9 @@ class LoraConfig:
     )
     dropout: float = setting(0.0, "Dropout on the adapter's input while training.")
     targets: str | list[str] | None = setting(
-        None, "auto: every linear of the language model except the head; or names, or one regular expression."
+        None,
+        "auto: every linear of the language model except the head; all-linear: those of tower and projector too; or names, "
+        "or one regular expression.",
     )
     init_from: str | None = setting(None, "Start from this PEFT adapter; the reference is then that adapter.")
 
