@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from fasttrain_data.questions.text import normal_form, similarity, trigrams
 from fasttrain_data.spill import SeenKeys, Spill
 
 _LATEST = 16
+_SHARED = 5  # more leave fewer sets to be compared, and look up longer lists
 _COCO = re.compile(r"^coco_(?:train|val|test)\d{4}_")
 
 
@@ -27,26 +30,33 @@ class _Asked:
     """The earlier questions about the same images; near ones are looked for among those that can be near.
 
     A set whose Jaccard index with another is `near` or more lacks so few of its elements that any few more of them hold a
-    shared one (prefix filtering, Chaudhuri et al. 2006): the rarest are looked up.
+    shared one (prefix filtering, Chaudhuri et al. 2006), and some more of them hold _SHARED: the rarest are looked up.
     """
 
     def __init__(self, near: float, earlier: Iterable[str]) -> None:
         self.near, self.normals = near, set[str]()
-        self._with: dict[tuple[str, ...], list[frozenset[tuple[str, ...]]]] = {}
+        self._grams: list[frozenset[tuple[str, ...]]] = []
+        self._with: dict[tuple[str, ...], list[int]] = {}
         for normal in earlier:
             self.add(normal)
 
     def add(self, normal: str) -> None:
         self.normals.add(normal)
+        if self.near == 1:
+            return
         grams = trigrams(normal)
-        for gram in grams if self.near < 1 else ():
-            self._with.setdefault(gram, []).append(grams)
+        for gram in grams:
+            self._with.setdefault(gram, []).append(len(self._grams))
+        self._grams.append(grams)
 
     def has_near(self, normal: str) -> bool:
         grams = trigrams(normal)
         found = sorted((self._with.get(gram, []) for gram in grams), key=len)
-        few = found[: len(grams) - math.ceil(self.near * len(grams) - 1e-9) + 1]
-        return any(similarity(grams, other) >= self.near for others in few for other in others)
+        least = math.ceil(self.near * len(grams) - 1e-9)
+        shared = min(least, _SHARED)
+        counted = Counter(itertools.chain.from_iterable(found[: len(grams) - least + shared]))
+        candidates = (number for number, count in counted.items() if count >= shared)
+        return any(similarity(grams, self._grams[number]) >= self.near for number in candidates)
 
 
 class Duplicates:
