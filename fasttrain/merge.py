@@ -14,7 +14,14 @@ from fasttrain import __version__
 from fasttrain.config import ModelConfig, load_config
 from fasttrain.errors import UserError
 from fasttrain.files import atomic_folder, remove_dead
-from fasttrain.model.load import find_folder, load_model, load_model_config, load_processor, takes_images
+from fasttrain.model.load import (
+    card_line,
+    find_folder,
+    load_model,
+    load_model_config,
+    load_processor,
+    takes_images,
+)
 from fasttrain.model.lora import read_adapter, read_adapter_config
 from fasttrain.model.no_videos import save_processor
 from fasttrain.progress import say
@@ -189,6 +196,6 @@ def _save(model: Any, folder: Path, base: Path) -> None:
 
 def _card(base: ModelConfig, run: Path) -> str:
     return (
-        f"---\nbase_model: {base.name}\nlibrary_name: transformers\ntags: [dpo, fasttrain]\n---\n\n# {run.resolve().name}, merged\n\n"
+        f"---\n{card_line(base.name)}library_name: transformers\ntags: [dpo, fasttrain]\n---\n\n# {run.resolve().name}, merged\n\n"
         f"`{base.name}` with the adapter of the run `{run.resolve().name}` added to its weights by fasttrain {__version__}.\n"
     )

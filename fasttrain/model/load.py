@@ -36,6 +36,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+def card_line(name: str) -> str:
+    """A model card's line about its base model, for a hub id: the hub refuses an upload whose card names a folder there."""
+    return "" if user_path(name).is_dir() else f"base_model: {name}\n"
+
+
 def find_folder(config: ModelConfig) -> Path:
     """The local folder of the model: as given, or the hub snapshot, downloaded if needed."""
     folder = user_path(config.name)

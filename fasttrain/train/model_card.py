@@ -15,6 +15,7 @@ import torch
 
 from fasttrain import __version__
 from fasttrain.files import hash_file, user_path
+from fasttrain.model.load import card_line
 from fasttrain.run_lines import read_steps
 from fasttrain.train.job import Job
 
@@ -53,8 +54,7 @@ def model_card(job: Job, folder: Path) -> str:
     kind = "LoRA adapter" if adapter else "model"
     parts = [
         f"""---
-base_model: {config.model.name}
-{"library_name: peft" if adapter else "library_name: transformers"}
+{card_line(config.model.name)}{"library_name: peft" if adapter else "library_name: transformers"}
 tags: [{job.loss.command}, fasttrain{", lora" if adapter else ""}]
 ---
 

@@ -43,6 +43,7 @@ def test_figures_are_the_runs_own(card: Any) -> None:
     assert "Energy: not metered." in text
     assert "The rows do not say where they came from" in text
     assert "no source with known terms was recognised" in text
+    assert text.startswith("---\nlibrary_name: peft\n")  # the hub takes no folder as base_model
 
 
 def test_several_losses_and_full_fine_tuning_are_named_as_they_are(card: Any) -> None:
