@@ -113,6 +113,10 @@ class LoraConfig:
             self.targets != [] and (not isinstance(self.targets, str) or _is_pattern(self.targets)),
             "lora.targets", "auto, names or a regular expression", self.targets,
         )  # fmt: skip
+        require(  # LLaMA-Factory's words: as regular expressions they match nothing
+            not (isinstance(self.targets, str) and re.fullmatch(r"all|[\w.]+(\s*,\s*[\w.]+)+", self.targets)),
+            "lora.targets", "auto for every linear of the language model, or a list of names", self.targets,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -296,6 +296,8 @@ def test_the_quickstart_page_translates_names_of_other_trainers_as_errors_do() -
             "train.tokens_per_pack: wanted auto or 1 to below 2^31, got 1000000000000",
         ),
         ("train: {seed: -1}\n", "train.seed: wanted"),
+        ("lora: {targets: all}\n", "lora.targets: wanted auto for every linear of the language model"),
+        ("lora: {targets: 'q_proj, v_proj'}\n", "or a list of names, got 'q_proj, v_proj'"),
         ("train: {warmup_ratio: 1.1}\n", "train.warmup_ratio: wanted 0 to 1"),
         (
             "train: {warmup_ratio: 0.1, warmup_steps: 5}\n",
