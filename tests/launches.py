@@ -48,6 +48,7 @@ class FakeFlash(FlashKernel):
 def note_launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """From here on the meta device is taken for a GPU with Triton and flash-attn; the launches that are made."""
     import triton
+    from triton.runtime.jit import mangle_type
 
     launches: list[Launch] = []
     current: list[torch.device] = []
@@ -59,6 +60,9 @@ def note_launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
         current.pop()
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        for x in args:
+            if not isinstance(x, Tensor):
+                mangle_type(x)  # TypeError for what Triton takes for no number
         devices = {str(x.device) for x in args if isinstance(x, Tensor)}
         launches.append(Launch(self.fn.__name__, devices, current[-1] if current else None))
 

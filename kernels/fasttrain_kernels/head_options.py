@@ -32,12 +32,12 @@ class LogitTransform:
     @property
     def product_scale(self) -> float:
         """Factor to fold into the product h.W (and the bias) before `finish_` sees it."""
-        return self.logit_scale / (self.temperature if self.softcap is None else self.softcap)
+        return float(self.logit_scale / (self.temperature if self.softcap is None else self.softcap))
 
     @property
     def slope_scale(self) -> float:
         """Constant part of dz / d(h.W); the soft-cap multiplies it with 1 - tanh^2."""
-        return self.logit_scale / self.temperature
+        return float(self.logit_scale / self.temperature)
 
     def finish_(self, product: Tensor) -> Tensor | None:
         """Turn products that already carry `product_scale` into z, in place; return 1 - tanh^2, or None."""

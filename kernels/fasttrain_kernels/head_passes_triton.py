@@ -177,7 +177,7 @@ def _warps(block: int) -> int:
 
 
 def _cap(tr: LogitTransform) -> float:
-    return 0.0 if tr.softcap is None else tr.softcap / tr.temperature
+    return 0.0 if tr.softcap is None else float(tr.softcap / tr.temperature)
 
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:

@@ -175,7 +175,9 @@ def rms_norm(
     """
     _check_floating("rms_norm", "x", x)
     _check_like("rms_norm", "weight_D", weight_D, x, x.shape[-1:])
-    return _RmsNorm.apply(x, weight_D, eps, one_plus, _backend("rms_norm", backend, x, _why_no_norm(x)))
+    return _RmsNorm.apply(
+        x, weight_D, float(eps), one_plus, _backend("rms_norm", backend, x, _why_no_norm(x))
+    )
 
 
 @outside_graphs("swiglu runs its own kernels")

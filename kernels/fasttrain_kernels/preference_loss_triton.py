@@ -267,7 +267,10 @@ def launch(t: Terms, kinds: tuple[str, ...], factors: tuple[float, ...], weight:
     if not pairs:
         out.mean.zero_()
         return out
-    s = t.label_smoothing
+    # Triton takes Python's numbers alone
+    beta, s, tau, gamma, f_a = map(
+        float, (t.beta, t.label_smoothing, t.discopop_tau, t.simpo_gamma, t.f_alpha - 1)
+    )
     other = [t.rejected, t.ref_chosen, t.ref_rejected, t.chosen_length, t.rejected_length, weight, t.sft_logprob,
              t.mean_chosen_length]  # fmt: skip
     divergence = t.f_divergence
@@ -275,8 +278,8 @@ def launch(t: Terms, kinds: tuple[str, ...], factors: tuple[float, ...], weight:
         divergence = "reverse_kl"
     arguments = (
         a, *(a if x is None else x.contiguous() for x in other), out.losses, out.mean, out.chosen_grad,
-        out.rejected_grad, out.sft_grad, out.chosen_reward, out.rejected_reward, pairs, t.beta, s, _log(1 - s),
-        _log(s), t.discopop_tau, t.simpo_gamma, t.f_alpha - 1,
+        out.rejected_grad, out.sft_grad, out.chosen_reward, out.rejected_reward, pairs, beta, s, _log(1 - s),
+        _log(s), tau, gamma, f_a,
     )  # fmt: skip
     with device_of(a):
         preference_kernel[(1,)](

@@ -71,7 +71,8 @@ def shared_prefix_attention(
     _check_options(q, scale, window, softcap, sinks)
     # The kernels step through a row one number at a time; rows may lie anywhere.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    window = layout.binding_window(window)
+    window = layout.binding_window(None if window is None else int(window))
+    softcap = None if softcap is None else float(softcap)
     scores = Scores(q.shape[-1] ** -0.5 if scale is None else float(scale), softcap)
     wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     case = attention_case(q, layout, wants_grad, softcap is not None)

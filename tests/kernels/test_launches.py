@@ -6,6 +6,7 @@ import importlib
 from types import ModuleType
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -147,3 +148,19 @@ def test_lengths_may_be_on_the_host(launched: list[Any], monkeypatch: pytest.Mon
     )
     out.loss.backward()
     check(launched, "fold_kernel", "finish_kernel", "preference_kernel")
+
+
+def test_options_may_be_numpys_numbers(launched: list[Any]) -> None:
+    number, rows = numpy.float32(0.25), there(3, grad=True)
+    options = {
+        "beta": number,
+        "label_smoothing": number,
+        "f_alpha": number,
+        "simpo_gamma": number,
+        "discopop_tau": number,
+    }
+    preference_loss(rows, rows, rows.detach(), rows.detach(), **options)
+    scales = {"temperature": number, "logit_scale": number, "softcap": number}
+    linear_logprob(there(3, 16), there(50, 16), there(3, dtype=torch.int64), validate=False, **scales)
+    rms_norm(there(3, 16), there(16), number)
+    check(launched, "preference_kernel", "fold_kernel", "finish_kernel", "norm_kernel")
