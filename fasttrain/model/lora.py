@@ -96,6 +96,8 @@ def _not_by_peft(model: Any) -> set[str]:
     kind = model.config.get_text_config().model_type
     if kind in ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"):
         return {"out_proj", "conv1d"}
+    if kind == "laguna":  # its shared experts lose their names when an adapter is loaded
+        return {"gate_proj", "up_proj", "down_proj"}
     kinds = {kind, model.config.model_type}
     patterns = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {})
     renamed = getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {})
@@ -142,9 +144,10 @@ def note_experts(model: Any, lora: LoraConfig | None) -> None:
 
 def _is_linear(module: nn.Module) -> bool:
     # bitsandbytes' quantised linears are subclasses; GPT-2's Conv1D is a linear by another name; the routers of Llama 4 and
-    # Phi-3.5-MoE are subclasses that return more than a linear does
+    # Phi-3.5-MoE are subclasses that return more than a linear does, DeepSeek V4's grouped linears many linears
     name = type(module).__name__
-    return (isinstance(module, nn.Linear) and not name.endswith("Router")) or name == "Conv1D"
+    other = name.endswith(("Router", "GroupedLinear"))
+    return (isinstance(module, nn.Linear) and not other) or name == "Conv1D"
 
 
 def attach_lora(model: Any, lora: LoraConfig, train_projector: bool) -> Any:
@@ -175,11 +178,15 @@ def _refuse_unreadable(adapted: Any) -> None:
     import peft
     from peft.utils import transformers_weight_conversion as conversion
 
-    saved = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    written = {
+        name.replace(".default", ""): torch.empty(full_shape(parameter), device="meta")
+        for name, parameter in adapted.named_parameters()
+        if ".lora_" in name
+    }
     read = conversion.convert_peft_adapter_state_dict_for_transformers(
-        adapted, adapted.peft_config["default"], dict(saved)
+        adapted, adapted.peft_config["default"], dict(written)
     )
-    if lost := sorted(saved.keys() - read.keys()):
+    if lost := sorted(written.keys() - read.keys()):
         layers = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in lost})
         raise UserError(
             f"lora.targets: wanted layers whose adapters peft can load again, got {', '.join(layers)} of "

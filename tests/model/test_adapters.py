@@ -251,3 +251,63 @@ def test_layers_whose_adapter_peft_could_not_load_again_are_refused(tiny_models:
     install_head(model)
     with pytest.raises(UserError, match=r"lora\.targets: wanted layers .* got down_proj, .* by another name"):
         attach_lora(model, LoraConfig(rank=2, alpha=4, targets="auto"), False)
+
+
+def _laguna() -> Any:
+    """A mixture whose shared experts peft renames when it loads an adapter."""
+    from transformers import LagunaConfig, LagunaForCausalLM
+
+    from fasttrain.model.head import install_head
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_experts": 4}
+    model = LagunaForCausalLM(
+        LagunaConfig(
+            **sizes, **heads, vocab_size=50, shared_expert_intermediate_size=24, num_experts_per_tok=2
+        )
+    )
+    install_head(model)
+    return model
+
+
+def test_a_fresh_adapter_is_on_layers_that_peft_finds_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    import peft
+
+    from fasttrain.config import LoraConfig
+    from fasttrain.model import lora
+
+    adapted = lora.attach_lora(_laguna(), LoraConfig(rank=2, alpha=4), False)
+    adapted.save_pretrained(tmp_path)
+    recwarn.clear()
+    peft.PeftModel.from_pretrained(_laguna(), tmp_path)
+    assert not [w for w in recwarn if "missing adapter keys" in str(w.message)]
+    monkeypatch.setattr(lora, "_not_by_peft", lambda model: set())
+    wanted = r"lora.targets: wanted layers whose adapters peft can load again, got down_proj, gate_proj, up_proj of Laguna"
+    with pytest.raises(UserError, match=wanted):
+        lora.attach_lora(_laguna(), LoraConfig(rank=2, alpha=4), False)
+
+
+def test_linears_that_compute_something_else_get_no_adapter_of_themselves() -> None:
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
+    from fasttrain.model.lora import auto_targets
+
+    sizes = {
+        "hidden_size": 32,
+        "moe_intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+        "q_lora_rank": 8,
+    }
+    heads = {
+        "num_attention_heads": 4,
+        "o_groups": 2,
+        "o_lora_rank": 8,
+        "n_routed_experts": 4,
+        "vocab_size": 50,
+    }
+    index = {"index_n_heads": 2, "index_head_dim": 16, "num_experts_per_tok": 2}
+    targets = auto_targets(DeepseekV4ForCausalLM(DeepseekV4Config(**sizes, **heads, **index)))
+    assert "o_a_proj" not in targets and "o_b_proj" in targets
