@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib.util
 import os
 import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -137,8 +138,9 @@ class FirstStep(NamedTuple):
 def first_step(
     tiny_text: Path, tiny_llava: Path, text_pairs: Callable[..., Path], vision_pairs: Callable[..., Path], tmp_path: Path,
     fresh_cache: Path,
-) -> Callable[[str, list[str]], FirstStep]:  # fmt: skip
+) -> Iterator[Callable[[str, list[str]], FirstStep]]:  # fmt: skip
     """`first_step("text" or "llava", settings)`: nine pairs in training mode."""
+    jobs = contextlib.ExitStack()
 
     def make(kind: str, settings: list[str]) -> FirstStep:
         from fasttrain.config import config_from_dict
@@ -153,7 +155,7 @@ def first_step(
             "train": {"output": str(tmp_path / "run"), "pairs_per_step": 9},
             "track": [],
         }
-        job = build_job(config_from_dict(raw, settings))
+        job = jobs.enter_context(contextlib.closing(build_job(config_from_dict(raw, settings))))
         fill_references(job)  # its first pass with images compares placeholders and features, once
         job.policy.train()
         number, epoch, groups = next(Order(job.train, 9, False, 0).steps(1, 1))
@@ -161,7 +163,8 @@ def first_step(
         maker = job.maker(job.train, with_reference=True)
         return FirstStep(job, step, [maker[pack] for pack in step.packs])
 
-    return make
+    with jobs:
+        yield make
 
 
 _WORDS = [

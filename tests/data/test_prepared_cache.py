@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -244,6 +245,7 @@ def test_a_short_run_over_a_large_file_computes_only_its_own_references(
         assert len(job.cache) == 2
     assert references.fill_references(job, everything=True).computed == 78
     monkeypatch.setattr(references, "missing_completions", None)  # not asked any more
-    again = references.fill_references(build_job(config_from_dict(raw)))
-    assert (again.completions, again.computed) == (80, 0)
     job.close()
+    with contextlib.closing(build_job(config_from_dict(raw))) as job:
+        again = references.fill_references(job)
+    assert (again.completions, again.computed) == (80, 0)

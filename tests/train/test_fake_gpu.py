@@ -68,7 +68,6 @@ def test_a_step_runs_on_a_gpu_without_asking_it_for_a_value(
     launched = launches.note_launches(monkeypatch)
     result = runner.run(step, iter(batches), logged=True)
     norm = engine.step(1.0)
-    job.close()
     assert result.sums.device == norm.device == META
     kernels = {launch.kernel for launch in launched}
     assert all(launch.devices == {"meta"} for launch in launched)

@@ -137,5 +137,4 @@ def test_a_step_never_waits(
     with waiting_calls(monkeypatch) as found:
         runner.run(step, iter(batches), logged=True)
         engine.step(1.0)
-    job.close()
     assert not found, dict(found)
