@@ -10,6 +10,12 @@ from pathlib import Path
 import yaml
 
 
+def test_no_document_holds_both_sides_of_a_merge(repository: Path) -> None:
+    for page in [*repository.glob("*.md"), *repository.glob("docs/*.md")]:
+        for line in page.read_text(encoding="utf-8").splitlines():
+            assert not line.startswith(("<<<<<<< ", ">>>>>>> ")), f"{page.name}: {line}"
+
+
 def test_settings_page_is_current(repository: Path) -> None:
     from fasttrain.settings_page import settings_page
 
