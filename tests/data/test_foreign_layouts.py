@@ -324,6 +324,15 @@ def test_every_answer_of_a_conversation_is_one_to_learn(tmp_path: Path) -> None:
     ]
 
 
+def test_a_mark_of_no_loss_on_what_is_not_learned_anyway_says_nothing(tmp_path: Path) -> None:
+    """Axolotl's own example marks system and human turns so."""
+    said = [("system", "Be short.", False), ("human", "Why?", False), ("gpt", "So.", True)]
+    turns = [{"from": speaker, "value": text, "train": train} for speaker, text, train in said]
+    path = tmp_path / "taught.jsonl"
+    path.write_text(json.dumps({"conversations": turns, "kto_tag": True}))
+    assert taught(path) == [([("system", "Be short."), ("user", "Why?")], "So.", 0)]
+
+
 def test_conversations_of_parts_with_embedded_images_are_read(tmp_path: Path) -> None:
     """As HuggingFaceH4/llava-instruct-mix-vsft has them."""
     buffer = io.BytesIO()
@@ -354,8 +363,9 @@ def test_conversations_of_parts_with_embedded_images_are_read(tmp_path: Path) ->
         ),
         (
             {"messages": [{"role": "assistant", "content": "x", "loss": False}]},
-            "messages: wanted turns that are all learned, without loss, got False",
+            "messages: wanted answers that are all learned, without loss, got False",
         ),
+        ({"kto_tag": False}, "kto_tag: wanted an answer to learn, got false"),
     ],
 )
 def test_conversations_that_would_be_learned_otherwise_are_refused(

@@ -13,11 +13,8 @@ from fasttrain_data.formats.table_rows import first_of, iterate_rows
 from fasttrain_data.jsonl import Row
 
 _ELSEWHERE = ("prompt", "completion", "chosen", "rejected", "rejected_response", "rejected_messages")
-_SILENT = (
-    "loss",
-    "train",
-    "weight",
-)  # ms-swift's, Axolotl's and OpenAI's marks of a turn that is not learned
+# ms-swift's, Axolotl's and OpenAI's marks of an answer that is not learned
+_SILENT = ("loss", "train", "weight")
 
 
 def is_taught(row: Row) -> bool:
@@ -31,7 +28,7 @@ def is_taught(row: Row) -> bool:
 def read_taught(path: Path, bad: Callable[[BadRow], object]) -> Iterator[Row]:
     """TRL's prompt-completion rows, streamed: every answer of the assistant behind all that was said before it.
 
-    That are the tokens which LLaMA-Factory, ms-swift, and TRL with `assistant_only_loss` learn. Rows that are wrong go to `bad`.
+    These are the tokens that LLaMA-Factory, ms-swift, and TRL with `assistant_only_loss` learn. Rows that are wrong go to `bad`.
     """
     for file, name, row in iterate_rows(path, bad):
         try:
@@ -47,6 +44,8 @@ def _conversation(row: Row) -> Any:
 
 
 def _answers(row: Row, place: Place) -> Iterator[Row]:
+    if row.get("kto_tag") is False:  # LLaMA-Factory's
+        raise place.bad("kto_tag", "an answer to learn", "false: one that is not wanted")
     said = _conversation(row)
     if isinstance(said, list):
         turns = [_turn(turn, place) for turn in said]
@@ -84,7 +83,7 @@ def _turn(turn: Any, place: Place) -> Message:
         raise place.bad("messages", "a turn by human, gpt, user, assistant or system", speaker)
     place.check_read(turn, "messages")
     for key in _SILENT:
-        if turn.get(key) in (False, 0):
-            raise place.bad("messages", f"turns that are all learned, without {key}", turn[key])
+        if role == "assistant" and turn.get(key) in (False, 0):
+            raise place.bad("messages", f"answers that are all learned, without {key}", turn[key])
     content = next((turn[key] for key in ("value", "content") if turn.get(key) is not None), None)
     return {"role": role, "content": message_parts(content, "messages", place)}
