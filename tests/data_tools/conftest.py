@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from fasttrain_data.questions.readers import read_drafts
+
 Row = dict[str, Any]
+
+for _name in ("turns", "format_records"):  # the folder is no package and not on the path
+    _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
+    assert _spec is not None and _spec.loader is not None
+    sys.modules[_name] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules[_name])
 
 
 @pytest.fixture
@@ -60,6 +70,26 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return int(exit_info.value.code or 0), captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def drafts(tmp_path: Path, write_rows: Callable[..., Path]) -> Callable[..., list[Any]]:
+    """`drafts(*rows)` reads the rows as a source of questions."""
+
+    def read(*rows: Row, form: str | None = None, turns: Any = None) -> list[Any]:
+        return list(read_drafts(write_rows(tmp_path / "source.jsonl", rows), form, turns))
+
+    return read
+
+
+@pytest.fixture
+def folder(tmp_path: Path, draw: Callable[..., Path]) -> Path:
+    """A folder with six pictures, a copy of one and a broken one."""
+    for number in range(6):
+        draw(tmp_path / "img" / f"{number}.png", number)
+    draw(tmp_path / "img" / "copy of 0.png", 0)
+    (tmp_path / "img" / "broken.png").write_bytes(b"no image")
+    return tmp_path
 
 
 @pytest.fixture
