@@ -351,6 +351,15 @@ def test_conversations_of_parts_with_embedded_images_are_read(tmp_path: Path) ->
     assert taught(path) == [([("user", "Why?*")], "So.", 1)]
 
 
+def test_other_columns_of_conversations_come_through(tmp_path: Path) -> None:
+    """A source, for the model card; a key that seems to hold an image, for the warning that it is not read."""
+    said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    path = tmp_path / "taught.jsonl"
+    path.write_text(json.dumps({"messages": said, "source": "LRV", "image_path": "a.png", "chosen": None}))
+    [row] = open_source(path).rows(0, 1)
+    assert row.keys() == {"source", "image_path", "id", "images", "prompt", "completion"}
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
@@ -360,6 +369,23 @@ def test_conversations_of_parts_with_embedded_images_are_read(tmp_path: Path) ->
         (
             {"images": ["a.png"], "messages": [{"role": "user", "content": "<image><image>"}]},
             "images: wanted",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Where is <ref-object>?"},
+                    {"role": "assistant", "content": "<bbox>"},
+                ],
+                "objects": {"ref": ["a dog"], "bbox": [[1, 2, 3, 4]]},
+            },
+            "line 1: objects: wanted names and boxes written out",
+        ),
+        (
+            {
+                "messages": None,
+                "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": " "}],
+            },
+            "line 1: conversations: wanted a non-empty answer",
         ),
         (
             {"messages": [{"role": "assistant", "content": "x", "loss": False}]},

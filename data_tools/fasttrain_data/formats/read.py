@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def images_of(value: Any, place: Place) -> list[Any]:
     return result
 
 
-def _rest(row: Row, *taken: str) -> Row:
+def other_columns(row: Row, *taken: str) -> Row:
     """The columns that have no meaning of their own here; log-probs under a name no trainer trusts."""
     rest = {key: value for key, value in row.items() if key not in taken and key not in _LOGPS}
     foreign = {key: row[key] for key in _LOGPS if row.get(key) is not None}
@@ -162,7 +162,7 @@ def _read_trl(row: Row, place: Place) -> Row | str:
         if said is not None and last != said:
             raise place.bad("prompt", "the last question that the conversations share, or none", said)
     return {
-        **_rest(row, "prompt", "chosen", "rejected", "images", "image"),
+        **other_columns(row, "prompt", "chosen", "rejected", "images", "image"),
         "images": first_of(row, "images", "image"),
         "prompt": _messages(prompt, place),
         "chosen": _answer_text(chosen, "chosen", place),
@@ -232,7 +232,7 @@ def _read_llama_factory(row: Row, place: Place) -> Row | str:
     if not turns or turns[-1][0] != "user":
         raise place.bad(field, "a last turn by the human", turns[-1][0] if turns else None)
     return {
-        **_rest(row, field, "chosen", "rejected", "images", "image", "system"),
+        **other_columns(row, field, "chosen", "rejected", "images", "image", "system"),
         "images": first_of(row, "images", "image"),
         "prompt": [message(role, text) for role, text in turns],
         "chosen": turn_of(row.get("chosen"), "chosen", place)[1],
@@ -253,8 +253,7 @@ def _read_ms_swift(row: Row, place: Place) -> Row | str:
         raise place.bad(
             "messages", "a question by the user and the chosen answer at the end", [r for r, _ in turns]
         )
-    if row.get("objects") and any(tag in text for _, text in turns for tag in ("<ref-object>", "<bbox>")):
-        raise place.bad("objects", "names and boxes written out in the messages", row["objects"])
+    refuse_boxes(row, (text for _, text in turns), place)
     images = first_of(row, "images", "image")
     if row.get("rejected_images") and row["rejected_images"] != images:
         raise place.bad("rejected_images", "the images of both answers", row["rejected_images"])
@@ -270,12 +269,18 @@ def _read_ms_swift(row: Row, place: Place) -> Row | str:
             raise place.bad("rejected_response", "one rejected answer", f"{len(rejected)} of them")
         rejected = rejected[0]
     return {
-        **_rest(row, *_MS_SWIFT),
+        **other_columns(row, *_MS_SWIFT),
         "images": images,
         "prompt": [message(role, text) for role, text in _with_system(turns[:-1], row, place)],
         "chosen": turns[-1][1],
         "rejected": place.text(rejected, "rejected_response"),
     }
+
+
+def refuse_boxes(row: Row, texts: Iterable[str], place: Place) -> None:
+    """BadRow for tags in the texts that ms-swift replaces by names and boxes of `objects`."""
+    if row.get("objects") and any(tag in text for text in texts for tag in ("<ref-object>", "<bbox>")):
+        raise place.bad("objects", "names and boxes written out in the messages", row["objects"])
 
 
 def _read_alpaca(row: Row, place: Place) -> Row | str:
@@ -284,7 +289,7 @@ def _read_alpaca(row: Row, place: Place) -> Row | str:
         side: side if row.get(side) is not None else f"{side}_response" for side in ("chosen", "rejected")
     }
     return {
-        **_rest(row, "instruction", "input", "history", "system", "images", "image", *sides.values()),
+        **other_columns(row, "instruction", "input", "history", "system", "images", "image", *sides.values()),
         "images": first_of(row, "images", "image"),
         "prompt": alpaca_prompt(row, place),
         **{side: place.text(row.get(key), key) for side, key in sides.items()},
@@ -315,7 +320,7 @@ def _read_mllm_dpo(row: Row, place: Place) -> Row | str:
             raise place.bad("question", "a turn or its Python literal", question) from None
     text = question if isinstance(question, str) else turn_of(question, "question", place)[1]
     return {
-        **_rest(row, "question", "chosen", "rejected", "image", "images"),
+        **other_columns(row, "question", "chosen", "rejected", "image", "images"),
         "images": first_of(row, "image", "images"),
         "prompt": [message("user", text)],
         "chosen": _answer_to(text, row.get("chosen"), "chosen", place),
@@ -342,7 +347,7 @@ def _read_rlaif_v(row: Row, place: Place) -> Row | str:
     """Also the text-only sets that have a `system` beside these columns, as Intel's orca pairs."""
     turns = _with_system([("user", place.text(row.get("question"), "question"))], row, place)
     return {
-        **_rest(row, "question", "chosen", "rejected", "image", "images", "system"),
+        **other_columns(row, "question", "chosen", "rejected", "image", "images", "system"),
         "images": first_of(row, "image", "images", "image_path"),
         "prompt": [message(role, text) for role, text in turns],
         "chosen": place.text(row.get("chosen"), "chosen"),
@@ -352,7 +357,7 @@ def _read_rlaif_v(row: Row, place: Place) -> Row | str:
 
 def _read_llava_next(row: Row, place: Place) -> Row | str:
     return {
-        **_rest(row, "prompt", "chosen", "rejected", "image", "images"),
+        **other_columns(row, "prompt", "chosen", "rejected", "image", "images"),
         "images": first_of(row, "image", "images"),
         "prompt": [message("user", place.text(row.get("prompt"), "prompt"))],
         "chosen": place.text(row.get("chosen"), "chosen"),

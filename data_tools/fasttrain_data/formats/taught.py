@@ -7,12 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from fasttrain_data.errors import BadRow
-from fasttrain_data.formats.messages import ROLES, Message, Place, message, place_images
-from fasttrain_data.formats.read import alpaca_prompt, images_of, message_parts
+from fasttrain_data.formats.messages import (
+    ROLES,
+    Message,
+    Place,
+    check_answer,
+    message,
+    place_images,
+    text_of,
+)
+from fasttrain_data.formats.read import alpaca_prompt, images_of, message_parts, other_columns, refuse_boxes
 from fasttrain_data.formats.table_rows import first_of, iterate_rows
 from fasttrain_data.jsonl import Row
 
 _ELSEWHERE = ("prompt", "completion", "chosen", "rejected", "rejected_response", "rejected_messages")
+# what becomes prompt, completion and images
+_READ = (
+    "messages",
+    "conversations",
+    "system",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "images",
+    "image",
+)
 # ms-swift's, Axolotl's and OpenAI's marks of an answer that is not learned
 _SILENT = ("loss", "train", "weight")
 
@@ -22,7 +42,7 @@ def is_taught(row: Row) -> bool:
     if any(row.get(key) is not None for key in _ELSEWHERE):
         return False
     asked = row.get("instruction") or row.get("input")
-    return isinstance(_conversation(row), list) or bool(asked and isinstance(row.get("output"), str))
+    return isinstance(row.get(_field(row)), list) or bool(asked and isinstance(row.get("output"), str))
 
 
 def read_taught(path: Path, bad: Callable[[BadRow], object]) -> Iterator[Row]:
@@ -39,28 +59,32 @@ def read_taught(path: Path, bad: Callable[[BadRow], object]) -> Iterator[Row]:
             yield from rows
 
 
-def _conversation(row: Row) -> Any:
-    return next((row[key] for key in ("messages", "conversations") if row.get(key) is not None), None)
+def _field(row: Row) -> str:
+    """The key under which the answers stand."""
+    return next((key for key in ("messages", "conversations") if row.get(key) is not None), "output")
 
 
 def _answers(row: Row, place: Place) -> Iterator[Row]:
     if row.get("kto_tag") is False:  # LLaMA-Factory's
         raise place.bad("kto_tag", "an answer to learn", "false: one that is not wanted")
-    said = _conversation(row)
+    field = _field(row)
+    said = row.get(field)
     if isinstance(said, list):
-        turns = [_turn(turn, place) for turn in said]
+        turns = [_turn(turn, field, place) for turn in said]
         if row.get("system") and (not turns or turns[0]["role"] != "system"):
             turns.insert(0, message("system", place.text(row["system"], "system")))
     else:
-        turns = [*alpaca_prompt(row, place), message("assistant", place.text(row.get("output"), "output"))]
+        turns = [*alpaca_prompt(row, place), message("assistant", place.text(said, field))]
     images = images_of(first_of(row, "images", "image"), place)
     turns = place_images(turns, len(images), place)
     taught = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not taught or any(index == 0 or turns[index - 1]["role"] != "user" for index in taught):
-        raise place.bad("messages", "answers behind a question each", [turn["role"] for turn in turns])
-    kept: Row = {
-        key: row[key] for key in ("tools", "videos", "audios", "chat_template_kwargs", "label") if key in row
-    }
+        raise place.bad(field, "answers behind a question each", [turn["role"] for turn in turns])
+    texts = [text_of(turn) for turn in turns]
+    refuse_boxes(row, texts, place)
+    for index in taught:
+        check_answer(texts[index], field, place)
+    kept = other_columns(row, *_READ, *_ELSEWHERE)
     for number, index in enumerate(taught, start=1):
         shown = sum(part["type"] == "image" for turn in turns[:index] for part in turn["content"])
         name = row.get("id")
@@ -73,17 +97,17 @@ def _answers(row: Row, place: Place) -> Iterator[Row]:
         }
 
 
-def _turn(turn: Any, place: Place) -> Message:
+def _turn(turn: Any, field: str, place: Place) -> Message:
     """A turn written as {from, value} or {role, content}, the content text or parts."""
     if not isinstance(turn, dict):
-        raise place.bad("messages", "a turn", turn)
+        raise place.bad(field, "a turn", turn)
     speaker = next((turn[key] for key in ("from", "role") if turn.get(key) is not None), None)
     role = ROLES.get(str(speaker))
     if role is None:
-        raise place.bad("messages", "a turn by human, gpt, user, assistant or system", speaker)
-    place.check_read(turn, "messages")
+        raise place.bad(field, "a turn by human, gpt, user, assistant or system", speaker)
+    place.check_read(turn, field)
     for key in _SILENT:
         if role == "assistant" and turn.get(key) in (False, 0):
-            raise place.bad("messages", f"answers that are all learned, without {key}", turn[key])
+            raise place.bad(field, f"answers that are all learned, without {key}", turn[key])
     content = next((turn[key] for key in ("value", "content") if turn.get(key) is not None), None)
-    return {"role": role, "content": message_parts(content, "messages", place)}
+    return {"role": role, "content": message_parts(content, field, place)}
