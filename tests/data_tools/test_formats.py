@@ -134,6 +134,17 @@ def test_whole_conversations_keep_what_stands_before_the_answer_once(tmp_path, w
         assert [pair[side][0]["content"][0]["text"] for side in ("chosen", "rejected")] == ["good", "bad"]
 
 
+def test_turns_in_either_spelling_may_stand_in_one_file(tmp_path, write_rows):
+    """As datasets fills up rows of both: from and value were null, and refused, where role and content said all."""
+    asked = {"from": None, "value": None, "role": "user", "content": "Why?"}
+    chosen, rejected = (
+        {"from": "gpt", "value": text, "role": None, "content": None} for text in ("good", "bad")
+    )
+    row = {"conversations": [asked], "chosen": chosen, "rejected": rejected}
+    [pair] = read_pairs(write_rows(tmp_path / "x.jsonl", [row]))
+    assert pair["prompt"] == expected(images=())["prompt"]
+
+
 def test_a_system_column_beside_question_and_answers_is_a_system_turn(tmp_path, write_rows):
     row = {"system": "Be brief.", "question": "Why?", "chosen": "good", "rejected": "bad"}
     [pair, plain] = read_pairs(write_rows(tmp_path / "orca.jsonl", [row, row | {"system": ""}]))

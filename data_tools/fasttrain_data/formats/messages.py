@@ -81,16 +81,25 @@ def place_images(messages: list[Message], images: int, place: Place) -> list[Mes
     return messages
 
 
-def turn_of(value: Any, field: str, place: Place) -> tuple[str, str]:
-    """(role, text) of a turn written as {from, value} or {role, content}."""
-    if not isinstance(value, dict):
-        raise place.bad(field, "a turn", value)
-    speaker = value.get("from", value.get("role"))
+def said_in(turn: Any, field: str, place: Place) -> tuple[str, Any]:
+    """(role, content) of a turn written as {from, value} or {role, content}; a file of both fills up the others with null."""
+    if not isinstance(turn, dict):
+        raise place.bad(field, "a turn", turn)
+    speaker, content = (
+        next((turn[key] for key in keys if turn.get(key) is not None), None)
+        for keys in (("from", "role"), ("value", "content"))
+    )
     role = ROLES.get(str(speaker))
     if role is None:
         raise place.bad(field, "a turn by human, gpt, user, assistant or system", speaker)
-    place.check_read(value, field)
-    return role, place.text(value.get("value", value.get("content")), field)
+    place.check_read(turn, field)
+    return role, content
+
+
+def turn_of(value: Any, field: str, place: Place) -> tuple[str, str]:
+    """(role, text) of a turn."""
+    role, content = said_in(value, field, place)
+    return role, place.text(content, field)
 
 
 def turns_of(value: Any, field: str, place: Place) -> list[tuple[str, str]]:

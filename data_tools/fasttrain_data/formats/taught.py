@@ -8,12 +8,12 @@ from typing import Any
 
 from fasttrain_data.errors import BadRow
 from fasttrain_data.formats.messages import (
-    ROLES,
     Message,
     Place,
     check_answer,
     message,
     place_images,
+    said_in,
     text_of,
 )
 from fasttrain_data.formats.read import alpaca_prompt, images_of, message_parts, other_columns, refuse_boxes
@@ -98,16 +98,9 @@ def _answers(row: Row, place: Place) -> Iterator[Row]:
 
 
 def _turn(turn: Any, field: str, place: Place) -> Message:
-    """A turn written as {from, value} or {role, content}, the content text or parts."""
-    if not isinstance(turn, dict):
-        raise place.bad(field, "a turn", turn)
-    speaker = next((turn[key] for key in ("from", "role") if turn.get(key) is not None), None)
-    role = ROLES.get(str(speaker))
-    if role is None:
-        raise place.bad(field, "a turn by human, gpt, user, assistant or system", speaker)
-    place.check_read(turn, field)
+    """A turn whose content is text or parts."""
+    role, content = said_in(turn, field, place)
     for key in _SILENT:
         if role == "assistant" and turn.get(key) in (False, 0):
             raise place.bad(field, f"answers that are all learned, without {key}", turn[key])
-    content = next((turn[key] for key in ("value", "content") if turn.get(key) is not None), None)
     return {"role": role, "content": message_parts(content, field, place)}
