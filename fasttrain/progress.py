@@ -39,7 +39,7 @@ class Progress:
                 total=total,
                 initial=initial,
                 desc=name,
-                unit=unit,
+                unit=f" {unit}",
                 file=sys.stderr,
                 leave=False,
                 delay=delay_s,

@@ -34,7 +34,7 @@ def test_a_mistake_does_not_follow_the_bar_of_what_it_ended(
     with pytest.raises(SystemExit):
         cli.main()
     shown = capsys.readouterr().err.split("\r")
-    assert "reading pairs" in shown[1] and not shown[-2].strip()
+    assert "reading pairs" in shown[1] and "? rows/s" in shown[1] and not shown[-2].strip()
     assert shown[-1] == "fasttrain: error: pairs.jsonl line 2: wrong\n"
 
 
