@@ -21,6 +21,8 @@ LOSS_KINDS = (
     "sigmoid", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sigmoid_norm", "simpo", "orpo", "cpo", "sft",
 )  # fmt: skip
+_NO_KTO = "; there is no KTO here: it learns from answers that are rated one by one"
+_NO_KINDS = {"dpo": "; DPO's own is sigmoid", "kto": _NO_KTO, "kto_pair": _NO_KTO}
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 _MOST_EPOCHS = 100_000
@@ -210,7 +212,7 @@ class LossConfig:
             if kind not in LOSS_KINDS:
                 raise UserError(
                     f"loss.kind: wanted one of {', '.join(LOSS_KINDS)}, got {kind!r}"
-                    + ("; DPO's own is sigmoid" if kind == "dpo" else did_you_mean(kind, list(LOSS_KINDS)))
+                    + (_NO_KINDS.get(kind) or did_you_mean(kind, list(LOSS_KINDS)))
                 )
         require(
             self.weights is None or len(self.weights) == len(self.kinds),

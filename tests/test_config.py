@@ -330,6 +330,7 @@ def test_the_quickstart_page_translates_names_of_other_trainers_as_errors_do() -
         ("track: null\n", "track: wanted a list of text, got None; [] for none"),
         ("lora: false\n", "lora: wanted a section with keys, or null, got False"),
         ("loss: {kind: dpo}\n", "got 'dpo'; DPO's own is sigmoid"),  # not ipo
+        ("loss: {kind: kto_pair}\n", "got 'kto_pair'; there is no KTO here"),  # not exo_pair
         ("distributed: {zero_stage: 1}\n", "distributed.zero_stage: wanted null, 2 or 3, got 1"),
         ("lora: null\nreference: {cache: ''}\n", "reference.cache: wanted auto or a folder"),
         ("train: {seed: 1" + 400 * "0" + "}\n", "train.seed: wanted an integer"),
