@@ -72,8 +72,7 @@ def _warn_of_unread_images(questions: Sequence[Question]) -> None:
     blind = [(question.where, key) for question in questions if (key := unread_image(question.row))]
     for where, key in blind[:1]:
         say(
-            f"warning: {where}: {key} is not read; images go under images or image, and {len(blind):,} questions are asked "
-            "without any"
+            f"warning: {where}: {key} is not read; images go under images or image; questions asked without any: {len(blind):,}"
         )
 
 
