@@ -35,6 +35,8 @@ class Pair:
 def read_pair(row: dict[str, Any], where: str, image_root: Path) -> Pair:
     """Check one row; BadRow names the first field that is wrong. Image files are found, not opened."""
     for key in ("chosen", "rejected"):
+        if row.get(key) is None and row.get("completion") is not None:
+            raise BadRow(where, key, "a pair", "one answer to learn, which is for fasttrain sft")
         if row.get(key) is None:
             raise BadRow(where, key, "an answer", _nothing(row))
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
@@ -154,7 +156,7 @@ def _read_parts(content: Any, field: str, where: str) -> tuple[Part, ...]:
         elif kind == "text":
             parts.append(("text", _text(part.get("text"), field, where)))
         else:
-            raise BadRow(where, field, 'parts of type "text" or "image"', part)
+            raise BadRow(where, field, 'parts of type "text" or "image", and image files under images', part)
     return tuple(parts)
 
 
@@ -212,7 +214,10 @@ def _place_images(messages: list[Message], images: int, where: str) -> tuple[Mes
             given = images
     if given != images:
         raise BadRow(
-            where, "images", f"as many images as placeholders in the prompt ({given})", f"{images} image(s)"
+            where,
+            "images",
+            f"as many images as placeholders in the prompt ({given})",
+            f"{images} image(s)" if images else "none under images or image",
         )
     return tuple(messages)
 

@@ -268,6 +268,7 @@ LONG_TURNS = [turn("user", "a"), turn("assistant", "b")]
         ({**SHORT, "chosen": []}, "chosen: wanted one message by the assistant"),
         ({**SHORT, "chosen": [*LONG_TURNS, *LONG_TURNS]}, "chosen: wanted one message by the assistant"),
         ({**SHORT, "chosen": [turn("assistant", [{"type": "image"}])]}, "chosen: wanted text only, got an image"),
+        ({"prompt": "q", "completion": "a"}, "chosen: wanted a pair, got one answer to learn, which is for fasttrain sft"),
         ({**SHORT, "prompt": ""}, "prompt: wanted some text or an image, got an empty prompt"),
         ({**SHORT, "prompt": []}, "prompt: wanted text or a list of messages, got []"),
         ({**SHORT, "prompt": 3}, "prompt: wanted text or a list of messages, got 3"),
@@ -279,7 +280,7 @@ LONG_TURNS = [turn("user", "a"), turn("assistant", "b")]
         ({**SHORT, "prompt": LONG_TURNS}, "prompt: wanted a last message by the user, got one by 'assistant'"),
         (
             {**SHORT, "prompt": [turn("user", [{"type": "image_url", "image_url": "x"}])]},
-            'prompt: wanted parts of type "text" or "image"',
+            'prompt: wanted parts of type "text" or "image", and image files under images, got {',
         ),
         (
             {**SHORT, "prompt": [turn("user", "a"), turn("assistant", "") | {"tool_calls": [{}]}, turn("tool", "b")]},
@@ -312,7 +313,7 @@ LONG_TURNS = [turn("user", "a"), turn("assistant", "b")]
         ),
         ({**SHORT, "prompt": "<image>", "images": ["a.png", "b.png"]}, "images: wanted as many images as placeholders in the prompt (1), got 2"),
         ({**SHORT, "prompt": "<image><image>", "images": ["a.png"]}, "images: wanted as many images as placeholders in the prompt (2), got 1"),
-        ({**SHORT, "prompt": [turn("user", [{"type": "image"}, text("q")])]}, "(1), got 0 image(s)"),
+        ({**SHORT, "prompt": [turn("user", [{"type": "image"}, text("q")])]}, "(1), got none under images or image"),
         ({**SHORT, "image": "a.png", "images": ["a.png"]}, "image: wanted one of image and images, got both"),
         ({**SHORT, "images": [None]}, "images: wanted an image path or embedded bytes, got None"),
         ({**SHORT, "images": [""]}, "images: wanted an image path or embedded bytes, got ''"),

@@ -76,7 +76,9 @@ def place_images(messages: list[Message], images: int, place: Place) -> list[Mes
                 return [*messages[:index], {**turn, "content": content}, *messages[index + 1 :]]
     if given != images:
         raise place.bad(
-            "images", f"as many images as placeholders in the prompt ({given})", f"{images} image(s)"
+            "images",
+            f"as many images as placeholders in the prompt ({given})",
+            f"{images} image(s)" if images else "none under images or image",
         )
     return messages
 

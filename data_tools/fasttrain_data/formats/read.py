@@ -202,7 +202,7 @@ def message_parts(content: Any, field: str, place: Place) -> list[dict[str, str]
         elif kind == "text":
             parts.append({"type": "text", "text": place.text(part.get("text"), field)})
         else:
-            raise place.bad(field, 'parts of type "text" or "image"', part)
+            raise place.bad(field, 'parts of type "text" or "image", and image files under images', part)
     return parts
 
 
