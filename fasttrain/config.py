@@ -173,7 +173,7 @@ def _suggest(key: str, known: list[str], prefix: str) -> str:
                 return f"; did you mean '{section}.{key}'?"
     if key in OURS:  # another trainer's name
         return f"; did you mean {'the option ' if OURS[key].startswith('-') else ''}'{OURS[key]}'?"
-    if key in NONE_OF_OURS:
+    if key in NONE_OF_OURS and not any(name.endswith(f"_{key}") for name in known):  # zero_stage
         return f": {NONE_OF_OURS[key]}"
     if prefix and key in sections:
         return f"; {key!r} stands at the top of the recipe, not in {prefix.rstrip('.')!r}"

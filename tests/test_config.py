@@ -212,6 +212,7 @@ def test_yaml_merge_keys_work(tmp_path: Path) -> None:
         ("1: 2\n", "unknown key 1"),
         ("what: dpo\n", "; wanted one of model, lora, data, loss, train, reference, distributed, track"),
         ("stage: dpo\n", "unknown key stage: the command says it: fasttrain dpo or fasttrain sft"),
+        ("distributed: {stage: 3}\n", "did you mean 'zero_stage'?"),
         ("lora: {use_rslora: true}\n", "unknown key lora.use_rslora: set lora.alpha to the square root of"),
         ("train: {lr_scheduler_kwargs: {min_lr_rate: 0.1}}\n", "did you mean 'train.min_rate'?"),
         ("train: {adam_beta2: 0.95}\n", "did you mean 'train.betas'?"),
