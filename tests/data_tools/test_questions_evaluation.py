@@ -84,3 +84,17 @@ def test_overlap_with_evaluation_is_judged_by_bytes_where_both_images_are_there(
     with pytest.raises(UserError, match=r"line 2: image img/1.png is in an evaluation file"):
         build_questions([str(source)], folder / "q.jsonl", refusing)
     assert image_key("x/COCO_val2014_000000310196.jpg") == image_key("000000310196.png")
+
+
+def test_what_an_evaluation_file_holds_and_is_not_looked_for_is_told(folder, write_rows):
+    """An image under another key was in the training questions without a word."""
+    source = write_rows(folder / "source.jsonl", [{"question": "What?", "image": "img/0.png"}])
+    rows = [{"question": "Is it?", "image_path": f"img/{number}.png"} for number in range(2)]
+    rows += [{"question": "Whose?"}, {"question": 3}, {"question": 3, "image": "img/4.png"}]
+    evaluation = write_rows(folder / "eval.jsonl", rows)
+    settings = QuestionSettings(eval_files=(evaluation,))
+    account = build_questions([str(source)], folder / "q.jsonl", settings)
+    assert account.notes == [
+        f"note: {evaluation}: not looked for: 2 (image_path is not read)",
+        f"note: {evaluation}: not looked for: 1 (no question)",
+    ]

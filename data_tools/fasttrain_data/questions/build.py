@@ -69,6 +69,7 @@ def build_questions(sources: Sequence[str], output: Path, settings: QuestionSett
     roots = _Roots(sources, output, settings.image_root)
     overlap = Overlap(settings.eval_files)
     with account_of(output) as account, whole_rows(output) as write:
+        account.notes += overlap.notes
         entrance = _Entrance(overlap, settings, account)
         candidates = _candidates(sources, roots, overlap, settings, account)
         if settings.limit is None:

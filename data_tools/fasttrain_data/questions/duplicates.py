@@ -120,9 +120,16 @@ class Overlap:
         self._nameless: set[str] = set()
         self._texts: set[str] = set()
         self.digests: set[str] = set()
+        self.notes: list[str] = []
         for path in files:
+            unread: Counter[str] = Counter()
             for asked in read_evaluation(path):
                 self._learn(asked, path.parent)
+                unread[asked.unread] += 1
+            del unread[""]
+            self.notes += [
+                f"note: {path}: not looked for: {count:,} ({why})" for why, count in unread.items()
+            ]
 
     def _learn(self, asked: Asked, folder: Path) -> None:
         self.digests.update(asked.digests)

@@ -11,15 +11,20 @@ from fasttrain_data.errors import UserError
 from fasttrain_data.ids import image_hash
 from fasttrain_data.jsonl import Row, read_rows
 from fasttrain_data.questions.readers import READERS, Unusable, detect_source, format_of_row, photo
+from fasttrain_data.unread import unread_image
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One evaluation question: names of its images, hashes of those that its row holds, its text ("" if it has none)."""
+    """One evaluation question: names of its images, hashes of those that its row holds, its text ("" if it has none).
+
+    unread: why its image, or all of it, is not known.
+    """
 
     names: list[str]
     question: str
     digests: tuple[str, ...] = ()
+    unread: str = ""
 
 
 def read_evaluation(path: Path) -> Iterator[Asked]:
@@ -32,9 +37,11 @@ def read_evaluation(path: Path) -> Iterator[Asked]:
         first = first or detect_source(row)
         try:
             for draft in READERS[format_of_row(path, place, row, first)](row, place, None):
-                yield Asked(draft.images, draft.question)
-        except Unusable:
-            yield Asked(_named(row), "")
+                key = None if draft.images else unread_image(row)
+                yield Asked(draft.images, draft.question, unread=f"{key} is not read" if key else "")
+        except Unusable as problem:
+            names = _named(row)
+            yield Asked(names, "", unread="" if names else str(problem))
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Row]]:
