@@ -87,9 +87,10 @@ class Fasttrain(Contender):
         self.engine = TorchEngine(job.policy, job.config.train, job.checkpointing)
         self.runner = StepRunner(self.engine, job.loss, job.train)
         self.job = job
+        self.logged = own_head  # a step whose line is written, as every one is by default and as TRL's is
 
     def step(self) -> float:
-        result = self.runner.run(self.plan, iter(self.batches))
+        result = self.runner.run(self.plan, iter(self.batches), logged=self.logged)
         self.engine.step(1.0)
         return float(result.sums[0]) / self.plan.pairs
 
