@@ -364,6 +364,16 @@ def test_columns_that_are_not_read_are_told(images: Path, fasttrain: Any) -> Non
     )
 
 
+def test_a_system_column_is_told_for_models_of_text_too(project: Path, fasttrain: Any) -> None:
+    append_line(
+        '{"system": "Be short.", "prompt": "q", "chosen": "a", "rejected": "b", "image_path": "a.png"}'
+    )
+    rows = Path("pairs.jsonl").read_text().splitlines()
+    Path("pairs.jsonl").write_text("\n".join(rows[-1:] + rows[:-1]) + "\n")
+    said = fasttrain("dpo", "-c", project, "--dry-run").err
+    assert "warning: pairs.jsonl line 1: system is not read" in said and "image_path" not in said
+
+
 def test_reference_says_what_it_computed_and_computes_it_once(
     project: Path, fasttrain: Any, fresh_cache: Path
 ) -> None:

@@ -313,9 +313,8 @@ def _finish(preparing: tuple[Preparation, Preparation | None], chat: ChatTokeniz
         )
     with notes(chat):
         datasets = [train.finish(), *([evaluation.finish()] if evaluation else [])]
-    if chat.pixels is not None:
-        for data in datasets:
-            warn_of_unread_columns(data)
+    for data in datasets:
+        warn_of_unread_columns(data, takes_images=chat.pixels is not None)
     return datasets
 
 

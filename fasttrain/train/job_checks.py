@@ -101,7 +101,7 @@ def check_blank(model: Any, images: int) -> None:
         )
 
 
-def warn_of_unread_columns(data: PreparedData) -> None:
+def warn_of_unread_columns(data: PreparedData, takes_images: bool) -> None:
     """Name a key that seems to hold images or a system turn and is not read: extra keys are allowed, a run without them is not meant."""
     for source in data.files.sources:
         row = first_readable(source) or {}
@@ -109,7 +109,7 @@ def warn_of_unread_columns(data: PreparedData) -> None:
             say(
                 f"warning: {source.where(0)}: system is not read; a system turn stands at the head of prompt's messages"
             )
-        if key := unread_image(row):
+        if takes_images and (key := unread_image(row)):
             say(
                 f"warning: {source.where(0)}: {key} is not read; images go under images or image, and pairs without them train on "
                 "text alone"
