@@ -394,6 +394,22 @@ def test_a_question_that_cannot_be_asked_fails_alone(
     assert len(found["good"]) == 1 and len(found["turns"]) == 2
 
 
+def test_a_question_that_only_the_processor_refuses_fails_alone(
+    tiny_models: ModuleType, tiny_families: ModuleType, tmp_path: Path
+) -> None:
+    """Text with the model's image token in it: the run ended in a traceback."""
+    from PIL import Image
+
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    texts = {"first": "the bar?", "token": "the <|image_pad|> bar?", "last": "the bar?"}
+    rows = [{"question_id": name, "text": text, "image": "a.png"} for name, text in texts.items()]
+    questions = read_questions(tiny_models.write_rows(tmp_path / "q.jsonl", rows))
+    model = LocalModel(ModelConfig(name=str(tiny_families.save(tiny_models, tmp_path / "model", "Qwen2-VL"))))
+    found = answers_of(model, questions, Decoding(max_new_tokens=4))
+    assert re.match("refused_request: ", str(found["token"])), found["token"]
+    assert len(found["first"]) == len(found["last"]) == 1
+
+
 def test_questions_beyond_a_models_trained_length_are_told(
     tmp_path: Path, tiny_models: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:

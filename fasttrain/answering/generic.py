@@ -62,28 +62,39 @@ class GenericGenerator:
                     said, asked = replies[row][-1].text, question.later_turns[turn - 1]
                     messages[row] = next_turn(messages[row], said or " ", asked)
                 try:
-                    chats[row] = self._chat(question, messages[row])
+                    chats[row] = self._with_images(question, messages[row])
                 except Failed as why:
                     failed[row] = why
-            if not chats:
+            inputs, refused = self._inputs(questions, chats)
+            failed |= refused
+            if inputs is None:
                 break
-            asked_now = [questions[row] for row in chats]
-            for row, reply in zip(chats, self._turn(asked_now, list(chats.values()), turn, decoding)):
+            rows = [row for row in chats if row not in refused]
+            asked_now = [questions[row] for row in rows]
+            for row, reply in zip(rows, self._turn(asked_now, inputs, turn, decoding)):
                 replies[row].append(reply)
         return [failed.get(row, said) for row, said in enumerate(replies)]
 
-    def _chat(self, question: Question, messages: tuple[Message, ...]) -> list[dict[str, Any]]:
-        """The conversation with its pictures; Failed if it cannot be rendered or they cannot be decoded."""
+    def _inputs(
+        self, questions: Sequence[Question], chats: dict[int, list[dict[str, Any]]]
+    ) -> tuple[Any, dict[int, Failed]]:
+        """The model's inputs, None where nothing is left to ask, and whom template or processor refuses by itself."""
+        if not chats:
+            return None, {}
+        first = next(iter(chats))
         try:
-            self._render([_plain(message) for message in messages], question, tokenize=False)
+            return self._tokens(list(chats.values()), questions[first]), {}
         except BadRow as problem:
-            raise Failed(f"refused_request: {problem.reason}") from None
-        return self._with_images(question, messages)
+            if len(chats) == 1:
+                return None, {first: Failed(f"refused_request: {problem.reason}")}
+            refused: dict[int, Failed] = {}
+            for row, chat in chats.items():
+                refused |= self._inputs(questions, {row: chat})[1]
+            if not refused:
+                raise
+        return self._inputs(questions, {row: chats[row] for row in chats if row not in refused})[0], refused
 
-    def _turn(
-        self, questions: list[Question], chats: list[list[dict[str, Any]]], turn: int, decoding: Decoding
-    ) -> list[Reply]:
-        inputs = self._tokens(chats, questions[0])
+    def _turn(self, questions: list[Question], inputs: Any, turn: int, decoding: Decoding) -> list[Reply]:
         moved = {
             key: value.to(self.model.device, self.model.dtype)
             if value.is_floating_point()
