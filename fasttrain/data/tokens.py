@@ -59,9 +59,8 @@ class ChatTokenizer:
         written = self.pixels is not None and getattr(processor, "image_token", None)
         self.image_token = placeholder(processor) if written else None
         ends = [self.tokenizer.convert_ids_to_tokens(i) for i in end_token_ids if i >= 0]
-        self.end_tokens = [
-            token for token in ends if token is not None
-        ]  # a config may name ids that no token has
+        # a config may name ids that no token has
+        self.end_tokens = [token for token in ends if token is not None]
         self.appended_end = 0  # completions whose template wrote no end-of-turn token
         self.split_boundary = 0  # completions whose first token would have merged with the prompt
         if not getattr(processor, "chat_template", None):

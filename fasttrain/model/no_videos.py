@@ -51,9 +51,8 @@ def without_videos(model_type: str, named: str | None = None) -> Any | None:
             super().__init__(*parts[:place], *parts[place + 1 :], **named)
 
     class Images(found, Parts):  # type: ignore[misc]
-        video_processor = _Absent(
-            font="", model_input_names=[]
-        )  # what Ernie's saves and what Qwen-Omni's adds up
+        # what Ernie's saves, and what Qwen-Omni's adds up
+        video_processor = _Absent(font="", model_input_names=[])
 
         @classmethod
         def get_attributes(cls) -> list[str]:

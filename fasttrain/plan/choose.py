@@ -39,10 +39,7 @@ def most_in_a_pack(config: DPOConfig, tokens_per_pack: int, longest_group: int) 
 
 
 def most_without_gradients(config: DPOConfig, tokens_per_pack: int, longest_group: int) -> int:
-    """What a pack of references or of an evaluation may have, which no step limits: no more than one of training, or than helps.
-
-    So its memory, which holds no gradients, is below what is predicted for training.
-    """
+    """What a pack of references or of an evaluation may have, which no step limits: as much as one of training, or as helps."""
     return min(tokens_per_pack, max(_WHOLE, most_in_a_pack(config, tokens_per_pack, longest_group)))
 
 

@@ -104,9 +104,8 @@ def _said(found: dict[str, Any]) -> dict[str, Any]:
     for key, value in found.items():
         if isinstance(value, dict):
             on = value.get("enabled", True)
-            if on == "auto" or (
-                on is False and key != "bf16"
-            ):  # without bf16 is another precision than the recipe's may be
+            # bf16 switched off does say something: another precision than the recipe's may be
+            if on == "auto" or (on is False and key != "bf16"):
                 continue
             value = _said(value)
         if value not in ("auto", None):
