@@ -143,13 +143,14 @@ def _convert_foreign(path: Path, source: Source) -> Source:
     bad: list[BadRow] = []
     with mistakes_of_data_tools():
         form = detect_format(first)
-        if form in (None, "trl") and not is_taught(first):
+        ours = form in (None, "trl")
+        if ours and not is_taught(first):
             return source
 
         def tell(error: Any) -> None:
             bad.append(BadRow.told(error.where, printable(error.reason)))
 
-        if form is None:
+        if ours:
             spooled = _spool(read_taught(path, tell), path, unit="answer")
         else:
             pairs = read_pairs(path, form, lambda where, why: passed_over.append((where, why)), tell)

@@ -310,6 +310,7 @@ def test_every_answer_of_a_conversation_is_one_to_learn(tmp_path: Path) -> None:
         {"messages": None, "conversations": turns, "images": ["a.png", "a.png"]},
         {"instruction": "Add.", "input": "1 2", "output": "3", "history": [["Ready?", "Yes."]]},
     ]
+    rows[0] |= {"chosen": None, "rejected": None}  # as of a table that holds pairs too
     path = tmp_path / "taught.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     first, system = ("user", "*Why?"), ("system", "Be short.")
