@@ -219,7 +219,7 @@ BAD_DATA: dict[str, tuple[Callable[[], object], str]] = {
         lambda: change_row(2, images=["images/0.png", "images/0.png"]),
         r"line 2: images: wanted as many images as placeholders in the prompt \(1\), got 2 image\(s\)",
     ),
-    "no image": (lambda: change_row(2, images=None), r"line 2: images: wanted as many .*\(1\), got 0 image\(s\)"),
+    "no image": (lambda: change_row(2, images=None), r"line 2: images: wanted as many .*\(1\), got none under images or image"),
     "empty completion": (lambda: change_row(3, chosen=" "), r"line 3: chosen: wanted a non-empty answer, got ' '"),
     "equal answers": (lambda: change_row(3, chosen="a", rejected="a"), r"line 3: rejected: wanted an answer that differs"),
     "no JSON": (lambda: append_line("nope\n"), r"line 7: row: wanted a JSON object, got invalid JSON"),

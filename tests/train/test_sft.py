@@ -273,7 +273,7 @@ def test_what_does_not_belong_to_sft_is_named(text_model: Path, pairs: Path, tmp
         UserError, match=r"bad\.jsonl line 2: completion: wanted an answer to learn .* got nothing"
     ):
         train_sft(recipe(data={"train": str(bad)}))
-    with pytest.raises(UserError, match=r"bad\.jsonl line 1: chosen: wanted an answer, got nothing"):
+    with pytest.raises(UserError, match=r"bad\.jsonl line 1: chosen: wanted a pair, got one answer to learn"):
         train_dpo(recipe(data={"train": str(bad)}))
     train_sft(recipe())
     with pytest.raises(UserError, match="is a run of fasttrain sft, not of fasttrain dpo"):
