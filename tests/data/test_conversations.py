@@ -77,8 +77,9 @@ def test_conversations_of_parts_with_embedded_images_are_read(tmp_path: Path) ->
 def test_other_columns_of_conversations_come_through(tmp_path: Path) -> None:
     """A source, for the model card; a key that seems to hold an image, for the warning that it is not read."""
     said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    no_pair = {"chosen": None, "rejected": None}  # as datasets fills up rows beside pairs
     path = tmp_path / "taught.jsonl"
-    path.write_text(json.dumps({"messages": said, "source": "LRV", "image_path": "a.png", "chosen": None}))
+    path.write_text(json.dumps({"messages": said, "source": "LRV", "image_path": "a.png"} | no_pair))
     [row] = open_source(path).rows(0, 1)
     assert row.keys() == {"source", "image_path", "id", "images", "prompt", "completion"}
 
