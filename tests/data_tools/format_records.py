@@ -53,6 +53,14 @@ RECORDS = {
         },
         expected(images=()),
     ),
+    "trl said again in parts": (
+        {
+            "prompt": "Why?",
+            "chosen": [turn("user", "Why?"), turn("assistant", "good")],
+            "rejected": [turn("user", "Why?"), turn("assistant", "bad")],
+        },
+        expected(images=()),
+    ),
     "alpaca": (
         {"image": "a.png", "instruction": "Why?", "input": "", "chosen": "good", "rejected": "bad"},
         expected(),

@@ -158,8 +158,7 @@ def _read_trl(row: Row, place: Place) -> Row | str:
         if not shared:
             raise place.bad("prompt", "a prompt, or conversations that begin alike", "neither")
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-        last = prompt[-1].get("content") if isinstance(prompt[-1], dict) else None
-        if said is not None and last != said:
+        if said is not None and _text_of(_messages(prompt, place)[-1]) != _text_of(message("user", said)):
             raise place.bad("prompt", "the last question that the conversations share, or none", said)
     return {
         **other_columns(row, "prompt", "chosen", "rejected", "images", "image"),
@@ -168,6 +167,10 @@ def _read_trl(row: Row, place: Place) -> Row | str:
         "chosen": _answer_text(chosen, "chosen", place),
         "rejected": _answer_text(rejected, "rejected", place),
     }
+
+
+def _text_of(said: Message) -> str:
+    return "".join(part["text"] for part in said["content"] if part["type"] == "text")
 
 
 def _messages(prompt: Any, place: Place) -> list[Message]:
