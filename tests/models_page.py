@@ -64,6 +64,11 @@ NOTES = """## Fine print
   PaliGemma has no chat template of its own, and its processor puts `<bos>` behind the images and a newline behind the question: write both
   into the template, for here, too, a prompt is what the template says. So with Molmo 2, whose processor puts `<bos>`, or the end-of-text
   token where its tokenizer has no `<bos>`, in front of a prompt that does not begin with it.
+* **End of a prompt.** A generation prompt may end with what no answer, or not every one, is rendered behind: DeepSeek-R1's distilled
+  models ask with `<think>` and render answers without it. A prompt then ends where the first of its answers leaves the generation prompt,
+  token for token as in TRL 1.16, and answers that begin as the generation prompt ends continue it. A note names what may be left out, and
+  another says so where a template leaves out what an answer says before `</think>`. `fasttrain answer` and `eval` ask with the whole
+  generation prompt. A template that renders answers without anything of its generation prompt is refused.
 * **Own code.** A model whose Python code comes with it is loaded with `model.trust_remote_code: true` only. `fasttrain answer`, `eval` and
   the merge of an adapter folder take `--trust-remote-code`, and nothing from the adapter's folder; a study's answers go by its recipe.
 * **Reference cache.** With weights that are not fp32 the key also holds how attention was computed (the shared backend, or unshared):

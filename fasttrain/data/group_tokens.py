@@ -13,7 +13,7 @@ from fasttrain.data.bad_row import BadRow
 from fasttrain.data.groups import PairFiles, Skipped
 from fasttrain.data.images import image_size
 from fasttrain.data.pairs import Pair, check_images
-from fasttrain.data.tokens import ChatTokenizer, EncodedPrompt
+from fasttrain.data.tokens import ChatTokenizer, EncodedPrompt, common_start
 from fasttrain.errors import UserError
 
 
@@ -64,8 +64,8 @@ def tokenize_group(
             if candidate is None:
                 check_images(pair)
                 prompt = chat.prompt(pair.messages, pair.where, _sizes(pair, chat))
-                fresh, first, images = _Candidate(prompt.ids), row, len(pair.images)
-                _check_prompt_fits(pair, fresh.prompt, data)
+                fresh, first, images = _Candidate(prompt), row, len(pair.images)
+                _check_prompt_fits(pair, prompt.fixed, data)
             else:
                 fresh = candidate
             chosen, rejected = _fit(pair, prompt, chat, data)
@@ -83,10 +83,7 @@ def tokenize_group(
     notes = chat.appended_end - notes[0], chat.split_boundary - notes[1]
     if candidate is None:
         return Outcome(None, first, images, 0, events, *notes)
-    tokens = GroupTokens(
-        candidate.prompt, list(candidate.completions.values()), np.array(candidate.pairs, np.int64)
-    )
-    return Outcome(tokens, first, images, len(candidate.truncated), events, *notes)
+    return Outcome(candidate.tokens(), first, images, len(candidate.truncated), events, *notes)
 
 
 class Tokenizing:
@@ -137,13 +134,20 @@ class _Fitted:
 class _Candidate:
     """A group while its rows are tokenized."""
 
-    prompt: np.ndarray
+    prompt: EncodedPrompt
     completions: dict[bytes, np.ndarray] = field(default_factory=dict)
     pairs: list[tuple[int, int]] = field(default_factory=list)
     truncated: set[bytes] = field(default_factory=set)
 
     def add(self, chosen: _Fitted, rejected: _Fitted) -> None:
         self.pairs.append((self._number(chosen), self._number(rejected)))
+
+    def tokens(self) -> GroupTokens:
+        """The prompt ends where the first of its answers leaves the generation prompt."""
+        answers, fixed = list(self.completions.values()), self.prompt.fixed
+        common = min(common_start(self.prompt.ids[fixed:], ids[:-1]) for ids in answers)
+        completions = [ids[common:] for ids in answers]
+        return GroupTokens(self.prompt.ids[: fixed + common], completions, np.array(self.pairs, np.int64))
 
     def _number(self, answer: _Fitted) -> int:
         key = answer.ids.tobytes()
@@ -166,9 +170,9 @@ class _Dropped(Exception):
     """A pair that data.overflow leaves out."""
 
 
-def _check_prompt_fits(pair: Pair, prompt: np.ndarray, data: DataConfig) -> None:
-    if len(prompt) >= data.max_length:
-        wanted, got = f"fewer than data.max_length = {data.max_length} tokens", f"{len(prompt)}"
+def _check_prompt_fits(pair: Pair, tokens: int, data: DataConfig) -> None:
+    if tokens >= data.max_length:
+        wanted, got = f"fewer than data.max_length = {data.max_length} tokens", f"{tokens}"
         if data.overflow == "drop":
             raise _Dropped(f"prompt: wanted {wanted}, got {got}")
         if data.overflow == "truncate":  # only ever shortens completions
@@ -186,7 +190,7 @@ def _fit(pair: Pair, prompt: EncodedPrompt, chat: ChatTokenizer, data: DataConfi
         if answer is None:  # nothing to compare with
             return result[0], result[0]
         ids = chat.completion(pair.messages, prompt, answer, pair.where, name)
-        total, room = len(prompt.ids) + len(ids), data.max_length - len(prompt.ids)
+        total, room = prompt.fixed + len(ids), data.max_length - prompt.fixed
         if total > data.max_length:
             if data.overflow == "error":
                 raise UserError(

@@ -23,7 +23,7 @@ from fasttrain.data.pairs import IMAGE, Message
 from fasttrain.data.plain_rows import PlainPair
 from fasttrain.data.template_date import CLOCK
 from fasttrain.data.template_trace import Rendered, TemplateTracer, Unknown, placeholder
-from fasttrain.data.tokens import ChatTokenizer
+from fasttrain.data.tokens import ChatTokenizer, common_start
 
 _MOST_NFC = 3  # bytes that a byte can become when text is composed (Unicode's own bound for UTF-8)
 _PROBES = ("a first probe", "Größe, 中文", "1 + 2 = 3\n\nand more")
@@ -46,6 +46,7 @@ class _Shape:
     """What the template writes around the texts of messages of certain roles and parts."""
 
     literal_bytes: int
+    answer_bytes: int  # of what stands around each answer
     times: int  # how often a text appears at most
     forbidden: tuple[str, ...]
     appends_end: bool
@@ -58,6 +59,8 @@ class TokenBounds:
         self.chat, self.max_length = chat, max_length
         self._composes, self._forbidden = _look_at_tokenizer(chat.tokenizer)
         self.appended_end = 0
+        if not chat.leaves_surely:
+            raise Unknown("answers leave the generation prompt where no added token stands")
         source = chat.processor.chat_template
         if not isinstance(source, str):
             raise Unknown("the model has several chat templates")
@@ -101,7 +104,7 @@ class TokenBounds:
         if longest > self.max_length:
             return None
         self.appended_end += shape.appends_end * len(answers)
-        return Bound(longest, sum(sizes))
+        return Bound(longest, sum(sizes) + len(sizes) * shape.answer_bytes)
 
     def _bytes(self, text: str) -> int:
         if text.isascii():
@@ -162,13 +165,17 @@ class TokenBounds:
             or not isinstance(behind, str)
         ):
             raise Unknown("an answer does not follow the prompt that asks for it")
-        if not between.startswith(before.literals[-1]) or not behind.endswith(chat._suffix):
+        asked_with = before.literals[-1]
+        kept = common_start(between, asked_with)
+        if len(asked_with) - kept > len(chat._unwritten) or not behind.endswith(chat._suffix):
             raise Unknown("an answer does not follow the prompt that asks for it")
         self._check_placeholders(before, sum(part == IMAGE for _, parts in messages for part in parts))
         reserved = chat.placeholders.reserved if chat.placeholders else ()
         return _Shape(
             # twice: a tokenizer may put a blank where a text begins, which is once or twice for each of these literals
             literal_bytes=2 * sum(len(literal.encode()) for literal in whole.literals) + 2 * len(whole.parts),
+            answer_bytes=4
+            + 2 * len((between[max(0, len(asked_with) - len(chat.left_out)) :] + behind).encode()),
             times=max([1, *(whole.texts.count(text) for text in whole.texts)]),
             forbidden=tuple(sorted({*self._forbidden, *asked, *asked_too, *chat.end_tokens, *reserved})),
             appends_end=not any(token in chat._suffix for token in chat.end_tokens),

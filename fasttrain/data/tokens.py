@@ -19,6 +19,14 @@ from fasttrain.data.template_date import dated, writes_date
 from fasttrain.errors import UserError
 
 _PROBE = "probe of the template"
+_ANSWER = "answer to the probe"
+_THOUGHT = f"<think>\n{_ANSWER}\n</think>\n\nno more"
+
+
+def common_start(one: Any, other: Any) -> int:
+    """How many items, or characters, two sequences begin with alike."""
+    pairs = enumerate(zip(one, other))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def beginning(tokenizer: Any) -> list[int]:
@@ -31,12 +39,21 @@ def beginning(tokenizer: Any) -> list[int]:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """text: as rendered, images as placeholders. runs: how many tokens stand in place of each image token of its ids."""
+    """text: as rendered, images as placeholders. runs: how many tokens stand in place of each image token of its ids.
+
+    open: so many of its last ids belong to the generation prompt only; an answer may begin in front of them.
+    """
 
     text: str
     ids: np.ndarray
     expanded: str = ""
     runs: tuple[int, ...] = ()
+    open: int = 0
+
+    @property
+    def fixed(self) -> int:
+        """How many of its ids every answer follows."""
+        return len(self.ids) - self.open
 
 
 class ChatTokenizer:
@@ -73,7 +90,12 @@ class ChatTokenizer:
         if not self.end_tokens:
             raise UserError("model.name: wanted a tokenizer with an end-of-sequence token, got none")
         self._parts_as_list = self._takes_lists()
-        self._suffix = self._written_after_answers()
+        question, self._suffix = self._written_after_answers()
+        self.loses_thoughts = False  # the template leaves out what an answer says before </think>
+        self._unwritten = ""  # the end of the generation prompt that some answers are rendered without
+        self._open: list[int] = []  # its last ids, which some answers do not follow
+        self.leaves_surely = True  # no text of a prompt can move the token where they leave it
+        self._find_where_answers_leave(question)
         self.own_end = self._find_own_end()
         self.end_tokens += self.own_end
         self.placeholders = Placeholders(processor) if self.image_token else None
@@ -111,10 +133,10 @@ class ChatTokenizer:
             )
         text = self._render([self._message(message) for message in messages], generation=True, where=where)
         self._check_placeholders(text, messages, where)
-        if self.placeholders is None:
-            return EncodedPrompt(text, self._ids(text, front=True), text)
-        expanded, runs = self.placeholders.expand(text, sizes)
-        return EncodedPrompt(text, self._ids(expanded, runs, front=True), expanded, tuple(runs))
+        expanded, runs = self.placeholders.expand(text, sizes) if self.placeholders else (text, [])
+        ids = self._ids(expanded, runs, front=True)
+        ends_alike = np.array_equal(ids[len(ids) - len(self._open) :], self._open)
+        return EncodedPrompt(text, ids, expanded, tuple(runs), len(self._open) if ends_alike else 0)
 
     def completion(
         self,
@@ -124,7 +146,10 @@ class ChatTokenizer:
         where: str,
         field: str = "answer",
     ) -> np.ndarray:
-        """Token ids of an answer, up to and including its end-of-turn token; `field` names it in errors."""
+        """Token ids of an answer behind the prompt's `fixed` first, up to and including its end-of-turn token.
+
+        `field` names it in errors.
+        """
         for token in self.placeholders.reserved if self.placeholders else ():
             if token in answer:
                 raise BadRow(where, field, "no image placeholder", f"{token} in the text")
@@ -141,17 +166,24 @@ class ChatTokenizer:
             raise BadRow(where, field, "a non-empty answer", "only an end-of-turn token")
         turns = [self._message(message) for message in (*messages, ("assistant", (("text", answer),)))]
         full = self._render(turns, generation=False, where=where)
-        if not full.startswith(prompt.text):
+        continues = full.startswith(prompt.text)
+        kept = len(prompt.text) if continues else common_start(full, prompt.text)
+        unwritten = len(prompt.text) - kept
+        if unwritten > (len(self._unwritten) if prompt.open else 0):
             raise BadRow(
                 where, "prompt", "a chat template that continues its own generation prompt",
                 f"{full[max(0, len(prompt.text) - 40) :][:80]!r} after {prompt.text[-40:]!r}",
             )  # fmt: skip
-        text = self._end_turn(full[len(prompt.text) :], where, field)
-        ids = self._ids(prompt.expanded + text, prompt.runs, front=True)
-        if len(ids) > len(prompt.ids) and np.array_equal(ids[: len(prompt.ids)], prompt.ids):
-            return ids[len(prompt.ids) :]
+        text = self._end_turn(full[kept:], where, field)
+        before = prompt.expanded[: len(prompt.expanded) - unwritten]
+        ids = self._ids(before + text, prompt.runs, front=True)
+        if len(ids) > prompt.fixed and np.array_equal(ids[: prompt.fixed], prompt.ids[: prompt.fixed]):
+            return ids[prompt.fixed :]
         self.split_boundary += 1
-        return self._ids_behind(text)
+        behind = self._ids_behind(text)
+        if not prompt.open:
+            return behind
+        return np.concatenate([self._ids(before, prompt.runs, front=True)[prompt.fixed :], behind])
 
     def _end_turn(self, text: str, where: str, field: str) -> str:
         """The answer as rendered, with the first end-of-turn token behind it and nothing more."""
@@ -167,8 +199,36 @@ class ChatTokenizer:
         self.appended_end += 1
         return text[:behind].rstrip() + self.end_tokens[0]
 
-    def _written_after_answers(self) -> str:
-        """What the template writes behind an assistant's text, found with an answer that cannot be mistaken."""
+    @property
+    def left_out(self) -> str:
+        """The end of the generation prompt that some answers are trained without; empty for most templates."""
+        return str(self.tokenizer.decode(self._open))
+
+    def _find_where_answers_leave(self, question: list[dict[str, Any]]) -> None:
+        """Compare the generation prompt with what is written before an answer, and before one that thinks first."""
+        turns = [self._message(("assistant", (("text", answer),))) for answer in (_ANSWER, _THOUGHT)]
+        try:
+            asked, bare = (self._render(question, generation, "model.name") for generation in (True, False))
+            rendered = [self._render([*question, turn], False, "model.name") for turn in turns]
+        except BadRow:  # a template that wants other roles: each row will tell
+            return
+        ids = self._ids(asked)
+        for answer, full in zip((_ANSWER, _THOUGHT), rendered):
+            before, found, _ = full.partition(_ANSWER)
+            kept = common_start(asked, before)
+            if not found:
+                self.loses_thoughts = True
+            # else none of the generation prompt is written, or all of it, and what follows is the answer's own
+            elif kept > len(bare) and (answer == _ANSWER or kept < len(asked)):
+                fixed = common_start(ids, self._ids(before))
+                self._unwritten = max(self._unwritten, asked[kept:], key=len)
+                self._open = max(self._open, ids[fixed:].tolist(), key=len)
+        if self._open:
+            around = ids[len(ids) - len(self._open) - 1 :][:2].tolist()
+            self.leaves_surely = any(number in self.tokenizer.added_tokens_decoder for number in around)
+
+    def _written_after_answers(self) -> tuple[list[dict[str, Any]], str]:
+        """A question, and what is written behind an answer to it, found with one that cannot be mistaken."""
         system, *turns = [
             self._message((role, (("text", _PROBE),))) for role in ("system", "user", "assistant")
         ]
@@ -177,13 +237,14 @@ class ChatTokenizer:
             text = self._render(turns, generation=False, where=where)
         except BadRow as refused:
             try:
-                text = self._render([system, *turns], generation=False, where=where)  # some want one
+                turns = [system, *turns]  # some want one
+                text = self._render(turns, generation=False, where=where)
             except BadRow:
                 raise refused from None
         before, probe, suffix = text.rpartition(_PROBE)
         if _PROBE not in before:
             raise UserError(f"{where}: wanted a chat template that renders assistant turns, got {text!r}")
-        return suffix
+        return turns[:-1], suffix
 
     def _find_own_end(self) -> list[str]:
         """The token that the template ends answers with, if it is none that the model stops at: of those behind an answer the last."""

@@ -311,6 +311,13 @@ def _finish(preparing: tuple[Preparation, Preparation | None], chat: ChatTokeniz
         say(
             f"note: the chat template ends answers with {chat.own_end[0]}, which generation does not stop at (it stops at {stops})"
         )
+    if chat.left_out:
+        say(
+            f"note: the chat template ends its generation prompt with {chat.left_out!r}, which it does not write before every answer: "
+            f"a prompt is trained up to where its answers leave it"
+        )
+    if chat.loses_thoughts:
+        say("note: the chat template leaves out what an answer says before </think>")
     with notes(chat):
         datasets = [train.finish(), *([evaluation.finish()] if evaluation else [])]
     for data in datasets:

@@ -45,7 +45,14 @@ SHORTENS = (
     "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'][:200] + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
 )
+# Asks with <think>, which only answers that think begin with, and leaves out their thoughts.
+LEAVES = (
+    "{% for m in messages %}{{ '<|im_start|>' if m['role'] == 'assistant' else m['role'] + ': ' }}"
+    "{{ (m['content'].split('</think>') | last) + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|><think>\n' }}{% endif %}"
+)
 TEXTS = (
+    "<think>\nso", "<think>\nor", "<think>\nso</think>it is", "so</think>",
     "the bar", "the bar ", " the bar", "the bar\n", "line", "chart shows 42", "value", "e\u0301cole", "\u00e9cole", "中文 表", "中文 图",
     "the <|im_end|>", "<|im_end|>", "a <|im_end|> b", "<image>", "two <image> of them", "<unk>", "\u2581x", "x", "tab\there", "nul\0",
     "\x04", "left " * 120, "left " * 450 + "right", "left " * 450 + "blue", "ﬁ", "\U00050000",
@@ -256,8 +263,17 @@ def test_the_first_bad_row_is_the_same(seed: int, both: Any, text_chat: Any, tmp
 @pytest.mark.parametrize("change", [None, composes, marks_blanks], ids=["bytes", "composed", "blanks"])
 @pytest.mark.parametrize(
     ("template", "lazily"),
-    [(None, True), (TRIMS, True), (MACRO, True), (LOOKS, True), (NO_END, True), (SHORTENS, False)],
-    ids=["chatml", "trims", "macro", "looks", "no end", "shortens"],
+    [
+        (None, True),
+        (TRIMS, True),
+        (MACRO, True),
+        (LOOKS, True),
+        (NO_END, True),
+        (SHORTENS, False),
+        (LEAVES, True),
+        (LEAVES.replace("<|im_start|>", "A: "), False),
+    ],
+    ids=["chatml", "trims", "macro", "looks", "no end", "shortens", "leaves", "leaves within text"],
 )
 def test_late_tokens_change_nothing_whatever_template_and_tokenizer(
     template: str | None,
@@ -324,6 +340,16 @@ def test_the_longest_group_and_sequence_are_found_where_they_matter(
     longest = max(group[4][0] + max(group[4][1:]) for group in truth["groups"])
     for tokens in (1, longest - 1, longest, longest + 1):
         assert data.longest_sequence_beyond(tokens) == max(tokens, longest)
+
+
+@pytest.mark.parametrize("template", [None, LEAVES])
+def test_the_bound_of_a_large_group_holds_what_stands_around_its_answers(
+    template: str | None, both: Any, text_chat: Any, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "q", "chosen": f"{n}", "rejected": f"-{n}"} for n in range(150)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    truth, data = both(tmp_path / "pairs.jsonl", text_chat(template))
+    assert data.lazy and data.longest()[0] >= sum(truth["groups"][0][4])
 
 
 # Images: their tokens are known, or depend on sizes that headers tell; files are shared, missing, broken or no images.
