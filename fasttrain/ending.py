@@ -12,6 +12,7 @@ import click
 from fasttrain.errors import SharedMistake, UserError, is_out_of_memory
 from fasttrain.progress import close_bars
 from fasttrain.rank_watch import fail_all, is_consequence, tell_how_to_go_on
+from fasttrain.signals import Terminated, on_sigterm, terminate
 
 _WITH_RESUME = "; what is done is kept, go on with --resume"
 _AGAIN = "; what is done is kept, the same command goes on with it"
@@ -26,10 +27,11 @@ def _how_to_go_on() -> str:
 
 
 def run_to_its_end(cli: click.Group) -> None:
-    """Run the command of this process: one line and exit code 2 for a user's mistake, 130 for Ctrl-C, no traceback for either."""
+    """Run the command of this process: one line for a user's mistake (exit code 2), Ctrl-C (130) and SIGTERM (143), no traceback."""
     tell_how_to_go_on(_how_to_go_on())
     try:
-        code = cli(standalone_mode=False, prog_name="fasttrain")
+        with on_sigterm(terminate):
+            code = cli(standalone_mode=False, prog_name="fasttrain")
     except SharedMistake as error:
         _fail(str(error), 2, shared=True)
     except UserError as error:
@@ -45,6 +47,9 @@ def run_to_its_end(cli: click.Group) -> None:
         first = error.__cause__ if isinstance(error.__cause__, KeyboardInterrupt) else error  # click wraps it
         told = str(first) or _how_to_go_on()
         _fail(f"interrupted{told}", 130)
+    except Terminated:
+        fail_all("terminated", 143)
+        _fail(f"terminated{_how_to_go_on()}", 143)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
@@ -76,7 +81,7 @@ def _fail(message: str, code: int, shared: bool = False) -> None:
         fail_all(text, code)  # one of several ranks: ends here
     # before ranks meet, every one of a machine finds the same mistake
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        click.echo(f"fasttrain: {'error: ' if code != 130 else ''}{text}", err=True)
+        click.echo(f"fasttrain: {'' if code in (130, 143) else 'error: '}{text}", err=True)
     sys.exit(code)
 
 

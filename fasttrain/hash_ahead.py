@@ -57,6 +57,7 @@ def _files(config: DPOConfig) -> list[Path]:
 def _hash(files: list[Path]) -> None:
     """In the other process; whatever goes wrong there goes wrong again where it is told."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by this
     with contextlib.suppress(Exception), contextlib.closing(HashMemo(cache_root() / "hashes.sqlite")) as memo:
         for file in files:
             memo(file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 
 from fasttrain.errors import SharedMistake, UserError
-from fasttrain.progress import be_quiet
+from fasttrain.progress import be_quiet, say
 from fasttrain.rank_watch import leave_watch, start_watch
 
 _PATIENCE = datetime.timedelta(hours=2)  # a rank may tokenize, or write a large model, while the others wait
+_SPEAK_S = 20.0  # before it is said that ranks are missing
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def start_ranks() -> Ranks:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
+        _meet("nccl" if cuda else "gloo", size)
     control = (
         torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
         if cuda
@@ -128,6 +130,27 @@ def start_ranks() -> Ranks:
     if not _here.main:
         be_quiet()
     return _here
+
+
+def _meet(backend: str, size: int) -> None:
+    """Wait for the other ranks: in a thread, as torch hears no Ctrl-C and no SIGTERM meanwhile."""
+    failed: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            torch.distributed.init_process_group(backend, timeout=_PATIENCE)
+        except Exception as error:  # noqa: BLE001 (raised by who waits)
+            failed.append(error)
+
+    thread = threading.Thread(target=wait, name="fasttrain-meet", daemon=True)
+    thread.start()
+    thread.join(_SPEAK_S)
+    if thread.is_alive():
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        say(f"rank {os.environ['RANK']} waits at {where} until all {size} ranks (WORLD_SIZE) are there")
+        thread.join()
+    if failed:
+        raise failed[0]
 
 
 def leave_ranks() -> None:

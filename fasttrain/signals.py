@@ -6,8 +6,17 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised where the program is, so that open work is put away and the end is told."""
+
+
+def terminate() -> NoReturn:
+    raise Terminated
 
 
 def end_with_parent() -> None:
@@ -33,16 +42,19 @@ def on_sigterm(act: Callable[[], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def interrupt_at_end() -> Iterator[None]:
-    """A Ctrl-C that comes while the block forks is raised at its end: Python loses one that falls into its hooks at a fork."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    """A Ctrl-C or SIGTERM that comes while the block forks is raised at its end: Python loses one that falls into its hooks at a fork."""
+    heard = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: act for number, act in heard.items() if callable(act)}
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, act in before.items():
+            signal.signal(number, act)
     if came:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(came[0])

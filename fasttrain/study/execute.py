@@ -10,18 +10,18 @@ from pathlib import Path
 
 from fasttrain.answering.command import EXIT_TYPED_FAILURES
 from fasttrain.errors import UserError
-from fasttrain.signals import end_with_parent, on_sigterm
+from fasttrain.signals import Terminated, end_with_parent, on_sigterm, terminate
 from fasttrain.study.notes import Task, begin, keep_time, succeed
 from fasttrain.study.tasks import environment, executable
 
 
 def execute(tasks: list[Task], logs: Path, echo: Callable[[str], object]) -> None:
-    """Run what is not done; UserError at the first task that fails, SystemExit(143) when one was told to stop."""
+    """Run what is not done; UserError at the first task that fails, Terminated when one was told to stop."""
     waiting = sum(not task.is_done() for task in tasks)
     if waiting < len(tasks):
         echo(f"{len(tasks) - waiting} of {len(tasks)} steps are done")
     logs.mkdir(parents=True, exist_ok=True)
-    with on_sigterm(_leave):
+    with on_sigterm(terminate):  # so that the running command is told too
         for number, task in enumerate(tasks, start=1):
             if task.is_done():  # asked again: what it uses may have been made anew meanwhile
                 continue
@@ -35,11 +35,6 @@ def incomplete(task: Task) -> str:
     if not task.is_incomplete:
         return ""
     return f"; some answers or judgements are missing, see its log; delete {task.note} to try again"
-
-
-def _leave() -> None:
-    """End with exit code 143, so that the running command is told too."""
-    raise SystemExit(143)
 
 
 def _run(task: Task, log: Path) -> float:
@@ -56,7 +51,7 @@ def _run(task: Task, log: Path) -> float:
         succeed(task, attempt, incomplete=left_out)
         return time.monotonic() - start
     if code == 0:  # training that was told to stop ends well, without its result
-        raise SystemExit(143)
+        raise Terminated
     raise UserError(f"{task.kind} {task.subject}: exit code {code}: {_last_line(log)} (all of it in {log})")
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import selectors
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,59 @@ def test_an_interrupt_of_one_rank_is_told_once_with_how_to_go_on(
     assert ended.codes == [130, 130], ended.stderr
     (message,) = ended.messages
     assert message.count("interrupted") == message.count("--resume") == 1, message
+
+
+@pytest.mark.parametrize(
+    ("ranks", "place"), [("01", "build_job"), ("1", "fill_references"), ("0", "write_final")]
+)
+def test_sigterm_outside_of_the_steps_is_told_once_with_how_to_go_on(
+    recipe: Path, run_ranks: Any, command: Any, ranks: str, place: str
+) -> None:
+    def install() -> None:
+        from fasttrain.train import loop
+
+        function = getattr(loop, place)
+
+        def told_to_end(*given: Any) -> Any:
+            if os.environ["RANK"] in ranks:
+                signal.raise_signal(signal.SIGTERM)
+            return function(*given)
+
+        setattr(loop, place, told_to_end)
+
+    ended = run_ranks(command("dpo", "-c", recipe, "-s", "train.max_steps=1", before=install))
+    assert ended.codes == [143, 143], ended.stderr
+    (message,) = ended.messages
+    assert message.count("terminated") == message.count("--resume") == 1, message
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("which", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_rank_that_waits_for_others_says_so_and_hears_signals(
+    recipe: Path, run_ranks: Any, command: Any, monkeypatch: pytest.MonkeyPatch, which: signal.Signals, code: int, word: str
+) -> None:  # fmt: skip
+    from fasttrain import ranks
+
+    monkeypatch.setattr(ranks, "_SPEAK_S", 0.1)
+
+    def alone() -> None:
+        signal.alarm(20)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ["WORLD_SIZE"] = "2"
+        meet = torch.distributed.init_process_group
+
+        def told_to_end(*given: Any, **named: Any) -> None:
+            threading.Timer(0.5, os.kill, [os.getpid(), which]).start()
+            meet(*given, **named)
+
+        torch.distributed.init_process_group = told_to_end  # type: ignore[assignment]
+
+    ended = run_ranks(command("dpo", "-c", recipe, before=alone), size=1)
+    assert ended.codes == [code], ended.stderr
+    assert "rank 0 waits at 127.0.0.1:" in ended.stderr
+    assert ended.messages == [f"fasttrain: {word}; what is done is kept, go on with --resume"]
 
 
 def test_bug_shows_the_traceback_of_the_rank_that_has_it(recipe: Path, run_ranks: Any, command: Any) -> None:
