@@ -280,3 +280,8 @@ class HashMemo:
     def close(self) -> None:
         self.save()
         self._database.close()
+
+    def __del__(self) -> None:
+        """Python 3.13 warns of databases that end with whoever opened them, as with a job that is refused half-way."""
+        if "_database" in vars(self):
+            self._database.close()
