@@ -53,7 +53,7 @@ class LocalModel:
         self.rows, self.tokens = rows, tokens
         self.device = loading.pick_device()
         self.folder = loading.find_folder(config)
-        self.model_config = loading.load_model_config(self.folder, config)
+        self.model_config = loading.load_model_config(self.folder, config, trains=False)
         self.takes_images = loading.takes_images(self.model_config)
         self.processor = loading.load_processor(self.folder, config, self.takes_images)
         self.stops = loading.stop_token_ids(self.processor, self.folder)

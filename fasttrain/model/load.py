@@ -86,8 +86,11 @@ def _snapshot(config: ModelConfig) -> Path:
     return folder
 
 
-def load_model_config(folder: Path, config: ModelConfig) -> Any:
-    """The model's configuration; UserError unless it is a causal language model, with images or without."""
+def load_model_config(folder: Path, config: ModelConfig, *, trains: bool = True) -> Any:
+    """The model's configuration; UserError unless it is a causal language model, with images or without.
+
+    trains: gradients will pass through it, so that its weights must not be quantised in a way that gives none.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     found = read_model_config(folder, config)
@@ -98,17 +101,19 @@ def load_model_config(folder: Path, config: ModelConfig) -> Any:
             "model.name: wanted a causal language model or a vision-language model around one, got model type "
             f"{found.model_type!r}"
         )
-    _widen_stored(found, folder)
+    _widen_stored(found, folder, trains)
     return found
 
 
-def _widen_stored(model_config: Any, folder: Path) -> None:
+def _widen_stored(model_config: Any, folder: Path, trains: bool) -> None:
     """Have weights that the model's files hold in 8 or 4 bits loaded in full where transformers can do that: its kernels for them
-    give no gradient. bitsandbytes' 4 bits stay, as peft trains over them; UserError for all others."""
+    give no gradient. bitsandbytes' 4 bits stay, as peft trains over them; UserError for all others, if the model trains."""
     stored = _stored(model_config)
     if not stored or stored.get("load_in_4bit"):
         return
     method = "int8" if stored.get("load_in_8bit") else stored.get("quant_method")
+    if method not in _WIDENED and not trains:
+        return
     if method not in _WIDENED:
         raise UserError(
             f"model.name: wanted weights in full in {folder}, or in {', '.join(_WIDENED)} or bitsandbytes' 4 bits, got {method}"

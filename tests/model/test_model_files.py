@@ -72,6 +72,14 @@ def test_what_a_file_of_the_model_is_wrong_in_is_told_in_one_line(
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
+def test_quantised_weights_that_do_not_train_may_answer(tiny_text: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_text, tmp_path / "model")
+    stored = {"quant_method": "gptq", "bits": 4}
+    spoil(folder, "config.json", {"quantization_config": stored})
+    found = load_model_config(folder, ModelConfig(name=str(folder)), trains=False)
+    assert found.quantization_config == stored
+
+
 def test_ids_that_no_token_has_do_not_end_a_turn(tiny_text: Path) -> None:
     """GPT-2's default of 50256 beside a smaller tokenizer: the first answer was a traceback."""
     chat = ChatTokenizer(load_processor(tiny_text, ModelConfig(name=str(tiny_text)), False), [5, 50256, -1])
