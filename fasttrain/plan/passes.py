@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -14,6 +16,9 @@ from fasttrain.model.lora import language_model
 from fasttrain.plan.stand_ins import PLANNED, planned_head
 from fasttrain.plan.tracker import LiveBytes, unique_parameters
 from fasttrain_kernels import SharedPrefixLayout
+
+
+_AUTOCAST = torch.autocast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +60,7 @@ def count_pass(
     if not keep_gradients:
         hooks = [p.register_post_accumulate_grad_hook(_drop) for p in parameters if p.requires_grad]
     try:
-        with LiveBytes() as live:
+        with LiveBytes() as live, mock.patch.object(torch, "autocast", _autocast):
             live.add(parameters)
             live.add(model.buffers())
             live.add(p.grad for p in parameters if p.grad is not None)
@@ -81,6 +86,13 @@ def _recurrent(config: Any) -> bool:
     """Whether layers scan their tokens: on tensors without values that takes a minute and more for a pack."""
     kinds = set(getattr(config, "layer_types", None) or [])
     return bool(kinds & {"linear_attention", "mamba", "recurrent", "hybrid"})
+
+
+def _autocast(device_type: str, *args: Any, **settings: Any) -> Any:
+    """torch.autocast, which peft's adapters of experts turn off for their weights' device, where torch knows no such device."""
+    if device_type == "meta":
+        return contextlib.nullcontext()
+    return _AUTOCAST(device_type, *args, **settings)
 
 
 def _drop(parameter: Tensor) -> None:

@@ -12,6 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+_GROUPED_MM = torch.ops.aten._grouped_mm.default
+
+
+def _grouped_mm(a: Tensor, b: Tensor, *args: Any) -> Tensor:
+    """The product of groups; on the meta device, where the operator takes bf16 only, one of the size it has in any type."""
+    if not a.is_meta:
+        return _GROUPED_MM(a, b, *args)
+    result: Tensor = _GROUPED_MM(a.to(torch.bfloat16), b.to(torch.bfloat16), *args)
+    return result.to(a.dtype)
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts tensors on any device, the meta device included, where they have a size and no memory.
 
@@ -32,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = _grouped_mm(*args) if func is _GROUPED_MM else func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf)

@@ -128,4 +128,8 @@ def configs() -> dict[str, Any]:
             num_attention_heads=8,
         ),
         "llava": llava_config(),
+        "mixtral": text_config("Mixtral", num_local_experts=4),
+        "qwen3_moe": text_config(
+            "Qwen3Moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=16
+        ),
     }

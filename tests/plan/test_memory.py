@@ -46,6 +46,9 @@ def recipe(lora: Any, projector: bool = False, **train: Any) -> Any:
         ("large", None, False, 3, 0),
         ("llava", LORA, True, 5, 5),
         ("llava", None, True, 5, 5),
+        ("mixtral", LORA, False, 6, 0),
+        ("mixtral", None, False, 6, 0),
+        ("qwen3_moe", {**LORA, "targets": ["q_proj", "mlp.experts.gate_up_proj"]}, False, 6, 0),
     ],
 )
 def test_the_predicted_peak_of_a_run_is_the_allocated_one(
