@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from fasttrain.model.lora import language_model
 from fasttrain.plan.stand_ins import PLANNED, planned_head
 from fasttrain.plan.tracker import LiveBytes, unique_parameters
 from fasttrain_kernels import SharedPrefixLayout
-
-
-_AUTOCAST = torch.autocast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +57,7 @@ def count_pass(
     if not keep_gradients:
         hooks = [p.register_post_accumulate_grad_hook(_drop) for p in parameters if p.requires_grad]
     try:
-        with LiveBytes() as live, mock.patch.object(torch, "autocast", _autocast):
+        with _no_autocast_on_meta(), LiveBytes() as live:
             live.add(parameters)
             live.add(model.buffers())
             live.add(p.grad for p in parameters if p.grad is not None)
@@ -88,11 +85,20 @@ def _recurrent(config: Any) -> bool:
     return bool(kinds & {"linear_attention", "mamba", "recurrent", "hybrid"})
 
 
-def _autocast(device_type: str, *args: Any, **settings: Any) -> Any:
-    """torch.autocast, which peft's adapters of experts turn off for their weights' device, where torch knows no such device."""
-    if device_type == "meta":
-        return contextlib.nullcontext()
-    return _AUTOCAST(device_type, *args, **settings)
+@contextlib.contextmanager
+def _no_autocast_on_meta() -> Iterator[None]:
+    """Let torch.autocast be asked about the meta device, as peft's adapters of experts do; torch has none for it."""
+    real = torch.autocast
+
+    def autocast(device_type: str, *args: Any, **settings: Any) -> Any:
+        known = device_type != "meta"
+        return real(device_type, *args, **settings) if known else contextlib.nullcontext()
+
+    torch.autocast = autocast  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        torch.autocast = real  # type: ignore[misc]
 
 
 def _drop(parameter: Tensor) -> None:
