@@ -112,7 +112,12 @@ class LoraConfig:
         require(self.alpha is None or self.alpha > 0, "lora.alpha", "a positive number", self.alpha)
         require(0 <= self.dropout < 1, "lora.dropout", "a number from 0 to below 1", self.dropout)
         require(
-            self.targets != [] and (not isinstance(self.targets, str) or _is_pattern(self.targets)),
+            self.targets is None
+            or (
+                len(self.targets) > 0
+                and all(self.targets)
+                and (isinstance(self.targets, list) or _is_pattern(self.targets))
+            ),
             "lora.targets", "auto, names or a regular expression", self.targets,
         )  # fmt: skip
         require(  # LLaMA-Factory's words: as regular expressions they match nothing

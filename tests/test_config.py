@@ -325,6 +325,11 @@ def test_the_quickstart_page_translates_names_of_other_trainers_as_errors_do() -
         ("lora: {dropout: 1}\n", "lora.dropout: wanted"),
         ("lora: {targets: '['}\n", "lora.targets: wanted auto, names or a regular expression, got '['"),
         ("lora: {targets: []}\n", "lora.targets: wanted auto, names or a regular expression, got []"),
+        ("lora: {targets: ''}\n", "lora.targets: wanted auto, names or a regular expression, got ''"),
+        (
+            "lora: {targets: [q_proj, '']}\n",
+            "lora.targets: wanted auto, names or a regular expression, got ['q_proj', '']",
+        ),
         ("track: [tensorbord]\n", "track: wanted any of tensorboard"),
         ("track: wandb\n", "track: wanted a list of text, got 'wandb'; did you mean [wandb]?"),
         ("track: none\n", "track: wanted a list of text, got 'none'; [] for none"),

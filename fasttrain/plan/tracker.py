@@ -22,17 +22,6 @@ def _grouped_mm(a: Tensor, b: Tensor, *args: Any) -> Tensor:
     return result.to(a.dtype)
 
 
-_GROUPED_MM = torch.ops.aten._grouped_mm.default
-
-
-def _grouped_mm(a: Tensor, b: Tensor, *args: Any) -> Tensor:
-    """The product of groups; on the meta device, where the operator takes bf16 only, one of the size it has in any type."""
-    if not a.is_meta:
-        return _GROUPED_MM(a, b, *args)
-    result: Tensor = _GROUPED_MM(a.to(torch.bfloat16), b.to(torch.bfloat16), *args)
-    return result.to(a.dtype)
-
-
 class LiveBytes(TorchDispatchMode):
     """Counts tensors on any device, the meta device included, where they have a size and no memory.
 
