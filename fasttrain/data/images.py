@@ -260,10 +260,10 @@ def join_inputs(inputs: list[ImageInputs]) -> ImageInputs:
     return joined
 
 
-def blank_image(pixels: PixelMaker) -> ImageInputs:
-    """What the model gets for a small black image."""
+def blank_images(pixels: PixelMaker, count: int = 1) -> ImageInputs:
+    """What the model gets for so many small black images."""
     from PIL import Image
 
     content = io.BytesIO()
     Image.new("RGB", (32, 32)).save(content, "PNG")
-    return pixels([content.getvalue()])
+    return pixels([content.getvalue()] * count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -70,6 +71,9 @@ class Policy(nn.Module):
         self._routed: Tensor | None = None  # the router's sums over the pass that is running
         # set where ranks that train a model with images must all run the same modules (ZeRO), and every pass have a gradient
         self.blank: dict[str, Tensor] | None = None
+        self.two_blanks: dict[str, Tensor] | None = (
+            None  # set where no layer may run once for every image (ZeRO-3)
+        )
         self.images_train_alone = False  # nothing behind the images' features trains
 
     def check(self) -> None:
@@ -79,6 +83,38 @@ class Policy(nn.Module):
         check_head(self.model, self.head, self.device)
         self.top_k = find_top_k(self.model, self.device)
         self.set_shared(shared)
+
+    def check_images(self) -> None:
+        """Refuse a layer that runs once for every image of a pass: ZeRO-3 gathers its weights that often, and ranks with other
+        numbers of images would wait for each other for ever."""
+        if self.blank is None or self.two_blanks is None:
+            return
+        shared = self.shared
+        self.set_shared(False)
+        once, twice = self._entered(self.blank), self._entered(self.two_blanks)
+        self.set_shared(shared)
+        if name := next((name for name, count in twice.items() if count > once[name]), None):
+            name = name.replace(".modules_to_save.default", "")  # peft's copy of what is trained whole
+            raise UserError(
+                f"distributed.zero_stage: wanted 2 for {type(self.model).__name__}, whose {name} runs once for every image, so that "
+                "ranks with other numbers of images would wait for each other, got 3"
+            )
+
+    @torch.no_grad()
+    def _entered(self, blank: dict[str, Tensor]) -> Counter[str]:
+        """How often a pass with these images enters each module that has weights."""
+        entered: Counter[str] = Counter()
+        hooks = [
+            module.register_forward_pre_hook(lambda module, given, name=name: entered.update([name]))
+            for name, module in self.model.named_modules()
+            if any(True for _ in module.parameters(recurse=False))
+        ]
+        try:
+            self._decode(torch.zeros(1, dtype=torch.int64, device=self.device), {}, 0, blank)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return entered
 
     def set_shared(self, shared: bool) -> None:
         """Run prompts once for all their completions, or every completion as an ordinary sequence."""
@@ -121,7 +157,7 @@ class Policy(nn.Module):
             batch.input_ids_T,
             inputs,
             batch.images,
-            blank=self._wants_images(batch) and not batch.images,
+            blank=self._blank_for(batch, batch.images),
             uses_T=batch.uses_T if routing else None,
             shared_prefix_layout=layout,
             shared_prefix_backend=backend,
@@ -138,8 +174,9 @@ class Policy(nn.Module):
             self.counts.images += images
             ids_T = batch.input_ids_T[start : start + length]
             uses_T = batch.uses_T[start : start + length] if routing else None
-            blank = self._wants_images(batch) and not images
-            hidden_TD = self._decode(ids_T, inputs, images, blank=blank, uses_T=uses_T)
+            hidden_TD = self._decode(
+                ids_T, inputs, images, blank=self._blank_for(batch, images), uses_T=uses_T
+            )
             rows.append(hidden_TD[prompt - 1 : length - 1])
             start += length
         return torch.cat(rows) + self._idle_passes(batch)
@@ -149,25 +186,25 @@ class Policy(nn.Module):
         idle: Tensor | float = 0.0
         for _ in range(batch.pack.passes - len(batch.layout)):
             ids_T = torch.zeros_like(batch.input_ids_T[:1])
-            idle = idle + self._decode(ids_T, {}, 0, blank=self._wants_images(batch)).sum() * 0
+            idle = idle + self._decode(ids_T, {}, 0, blank=self._blank_for(batch, 0)).sum() * 0
         return idle
 
-    def _wants_images(self, batch: PackBatch) -> bool:
-        """Whether every pass of the pack must run tower and projector (on `blank` if need be) where DeepSpeed runs them."""
-        return batch.pack.images or self.images_train_alone
+    def _blank_for(self, batch: PackBatch, images: int) -> dict[str, Tensor] | None:
+        """What a pass with so many images of its own runs tower and projector on, where DeepSpeed wants every pass to run them."""
+        wanted = batch.pack.images or self.images_train_alone
+        return self.blank if wanted and not images else None
 
     @contextlib.contextmanager
-    def _blank_image(self) -> Iterator[None]:
-        """Run vision tower and projector on a blank image, at weight zero, as other ranks run them on theirs.
+    def _blank_images(self, blank: dict[str, Tensor]) -> Iterator[None]:
+        """Run vision tower and projector on blank images, at weight zero, as other ranks run them on theirs.
 
         What comes out is added to the embeddings, where features are put in place of image tokens: DeepSpeed expects
         gradients in the same order on all ranks.
         """
-        assert self.blank is not None
         dtype, device = self.model.dtype, self.device
         inputs = {
             name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
-            for name, value in self.blank.items()
+            for name, value in blank.items()
         }
 
         def add_nothing(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
@@ -185,8 +222,8 @@ class Policy(nn.Module):
             hook.remove()
 
     def _decode(
-        self, ids_T: Tensor, inputs: dict[str, Tensor], images: int, blank: bool = False, uses_T: Tensor | None = None,
-        **extra: Any,
+        self, ids_T: Tensor, inputs: dict[str, Tensor], images: int, blank: dict[str, Tensor] | None = None,
+        uses_T: Tensor | None = None, **extra: Any,
     ) -> Tensor:  # fmt: skip
         """Hidden states (T, D), whole in the rows that predict (`last_layer.py`); with `uses_T` the router's sums are added to
         those of this pass."""
@@ -201,7 +238,7 @@ class Policy(nn.Module):
             extra[name] = value.to(dtype) if value.is_floating_point() else value
         self.counts.decoder_tokens += len(ids_T)
         try:
-            with self._blank_image() if blank and self.blank else contextlib.nullcontext():
+            with contextlib.nullcontext() if blank is None else self._blank_images(blank):
                 if ours:
                     extra["inputs_embeds"] = embed_with_images(base, ids_T, extra.pop("pixel_values"))
                 else:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fasttrain.config import DPOConfig, TrainConfig
 from fasttrain.data.batch import PackBatch
+from fasttrain.errors import UserError
 from fasttrain.model.checkpointing import checkpoint_decoder
 from fasttrain.model.policy import Policy
 from fasttrain.ranks import start_ranks
@@ -50,7 +51,15 @@ def make_engine(policy: Policy, config: DPOConfig, checkpointing: bool) -> Engin
     from fasttrain.train.zero_engine import ZeroEngine
 
     engine = ZeroEngine(policy, config, checkpointing)
-    policy.check()
+    try:
+        policy.check()
+    except UserError as error:
+        if config.distributed.zero_stage != 3:
+            raise
+        raise UserError(
+            f"{error}; distributed.zero_stage: 3 leaves every rank a part of each weight between modules, 2 leaves them whole"
+        ) from error
+    policy.check_images()
     return engine
 
 

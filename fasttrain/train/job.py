@@ -16,7 +16,7 @@ import torch
 
 from fasttrain.config import DPOConfig
 from fasttrain.data.batch import PackMaker
-from fasttrain.data.images import blank_image
+from fasttrain.data.images import blank_images
 from fasttrain.data.packs import Order
 from fasttrain.data.prepare import Preparation, tokenize_all
 from fasttrain.data.prepared import PreparedData
@@ -259,7 +259,9 @@ def _load(config: DPOConfig, read: _Read) -> _Loaded:
     if chat.pixels is not None and zero_stage is not None:
         policy.images_train_alone = images_train_alone(model)
         if ranks().size > 1 or policy.images_train_alone:
-            policy.blank = blank_image(chat.pixels)
+            policy.blank = blank_images(chat.pixels)
+        if zero3 and ranks().size > 1:
+            policy.two_blanks = blank_images(chat.pixels, 2)
     fuse_rotary(language_model(model))
     if adapted is not None and not zero3:
         fuse_lora(model)

@@ -226,6 +226,17 @@ def test_other_families_take_the_steps_of_one_process(
 
 
 @pytest.mark.slow
+def test_layers_that_run_once_for_every_image_are_refused_under_zero_3(
+    tiny_models: ModuleType, recipes: Callable[..., Any], run_ranks: Callable[..., Any], tmp_path: Path
+) -> None:
+    """PaddleOCR-VL's projector: ranks with other numbers of images gathered its weights another number of times, and hung."""
+    name = f"model.name={tiny_families.save(tiny_models, tmp_path / 'model', 'PaddleOCR-VL')}"
+    ended = run_ranks(lambda: train_dpo(recipes("images", "zero", name, "distributed.zero_stage=3")))
+    assert "distributed.zero_stage: wanted 2 for PaddleOCRVL" in ended.stderr
+    assert "projector.pre_norm runs once for every image" in ended.stderr
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_stage_and_another_number_of_ranks(
     recipes: Callable[..., Any], run_ranks: Callable[..., Any], deepspeed_config: Callable[..., str]
 ) -> None:
