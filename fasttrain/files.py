@@ -219,7 +219,8 @@ class HashMemo:
         self.path = path
         self._new: dict[str, tuple[str, int, int, int]] = {}
         with self._errors_named():
-            self._database = sqlite3.connect(path, timeout=60)
+            # one thread at a time uses it; it may be another that finds it forgotten
+            self._database = sqlite3.connect(path, timeout=60, check_same_thread=False)
             with self._database:
                 self._database.execute(
                     "DROP TABLE IF EXISTS files"

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import resource
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -317,3 +318,11 @@ def test_a_write_that_finds_no_room_names_its_file(little_room: None, tmp_path: 
         with pytest.raises(OSError, match="File too large") as told:
             write()
         assert told.value.filename == str(path)
+
+
+def test_hashes_that_are_forgotten_are_closed_by_whatever_thread_finds_them(tmp_path: Path) -> None:
+    held = [HashMemo(tmp_path / "hashes.sqlite")]
+    thread = threading.Thread(target=held.clear)
+    thread.start()
+    thread.join()
+    assert not held  # an error in __del__ would fail the test too

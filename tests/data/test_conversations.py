@@ -113,7 +113,7 @@ def test_other_columns_of_conversations_come_through(tmp_path: Path) -> None:
         ),
         (
             {"messages": [{"role": "assistant", "content": "x", "loss": False}]},
-            "messages: wanted turns that are all learned, without loss, got False",
+            "messages: wanted answers that are all learned, without loss, got False",
         ),
     ],
 )
