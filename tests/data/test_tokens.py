@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import date, datetime
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fasttrain.config import DataConfig
 from fasttrain.data.bad_row import BadRow
-from fasttrain.data.group_tokens import Outcome, tokenize_group
-from fasttrain.data.pairs import IMAGE, Message, Pair
+from fasttrain.data.pairs import IMAGE, Message
 from fasttrain.data.token_bounds import TokenBounds
-from fasttrain.data.tokens import ChatTokenizer, common_start
+from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
 
 # As llava-hf/llava-1.5-7b-hf has it: no BOS, "ROLE: " before a turn, a space and nothing else behind an answer.
@@ -50,37 +48,10 @@ THINKS = (
     "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Asks with <think>: answers without it leave the generation prompt, as in DeepSeek-R1's distilled models.
-ASKS_TO_THINK = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
-)
-LOSES_THOUGHTS = ASKS_TO_THINK.replace("m['content']", "m['content'].split('</think>')[-1]")
-# As Nemotron 3: the generation prompt is left within what stands before an answer.
-NO_THOUGHTS = ASKS_TO_THINK.replace(
-    "m['content']",
-    "('' if m['role'] == 'user' or '<think>' in m['content'] else '<think></think>') + m['content']",
-)
-# As Qwen 3.5 without thinking: answers that think leave it.
-ASKS_NOT_TO_THINK = ASKS_TO_THINK.replace("<think>\n'", "<think>\n\n</think>\n\n'").replace(
-    "m['content']",
-    "('' if m['role'] == 'user' or '<think>' in m['content'] else '<think>\n\n</think>\n\n') + m['content']",
-)
 # Forgets its own generation prompt.
 CONTRADICTS = (
     "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
 )
-
-
-@pytest.fixture
-def text_chat(tiny_models: ModuleType) -> Callable[..., ChatTokenizer]:
-    """A chat tokenizer of a text model with a template; `end` is its end-of-turn token."""
-
-    def build(template: str | None = None, end: str = "<|im_end|>") -> ChatTokenizer:
-        tokenizer = tiny_models.build_tokenizer(template or tiny_models.CHATML, eos=end)
-        return ChatTokenizer(tokenizer, [tokenizer.eos_token_id])
-
-    return build
 
 
 @pytest.fixture
@@ -382,74 +353,6 @@ def test_an_answer_that_would_merge_with_the_prompt_is_tokenized_by_itself(
     assert (itself, chat.split_boundary) == (["\n\n", "x", "</s>"], 1)
 
 
-def tokenized(chat: ChatTokenizer, *rows: tuple[str, str], **settings: Any) -> Outcome:
-    """What the rows of one prompt become: (chosen, rejected) each."""
-    pairs = [
-        Pair(where=f"line {n}", id=str(n), messages=QUESTION, images=(), chosen=chosen, rejected=rejected)
-        for n, (chosen, rejected) in enumerate(rows)
-    ]
-    files = SimpleNamespace(pair=pairs.__getitem__, where=str)
-    return tokenize_group(files, list(range(len(rows))), chat, DataConfig(train="x", **settings))  # type: ignore[arg-type]
-
-
-THOUGHT, PLAIN = "<think>\nlet me see\n</think>\n\na bar", "a red bar"
-
-
-@pytest.mark.parametrize(
-    ("template", "left_out"),
-    [(ASKS_TO_THINK, "<think>\n"), (LOSES_THOUGHTS, "<think>\n"), (NO_THOUGHTS, "\n"), (ASKS_NOT_TO_THINK, "\n</think>\n\n")],
-    ids=["not written", "thoughts left out", "empty thoughts", "no thinking"],
-)  # fmt: skip
-def test_a_prompt_ends_where_its_answers_leave_the_generation_prompt_as_in_trl(
-    template: str, left_out: str, text_chat: Any
-) -> None:
-    chat = text_chat(template)
-    assert chat.left_out.endswith(left_out) and chat.loses_thoughts is (template == LOSES_THOUGHTS)
-    question = [{"role": "user", "content": "what is it?"}]
-
-    def ids(*answer: str, ask: bool = False) -> list[int]:
-        turns = question + [{"role": "assistant", "content": text} for text in answer]
-        text = chat.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
-        return list(chat.tokenizer(text.removesuffix("\n") if answer else text)["input_ids"])
-
-    rows = [
-        (PLAIN, "no"),
-        (THOUGHT, "no"),
-        (PLAIN, THOUGHT),
-        (THOUGHT, THOUGHT.upper().replace("THINK", "think")),
-    ]
-    for row in rows:
-        sequences = [ids(answer) for answer in row]
-        cut = min(common_start(ids(ask=True), sequence) for sequence in sequences)
-        tokens = tokenized(chat, row).tokens
-        assert tokens is not None and tokens.prompt.tolist() == ids(ask=True)[:cut]
-        assert [part.tolist() for part in tokens.completions] == [sequence[cut:] for sequence in sequences]
-    together = tokenized(chat, *rows).tokens  # rows of one prompt share what all of their answers follow
-    assert together is not None and [ids(answer) for answer in dict.fromkeys(sum(rows, ()))] == [
-        [*together.prompt.tolist(), *part.tolist()] for part in together.completions
-    ]
-
-
-def test_answers_that_leave_the_generation_prompt_are_cut_where_their_sequence_is_full(
-    text_chat: Any,
-) -> None:
-    chat = text_chat(ASKS_TO_THINK)
-    whole = tokenized(chat, (PLAIN, THOUGHT)).tokens
-    assert whole is not None
-    longest = len(whole.prompt) + max(map(len, whole.completions))
-    assert tokenized(chat, (PLAIN, THOUGHT), max_length=longest).truncated == 0
-    cut = tokenized(chat, (PLAIN, THOUGHT), max_length=longest - 1, overflow="truncate")
-    assert cut.truncated == 1 and cut.tokens is not None
-    assert len(cut.tokens.prompt) + max(map(len, cut.tokens.completions)) == longest - 1
-
-
-@pytest.mark.parametrize("template", [ASKS_TO_THINK, NO_THOUGHTS, ASKS_NOT_TO_THINK])
-def test_generation_begins_behind_the_whole_generation_prompt(template: str, text_chat: Any) -> None:
-    chat = text_chat(template)
-    prompt = chat.prompt(QUESTION, "x")
-    assert chat.tokenizer.decode(prompt.ids).endswith(chat.left_out) and prompt.text.endswith("\n")
-
-
 def test_the_text_of_a_prompt_may_not_hold_the_image_token(vision_chat: Any) -> None:
     with pytest.raises(
         BadRow, match=r"line 4: images: wanted 1 placeholder\(s\) in the rendered prompt, got 2"
@@ -497,7 +400,7 @@ def test_a_template_that_fails_in_whatever_way_is_named(text_chat: Any, tiny_mod
 
 def test_a_stop_token_that_the_tokenizer_lacks_ends_no_answer(tiny_models: ModuleType) -> None:
     tokenizer = tiny_models.build_tokenizer(tiny_models.CHATML, eos="<|im_end|>")
-    chat = ChatTokenizer(tokenizer, [tokenizer.eos_token_id, 99999])
+    chat = ChatTokenizer(tokenizer, [tokenizer.eos_token_id, 99999, -1])
     assert chat.end_tokens == ["<|im_end|>"]
     assert scored(chat, "a bar") == "a bar<|im_end|>"
 

@@ -27,18 +27,22 @@ def test_placeholders_and_attribute_prompts_are_taken_out(text, clean, repairs):
     assert clean_text(text) == (clean, repairs)
 
 
+# of SciGraphQA: the second answer has several lines, each a turn of its own
+SPLIT = [
+    human("What does it show?\n<image>"),
+    gpt("Growth."),
+    human("Why?"),
+    gpt("The reasons are:"),
+    human("* First one."),
+    gpt("* Second one."),
+]
+
+
 def test_scigraphqa_takes_the_first_question_and_cuts_fake_human_turns(drafts):
     record = {
         "image_file": "2001.00001v1-Figure3-1.png",
         "id": "2001.00001v1-Figure3-1",
-        "conversations": [
-            human("What does it show?\n<image>"),
-            gpt("Growth."),
-            human("Why?"),
-            gpt("The reasons are:"),
-            human("* First one."),
-            gpt("* Second one."),
-        ],
+        "conversations": SPLIT,
     }
     [first] = drafts(record)
     assert (first.question, first.reference, first.images) == (
@@ -57,16 +61,7 @@ def test_scigraphqa_takes_the_first_question_and_cuts_fake_human_turns(drafts):
 def test_scigraphqa_answers_of_several_lines_are_whole_or_left_out(drafts):
     record = {
         "image_file": "a.png",
-        "conversations": [
-            human("What does it show?\n<image>"),
-            gpt("Growth."),
-            human("Why?"),
-            gpt("The reasons are:"),
-            human("* First one."),
-            gpt("* Second one."),
-            human("And then?"),
-            gpt("Nothing."),
-        ],
+        "conversations": [*SPLIT, human("And then?"), gpt("Nothing.")],
         "response": "\n Question: What does it show?\nAnswer: Growth.\n\nQuestion: Why?\nAnswer: The reasons are:\n\n"
         "* First one.\n* Second one.\n\nQuestion: And then?\nAnswer: Nothing.",
     }
