@@ -71,9 +71,8 @@ class Policy(nn.Module):
         self._routed: Tensor | None = None  # the router's sums over the pass that is running
         # set where ranks that train a model with images must all run the same modules (ZeRO), and every pass have a gradient
         self.blank: dict[str, Tensor] | None = None
-        self.two_blanks: dict[str, Tensor] | None = (
-            None  # set where no layer may run once for every image (ZeRO-3)
-        )
+        # set where no layer may run once for every image (ZeRO-3)
+        self.two_blanks: dict[str, Tensor] | None = None
         self.images_train_alone = False  # nothing behind the images' features trains
 
     def check(self) -> None:
