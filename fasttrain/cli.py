@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import sys
 from pathlib import Path
 
 import click
@@ -44,6 +45,9 @@ def _with_training(command):  # type: ignore[no-untyped-def]
         command = option(command)
     return _with_recipe(command)
 
+
+# What a user may have told torch about GPU memory with, its older names included.
+_ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 
@@ -369,6 +373,9 @@ def _prepare_torch() -> None:
     os.environ.setdefault(
         "THP_MEM_ALLOC_ENABLE", "1"
     )  # tensors in huge pages, where the kernel gives them on request
+    if sys.platform == "linux" and not os.environ.keys() & _ALLOCATOR:
+        # no two packs are of one size: a GPU's memory that one leaves must grow together to serve the next
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     for name in ("bitsandbytes", "kernels"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import re
 import resource
 import shutil
@@ -147,6 +148,22 @@ def test_what_deepspeed_remarks_does_not_stand_among_results() -> None:
         if logger.filter(logging.makeLogRecord({"levelno": level}))
     ]
     assert told == [logging.ERROR]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has no such memory elsewhere")
+@pytest.mark.parametrize("told", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_gpu_memory_grows_in_place_unless_the_user_says_otherwise(
+    told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in names})
+    if told:
+        os.environ[told] = "max_split_size_mb:512"
+    cli._prepare_torch()
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    assert found == (
+        {told: "max_split_size_mb:512"} if told else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    )
 
 
 def test_env_names_versions_and_backends(fasttrain: Any) -> None:

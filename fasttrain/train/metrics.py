@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -88,25 +89,32 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# Dense bf16 peaks of the vendors' data sheets, without sparsity, in TFLOP/s.
+# Dense bf16 peaks of the vendors' data sheets, without sparsity, in TFLOP/s; the longer name of two comes first.
 GPU_PEAK_TFLOPS = {
-    "A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "A10": 125, "4090": 165,
+    "A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "B200": 2250, "L40S": 362,
+    "A10": 125, "RTX 4090": 165,
 }  # fmt: skip
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """FLOP/s that mfu is measured against, and where the figure comes from."""
+    # on a GPU smaller ones are over before they fill it
+    size = 4096 if device.type == "cuda" else 1024
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for key, tflops in GPU_PEAK_TFLOPS.items():
-            if key in name and dtype != torch.float32:
+            # an A10G is no A10, nor is an RTX 4090 D or of a laptop an RTX 4090
+            if re.search(rf"\b{key}\b(?! (D|Laptop)\b)", name) and dtype != torch.float32:
                 return tflops * 1e12, f"data sheet of {key}, dense bf16"
-    return _measured_rate(device, dtype), "largest rate of a 1024-cube matrix product, measured at start"
+    return (
+        _measured_rate(device, dtype, size),
+        f"largest rate of a {size}-cube matrix product, measured at start",
+    )
 
 
-def _measured_rate(device: torch.device, dtype: torch.dtype) -> float:
+def _measured_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """Best of half a second of products: a busy machine slows some of them, never speeds one up."""
-    left = torch.randn(1024, 1024, device=device).to(dtype)
+    left = torch.randn(size, size, device=device).to(dtype)
     best, end = float("inf"), time.perf_counter() + 0.5
     while time.perf_counter() < end:
         start = time.perf_counter()
@@ -115,4 +123,4 @@ def _measured_rate(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         del product
         best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
+    return 2 * size**3 / best
