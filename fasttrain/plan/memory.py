@@ -18,7 +18,7 @@ from fasttrain.plan.planned_model import PlannedModel
 
 # glibc keeps freed blocks of mixed sizes: resident memory on CPU is up to about twice what tensors take
 CPU_FRAGMENTATION = 2.0
-# DeepSpeed's own defaults, in elements: stage3_max_live_parameters, and the two buckets that overlap_comm alternates between
+# In elements: DeepSpeed's stage3_max_live_parameters, and the most of a bucket of gradients, of which overlap_comm takes two
 MAX_LIVE_PARAMETERS = 10**9
 REDUCE_BUCKET = 5 * 10**8
 # About how many tokens the packs have that are counted
@@ -166,7 +166,7 @@ def plan_memory(
         gradients=4 * trained // sharded_state,
         masters=wide * trained // sharded_state,
         moments=int(moment * trained) // sharded_state,
-        buckets=2 * size * min(REDUCE_BUCKET, trained) if stage in (2, 3) and ranks > 1 else 0,
+        buckets=2 * size * min(REDUCE_BUCKET, trained) if stage in (2, 3) else 0,
         activations=held.kept,
         working=max(0, held.peak - held.kept),
         head_tile=_head_tile(planned, mix.rows / mix.tokens * tokens, device),

@@ -15,7 +15,8 @@ from fasttrain.data.batch import PackBatch
 from fasttrain.errors import UserError
 from fasttrain.model.checkpointing import checkpoint_decoder
 from fasttrain.model.policy import Policy
-from fasttrain.ranks import launched, ranks
+from fasttrain.plan.memory import REDUCE_BUCKET
+from fasttrain.ranks import full_shape, launched, ranks
 from fasttrain.train.deepspeed_settings import deepspeed_settings, offload_device
 from fasttrain.train.engine import TrainedState
 from fasttrain.train.optimizer import make_optimizer, parameter_groups, trainable_parameters
@@ -79,6 +80,9 @@ class ZeroEngine:
         groups = parameter_groups(policy, named, config.train)
         policy.head.gathered_once = self.stage == 3 and not policy.head.weight.requires_grad
         settings = deepspeed_settings(config, policy.model.dtype)
+        # DeepSpeed lays out its buckets whole, 5 x 10^8 elements each, however few train
+        trained = sum(full_shape(parameter).numel() for _, parameter in named)
+        settings["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCE_BUCKET, trained))
         self.offloaded = offload_device(settings, "offload_optimizer") != "none"
         # torch's AdamW runs offloaded states too, where they lie, with the same numbers as anywhere else; DeepSpeed's own for
         # the CPU is compiled at the first start and rounds its bias correction in fp32

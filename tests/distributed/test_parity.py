@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fasttrain.config import config_from_dict
-from fasttrain.ranks import ranks
+from fasttrain.ranks import full_shape, ranks
 from fasttrain.train.loop import train_dpo
 
 _spec = importlib.util.spec_from_file_location(
@@ -272,6 +272,44 @@ def test_a_finished_run_under_zero_holds_no_memory(
 
     ended = run_ranks(body)
     assert ended.codes == [0, 0], ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "zero", "held"),
+    [("2", {}, None), ("3", {}, None), ("3", {"reduce_bucket_size": 99_999}, 99_999)],
+)
+def test_deepspeed_lays_out_room_for_the_gradients_that_there_are(
+    recipes: Callable[..., Any], run_ranks: Callable[..., Any], deepspeed_config: Callable[..., str], tmp_path: Path,
+    stage: str, zero: dict[str, int], held: int | None,
+) -> None:  # fmt: skip
+    """Its own buckets are of 2 GB each in fp32; what the recipe's file says stands."""
+    changes = [
+        "train.max_steps=1",
+        "data.eval=null",
+        f"distributed.zero_stage={stage}",
+        deepspeed_config(**zero),
+    ]
+    config = recipes("text", "zero", *changes)
+
+    def body() -> None:
+        from fasttrain.train.zero_engine import ZeroEngine
+
+        backward = ZeroEngine.backward
+
+        def told(engine: Any, loss: torch.Tensor) -> None:
+            backward(engine, loss)
+            trained = sum(full_shape(p).numel() for p in engine.policy.parameters() if p.requires_grad)
+            seen = {"trained": trained, "bucket": engine.engine.optimizer.reduce_bucket_size}
+            (tmp_path / f"seen{ranks().rank}.json").write_text(json.dumps(seen))
+
+        ZeroEngine.backward = told
+        train_dpo(config)
+
+    ended = run_ranks(body)
+    assert ended.codes == [0, 0], ended.stderr
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"seen{rank}.json").read_text())
+        assert seen["bucket"] == (held or seen["trained"])
 
 
 @pytest.mark.parametrize(
