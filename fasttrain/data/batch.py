@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fasttrain.data.ahead import itself, start_worker, started
+from fasttrain.data.answer_tokens import plain
 from fasttrain.data.images import PixelMaker, hash_bytes, join_inputs
 from fasttrain.data.packs import Pack
 from fasttrain.data.prepared import Group, PreparedData
@@ -28,7 +29,8 @@ NOBODY = -1  # the group of sequences that run at weight zero
 
 @dataclass(frozen=True, kw_only=True)
 class PackBatch:
-    """One forward pass. Sequences are completions, in the order of the pack's pieces; N rows are their tokens in turn.
+    """One forward pass. Sequences are completions, in the order of the pack's pieces; N rows are their targets in turn: all their
+    tokens, or those at the places `scored_N`.
 
     `layout` lists (prompt length, completion lengths) of each run: a group with its completions, or one sequence.
     Pairs index the pack's sequences; those of split groups are left to the step (`sequence_ids`).
@@ -53,12 +55,18 @@ class PackBatch:
     keys: list[bytes]
     broken: list[tuple[int, str]]
     pair_ids: list[tuple[int, int, int]] = field(default_factory=list)  # group, chosen, rejected of pairs_P2
+    scored_N: Tensor | None = None
     image_tokens: int = 0  # places of the prompts that image features fill
 
     @property
     def images(self) -> int:
         """How many images the pass encodes."""
         return sum(self.images_per_run)
+
+    @property
+    def given(self) -> int:
+        """How many tokens of its completions are no targets."""
+        return sum(sum(completions) for _, completions in self.layout) - len(self.target_N)
 
     def to(self, device: torch.device) -> PackBatch:
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
@@ -180,7 +188,8 @@ class _Builder:
         self.layout: list[tuple[int, list[int]]] = []
         self.ids: list[np.ndarray] = []
         self.uses: list[np.ndarray] = []
-        self.targets: list[np.ndarray] = []
+        self.completions: list[np.ndarray] = []
+        self.targets: list[np.ndarray] = []  # the same, what is no target as ~id
         self.prompts: list[np.ndarray] = []
         self.sequence_ids: list[tuple[int, int]] = []
         self.images: list[ImageInputs | None] = []
@@ -195,7 +204,8 @@ class _Builder:
         self, group: Group, completions: tuple[int, ...], images: ImageInputs | None, count: int, keys: list[bytes]
     ) -> None:  # fmt: skip
         first = {completion: len(self.keys) + index for index, completion in enumerate(completions)}
-        texts = [group.completion_ids[completion] for completion in completions]
+        written = [group.completion_ids[completion] for completion in completions]
+        texts = [plain(ids) for ids in written]
         counts = np.bincount(group.pairs.reshape(-1), minlength=max(completions) + 1) * (not self.fill)
         used = counts[list(completions)]
         runs = [(texts, used)] if self.shared else [([text], used[[n]]) for n, text in enumerate(texts)]
@@ -207,7 +217,8 @@ class _Builder:
             self.images_per_run.append(count)
             self.images.append(images)
             self.prompts.append(group.prompt_ids)
-        self.targets += texts
+        self.completions += texts
+        self.targets += written
         self.sequence_ids += [(NOBODY if self.fill else group.number, c) for c in completions]
         self.keys += keys
         self.where += [group.where] * len(keys)
@@ -218,14 +229,17 @@ class _Builder:
 
     def finish(self, pack: Pack, reference: Tensor | None) -> PackBatch:
         empty = [np.zeros(0, np.int32)]
+        written = np.concatenate(self.targets or empty).astype(np.int64)
+        scored = written >= 0
         return PackBatch(
             pack=pack,
             shared=self.shared,
             layout=self.layout,
             input_ids_T=torch.from_numpy(np.concatenate(self.ids or empty).astype(np.int64)),
             uses_T=torch.from_numpy(np.concatenate(self.uses or empty).astype(np.float32)),
-            target_N=torch.from_numpy(np.concatenate(self.targets or empty).astype(np.int64)),
-            lengths_S=torch.tensor([len(text) for text in self.targets], dtype=torch.int64),
+            target_N=torch.from_numpy(written[scored]),
+            scored_N=None if scored.all() else torch.from_numpy(np.flatnonzero(scored)),
+            lengths_S=torch.tensor([np.count_nonzero(ids >= 0) for ids in self.targets], dtype=torch.int64),
             sequence_ids=self.sequence_ids,
             inputs=self._inputs(),
             images_per_run=self.images_per_run,
@@ -257,7 +271,7 @@ class _Builder:
         images = self.images[number]
         if self.family is None:
             return dict(images or {})
-        ids = np.concatenate([self.prompts[number], self.targets[number]])
+        ids = np.concatenate([self.prompts[number], self.completions[number]])
         prompt = len(self.prompts[number])
         return {**(images or {}), **self.family.sequence(ids, images, prompt)}
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fasttrain.config import DataConfig
+from fasttrain.data.answer_tokens import Dropped, Fitted, check_prompt_fits, fit_conversation, fit_pair, plain
 from fasttrain.data.bad_row import BadRow
 from fasttrain.data.groups import PairFiles, Skipped
 from fasttrain.data.images import image_size
@@ -18,7 +19,10 @@ from fasttrain.errors import UserError
 
 
 class GroupTokens(NamedTuple):
-    """Token ids (int32) of a prompt and its distinct completions, and (P, 2) chosen and rejected among them."""
+    """Token ids (int32) of a prompt and its distinct completions, and (P, 2) chosen and rejected among them.
+
+    What is no target in a completion, as others say it in a conversation, stands as ~id.
+    """
 
     prompt: np.ndarray
     completions: list[np.ndarray]
@@ -63,23 +67,31 @@ def tokenize_group(
             pair = files.pair(row)
             if candidate is None:
                 check_images(pair)
-                prompt = chat.prompt(pair.messages, pair.where, _sizes(pair, chat))
+                sizes = _sizes(pair, chat)
+                prompt = chat.prompt(pair.messages, pair.where, sizes)
                 fresh, first, images = _Candidate(prompt), row, len(pair.images)
-                _check_prompt_fits(pair, prompt.fixed, data)
+                check_prompt_fits(pair, prompt.fixed, data)
             else:
                 fresh = candidate
-            chosen, rejected = _fit(pair, prompt, chat, data)
+            if pair.later:
+                answers, left_out = fit_conversation(pair, prompt, chat, data, sizes)
+                fitted = [(one, one) for one in answers]
+            else:
+                fitted, left_out = [fit_pair(pair, prompt, chat, data)], None
         except BadRow as error:
             events.append(Event("bad", Skipped(error.where, None, error.reason)))
             continue
-        except _Dropped as dropped:
+        except Dropped as dropped:
             events.append(Event("dropped", Skipped(pair.where, pair.id, str(dropped))))
             continue
         except UserError as error:
             events.append(Event("stop", Skipped(pair.where, None, str(error))))
             break
         candidate = fresh
-        candidate.add(chosen, rejected)
+        for chosen, rejected in fitted if room is None else fitted[: room - len(candidate.pairs)]:
+            candidate.add(chosen, rejected)
+        if left_out:
+            events.append(Event("dropped", Skipped(pair.where, pair.id, left_out)))
     notes = chat.appended_end - notes[0], chat.split_boundary - notes[1]
     if candidate is None:
         return Outcome(None, first, images, 0, events, *notes)
@@ -122,36 +134,29 @@ class Tokenizing:
         return outcome.tokens, outcome.split_boundary
 
 
-@dataclass(frozen=True)
-class _Fitted:
-    """An answer that fits behind its prompt, perhaps because its end was cut off."""
-
-    ids: np.ndarray
-    cut: bool
-
-
 @dataclass
 class _Candidate:
     """A group while its rows are tokenized."""
 
     prompt: EncodedPrompt
-    completions: dict[bytes, np.ndarray] = field(default_factory=dict)
+    completions: dict[bytes, Fitted] = field(default_factory=dict)
     pairs: list[tuple[int, int]] = field(default_factory=list)
     truncated: set[bytes] = field(default_factory=set)
 
-    def add(self, chosen: _Fitted, rejected: _Fitted) -> None:
+    def add(self, chosen: Fitted, rejected: Fitted) -> None:
         self.pairs.append((self._number(chosen), self._number(rejected)))
 
     def tokens(self) -> GroupTokens:
-        """The prompt ends where the first of its answers leaves the generation prompt."""
-        answers, fixed = list(self.completions.values()), self.prompt.fixed
-        common = min(common_start(self.prompt.ids[fixed:], ids[:-1]) for ids in answers)
-        completions = [ids[common:] for ids in answers]
-        return GroupTokens(self.prompt.ids[: fixed + common], completions, np.array(self.pairs, np.int64))
+        """The prompt ends where the first of its answers leaves it, or the generation prompt."""
+        ids, start = self.prompt.ids, min(answer.behind for answer in self.completions.values())
+        answers = [np.concatenate([~ids[start : one.behind], one.ids]) for one in self.completions.values()]
+        common = min(common_start(ids[start:], plain(answer)[:-1]) for answer in answers)
+        completions = [answer[common:] for answer in answers]
+        return GroupTokens(ids[: start + common], completions, np.array(self.pairs, np.int64))
 
-    def _number(self, answer: _Fitted) -> int:
-        key = answer.ids.tobytes()
-        self.completions.setdefault(key, answer.ids)
+    def _number(self, answer: Fitted) -> int:
+        key = answer.ids.tobytes() + answer.behind.to_bytes(8, "little")
+        self.completions.setdefault(key, answer)
         if answer.cut:
             self.truncated.add(key)
         return list(self.completions).index(key)
@@ -164,49 +169,3 @@ def _sizes(pair: Pair, chat: ChatTokenizer) -> list[tuple[int, int]] | None:
         return [image_size(ref) for ref in pair.images]
     except (ValueError, OSError) as error:
         raise BadRow(pair.where, "images", "an image", str(error)) from None
-
-
-class _Dropped(Exception):
-    """A pair that data.overflow leaves out."""
-
-
-def _check_prompt_fits(pair: Pair, tokens: int, data: DataConfig) -> None:
-    if tokens >= data.max_length:
-        wanted, got = f"fewer than data.max_length = {data.max_length} tokens", f"{tokens}"
-        if data.overflow == "drop":
-            raise _Dropped(f"prompt: wanted {wanted}, got {got}")
-        if data.overflow == "truncate":  # only ever shortens completions
-            raise BadRow(pair.where, "prompt", wanted, got)
-        raise UserError(
-            f"{pair.where}: prompt: wanted {wanted}, got {got}; raise it, or set data.overflow to drop"
-        )
-
-
-def _fit(pair: Pair, prompt: EncodedPrompt, chat: ChatTokenizer, data: DataConfig) -> tuple[_Fitted, _Fitted]:
-    """Token ids of chosen and rejected, cut, refused or dropped as data.overflow says."""
-    result: list[_Fitted] = []
-    answers = [("chosen", pair.chosen), ("rejected", pair.rejected)]
-    for name, answer in answers:
-        if answer is None:  # nothing to compare with
-            return result[0], result[0]
-        ids = chat.completion(pair.messages, prompt, answer, pair.where, name)
-        total, room = prompt.fixed + len(ids), data.max_length - prompt.fixed
-        if total > data.max_length:
-            if data.overflow == "error":
-                raise UserError(
-                    f"{pair.where}: {name}: wanted at most data.max_length = {data.max_length} tokens with its prompt, "
-                    f"got {total}; raise it, or set data.overflow to truncate or drop"
-                )
-            if data.overflow == "drop":
-                raise _Dropped(
-                    f"{name}: {total} tokens with its prompt, data.max_length is {data.max_length}"
-                )
-        result.append(_Fitted(ids[:room], cut=len(ids) > room))
-    chosen, rejected = result
-    if np.array_equal(chosen.ids, rejected.ids):
-        if chosen.cut or rejected.cut:
-            raise _Dropped("rejected: the same as chosen after truncation")
-        raise BadRow(
-            pair.where, "rejected", "an answer that differs from chosen", "the same answer as tokens"
-        )
-    return chosen, rejected

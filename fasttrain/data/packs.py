@@ -58,7 +58,7 @@ class Step:
     epoch: float
     groups: tuple[int, ...]
     pairs: int
-    mean_chosen_length: float  # tokens per pair
+    mean_chosen_length: float  # targets per pair
     packs: tuple[Pack, ...]
     split: frozenset[int]  # groups whose completions are spread over several packs
     ranks: int = 1
@@ -173,7 +173,7 @@ def plan_step(
         packs += [Pack(tuple(pieces), share_prefix) for pieces in first_fit_decreasing(whole, filled_to)]
     else:
         packs = _deal(data, whole, parts, filled_to, share_prefix, ranks)
-    chosen = [data.lengths(group)[1 + data.pairs(group)[:, 0]] for group in groups.tolist()]
+    chosen = [data.scored(group)[data.pairs(group)[:, 0]] for group in groups.tolist()]
     pairs = sum(map(len, chosen))
     mean = sum(int(lengths.sum()) for lengths in chosen) / max(1, pairs)
     return Step(number, epoch, tuple(groups.tolist()), pairs, mean, tuple(packs), frozenset(split), ranks)

@@ -7,6 +7,7 @@ fine-tuning also TRL's prompt-completion format, whose rows have no rejected tex
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,15 @@ class Pair:
     images: tuple[ImageRef, ...]
     chosen: str
     rejected: str | None  # None: an answer to learn, by itself
+    later: tuple[
+        tuple[tuple[Message, ...], str], ...
+    ] = ()  # what is said after it, and the next answer to learn
 
 
 def read_pair(row: dict[str, Any], where: str, image_root: Path) -> Pair:
     """Check one row; BadRow names the first field that is wrong. Image files are found, not opened."""
     for key in ("chosen", "rejected"):
-        if row.get(key) is None and row.get("completion") is not None:
+        if row.get(key) is None and (row.get("completion") is not None or isinstance(row.get("turns"), list)):
             raise BadRow(where, key, "a pair", "one answer to learn, which is for fasttrain sft")
         if row.get(key) is None:
             raise BadRow(where, key, "an answer", _nothing(row))
@@ -46,12 +50,12 @@ def read_pair(row: dict[str, Any], where: str, image_root: Path) -> Pair:
         said, (prompt, chosen, rejected) = prompt, _split_common_prompt(chosen, rejected, where)
         _check_said_again(said, prompt, where)
     messages, images = read_prompt(row, prompt, where, image_root)
-    texts = {"chosen": _read_completion(chosen, "chosen", where)}
-    texts["rejected"] = _read_completion(rejected, "rejected", where)
-    if texts["chosen"] == texts["rejected"]:
+    chosen = _read_completion(chosen, "chosen", where)
+    rejected = _read_completion(rejected, "rejected", where)
+    if chosen == rejected:
         raise BadRow(where, "rejected", "an answer that differs from chosen", "the same answer")
     name = where if row.get("id") is None else printable(str(row["id"]))
-    return Pair(where=where, id=name, messages=messages, images=images, **texts)
+    return Pair(where=where, id=name, messages=messages, images=images, chosen=chosen, rejected=rejected)
 
 
 def read_prompt(
@@ -70,7 +74,11 @@ def read_prompt(
 def read_example(row: dict[str, Any], where: str, image_root: Path) -> Pair:
     """The answer to learn from a prompt-completion row or a pair's chosen answer; BadRow as in `read_pair`."""
     field = "completion" if row.get("completion") is not None else "chosen"
-    prompt, answer = row.get("prompt"), row.get(field)
+    prompt, answer, turns = row.get("prompt"), row.get(field), row.get("turns")
+    if answer is None and isinstance(turns, list) and turns:  # a conversation, as `read_taught` puts it
+        answer, turns = turns[:1], turns[1:]
+    else:
+        turns = []
     if answer is None:
         raise BadRow(where, "completion", "an answer to learn (or chosen, in a pair file)", _nothing(row))
     if row.get("label") is False and field == "completion":  # TRL's unpaired preferences
@@ -83,8 +91,24 @@ def read_example(row: dict[str, Any], where: str, image_root: Path) -> Pair:
         raise BadRow(where, "prompt", "a prompt", _nothing(row))
     messages, images = read_prompt(row, prompt, where, image_root)
     name = where if row.get("id") is None else printable(str(row["id"]))
-    text = _read_completion(answer, field, where)
-    return Pair(where=where, id=name, messages=messages, images=images, chosen=text, rejected=None)
+    text, later = _read_completion(answer, field, where), tuple(_read_turns(turns, where))
+    return Pair(
+        where=where, id=name, messages=messages, images=images, chosen=text, rejected=None, later=later
+    )
+
+
+def _read_turns(turns: list[Any], where: str) -> Iterator[tuple[tuple[Message, ...], str]]:
+    """What is said before each answer, and the answer."""
+    asked: list[Any] = []
+    for turn in turns:
+        if isinstance(turn, dict) and turn.get("role") == "assistant":
+            messages = tuple(_read_prompt(asked, where))
+            if any(IMAGE in parts for _, parts in messages):
+                raise BadRow(where, "turns", "images in the prompt only", "one in a later turn")
+            yield messages, _read_completion([turn], "turns", where)
+            asked = []
+        else:
+            asked.append(turn)
 
 
 def check_images(pair: Pair) -> None:

@@ -25,6 +25,7 @@ class PlainPair(NamedTuple):
     sizes: tuple[int, ...]  # bytes of each image
     chosen: str
     rejected: str | None
+    later: bool = False  # more turns of a conversation follow
 
     def key(self) -> bytes:
         """16 bytes, equal for rows that may share a group: same prompt, same image sizes in bytes."""
@@ -34,7 +35,7 @@ class PlainPair(NamedTuple):
     def of(cls, pair: Pair) -> PlainPair:
         """OSError if an image file is missing."""
         sizes = tuple(ref.size() for ref in pair.images)
-        return cls(pair.messages, pair.images, sizes, pair.chosen, pair.rejected)
+        return cls(pair.messages, pair.images, sizes, pair.chosen, pair.rejected, bool(pair.later))
 
 
 class PlainRows:

@@ -39,6 +39,7 @@ class Group:
     pairs: (
         np.ndarray
     )  # (P, 2) int: chosen, rejected as indices into completion_ids; equal for an answer to learn
+    # ids that are no targets stand in completion_ids as ~id
 
     @property
     def tokens(self) -> int:
@@ -206,6 +207,10 @@ class PreparedData:
             group = self._make(number)
             return np.array([len(group.prompt_ids), *map(len, group.completion_ids)], np.int64)
         return np.array(self._lengths[self._length_starts[at] : self._length_starts[at + 1]], np.int64)
+
+    def scored(self, number: int) -> np.ndarray:
+        """How many tokens of each completion are targets."""
+        return np.array([np.count_nonzero(ids >= 0) for ids in self.group(number).completion_ids], np.int64)
 
     def pair_count(self, number: int) -> int:
         return 0 if number in self._dropped else int(self._counts[number])

@@ -32,7 +32,7 @@ from fasttrain.data.prepared import Account, PreparedData
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.files import HashMemo, atomic_folder, cache_root, file_state, naming, user_path
 
-VERSION = 6  # raised when the same rows become other tokens, groups or pairs
+VERSION = 7  # raised when the same rows become other tokens, groups or pairs
 KEPT = 8
 SMALLEST = 2000  # rows; fewer are prepared in about a second
 

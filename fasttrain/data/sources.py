@@ -151,7 +151,7 @@ def _convert_foreign(path: Path, source: Source) -> Source:
             bad.append(BadRow.told(error.where, printable(error.reason)))
 
         if ours:
-            spooled = _spool(read_taught(path, tell), path, unit="answer")
+            spooled = _spool(read_taught(path, tell), path, unit="conversation")
         else:
             pairs = read_pairs(path, form, lambda where, why: passed_over.append((where, why)), tell)
             spooled = _spool(pairs, path, unit="pair")  # a row may hold no pair, or several

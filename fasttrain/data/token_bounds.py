@@ -76,7 +76,7 @@ class TokenBounds:
     def of(self, pair: PlainPair) -> Bound | None:
         """The bound of a row that is certainly usable; None for one that has to be tokenized to know."""
         shape = self._shape(pair.messages)
-        if shape is None:
+        if shape is None or pair.later:
             return None
         answers = (pair.chosen,) if pair.rejected is None else (pair.chosen, pair.rejected)
         texts = [text for _, parts in pair.messages for part, text in parts if part == "text"]

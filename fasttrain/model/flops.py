@@ -183,13 +183,15 @@ def pass_flops(
     backward: bool,
     checkpointing: bool,
     shared: bool = True,
+    given: int = 0,
 ) -> int:
     """Operations of one pack: forward, and backward with the unit-gradient head and recomputation if asked.
 
-    shared: the layout is one pass over shared prompts, else an ordinary pass per completion.
+    shared: the layout is one pass over shared prompts, else an ordinary pass per completion. given: so many tokens of the
+    completions are no targets.
     """
     tokens = sum(prompt + sum(completions) for prompt, completions in layout)
-    rows = sum(sum(completions) for _, completions in layout)
+    rows = sum(sum(completions) for _, completions in layout) - given
     left_out = (
         tokens - sum(1 + sum(completions) - len(completions) for _, completions in layout) if shared else 0
     )

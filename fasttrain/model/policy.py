@@ -136,6 +136,8 @@ class Policy(nn.Module):
         hidden = self._hidden_shared if batch.shared else self._hidden_separate
         self._routed = None
         hidden_ND = hidden(batch, routing)
+        if batch.scored_N is not None:
+            hidden_ND = hidden_ND.index_select(0, batch.scored_N)
         router_V, self._routed = self._routed, None
         self.counts.head_rows += len(batch.target_N)
         self.counts.passes += 1

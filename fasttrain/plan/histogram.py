@@ -67,6 +67,10 @@ class Histogram:
         shape = self._shape(number)
         return np.array([shape.prompt, *shape.completions], np.int64)
 
+    def scored(self, number: int) -> np.ndarray:
+        """Completion lengths."""
+        return self.lengths(number)[1:]
+
     def pairs(self, number: int) -> np.ndarray:
         return np.array(self._shape(number).pairs, np.int64).reshape(-1, 2)
 

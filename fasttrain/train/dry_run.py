@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from fasttrain.config import DPOConfig
+from fasttrain.data.answer_tokens import plain
 from fasttrain.data.packs import Pack, plan_step, run_tokens
 from fasttrain.files import user_path
 from fasttrain.model.flops import pass_flops
@@ -168,7 +170,14 @@ def _example(job: Job, number: int) -> Iterator[str]:
     yield f"example     {group.where}; the scored tokens are in [[ ]]"
     yield f"  prompt    {tokenizer.decode(prompt.tolist())!r}"
     said = "chosen  " if chosen != rejected else "answer  "
-    yield f"  {said}  [[{tokenizer.decode(group.completion_ids[chosen].tolist())!r}]]"
+    yield f"  {said}  {' '.join(_parts(tokenizer, group.completion_ids[chosen]))}"
     if chosen == rejected:
         return
     yield f"  rejected  [[{tokenizer.decode(group.completion_ids[rejected].tolist())!r}]]"
+
+
+def _parts(tokenizer: Any, ids: np.ndarray) -> Iterator[str]:
+    """A completion's text in turns, of which the scored ones are in brackets."""
+    for part in np.split(ids, np.flatnonzero(np.diff(ids < 0)) + 1):
+        text = repr(tokenizer.decode(plain(part).tolist()))
+        yield text if part[0] < 0 else f"[[{text}]]"

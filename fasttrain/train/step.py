@@ -26,7 +26,7 @@ class StepResult:
     per-pack log-probs and log-ratios if they were asked for."""
 
     sums: Tensor
-    layouts: list[tuple[list[tuple[int, list[int]]], int, bool]] = field(default_factory=list)
+    layouts: list[tuple[list[tuple[int, list[int]]], int, int, bool]] = field(default_factory=list)
     seen: list[tuple[PackBatch, Tensor]] = field(default_factory=list)
     changes: LogRatios = field(default_factory=LogRatios)
     image_tokens: int = 0
@@ -76,7 +76,7 @@ class StepRunner:
             self.clock.mark("data")
             whole = not (coupled or (batch.pack.twice and not self.loss.single))
             if not batch.pack.fill:  # a repeat of other work is no work of the step's
-                result.layouts.append((batch.layout, batch.images, not whole))
+                result.layouts.append((batch.layout, batch.given, batch.images, not whole))
                 result.image_tokens += batch.image_tokens * (1 if whole else 2)
             if not whole:
                 deferred.append(self._values(batch, wants))

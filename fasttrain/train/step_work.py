@@ -23,7 +23,7 @@ class StepWork:
 
     pairs: int
     image_tokens: int
-    prompt_tokens: int  # without the images'
+    prompt_tokens: int  # without the images', with what others say between the answers of a conversation
     answer_tokens: int
     chosen_tokens: int  # of all pairs, an answer as often as it is in one; equal where a pair is one answer
     rejected_tokens: int
@@ -39,18 +39,20 @@ class StepWork:
 def work_of(job: Job, step: Step, result: StepResult, seconds: dict[str, float]) -> StepWork:
     """This rank's share of a step's work."""
     prompts = answers = flops = 0
-    for layout, images, twice in result.layouts:
+    for layout, given, images, twice in result.layouts:
         times = 2 if twice else 1
-        prompts += times * sum(prompt for prompt, _ in layout)
-        answers += times * sum(sum(completions) for _, completions in layout)
-        count = functools.partial(pass_flops, job.shape, layout, images, shared=job.policy.shared)
+        prompts += times * (sum(prompt for prompt, _ in layout) + given)
+        answers += times * (sum(sum(completions) for _, completions in layout) - given)
+        count = functools.partial(
+            pass_flops, job.shape, layout, images, shared=job.policy.shared, given=given
+        )
         flops += count(backward=True, checkpointing=job.checkpointing)
         flops += count(backward=False, checkpointing=False) if twice else 0
     unshared, lengths_2 = 0, np.zeros(2, np.int64)
     for group in step.groups:
         lengths, pairs = job.train.lengths(group), job.train.pairs(group)
         unshared += job.loss.unshared_tokens(lengths, pairs)
-        lengths_2 += lengths[1:][pairs].sum(axis=0)
+        lengths_2 += job.train.scored(group)[pairs].sum(axis=0)
     return StepWork(
         pairs=step.pairs,
         image_tokens=result.image_tokens,

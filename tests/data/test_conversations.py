@@ -18,15 +18,19 @@ from fasttrain.errors import UserError
 
 
 def taught(path: Path) -> list[tuple[list[tuple[str, str]], str, int]]:
-    """(turns with images as *, answer, images) of a file as `fasttrain sft` reads it."""
+    """(turns with images as *, answers and what is said between them, images) of a file as `fasttrain sft` reads it."""
     source = open_source(path)
     pairs = [
         read_example(source.row(number), source.where(number), path.parent) for number in range(len(source))
     ]
-    return [
-        ([(role, "".join(text or "*" for _, text in parts)) for role, parts in pair.messages], pair.chosen, len(pair.images))
-        for pair in pairs
-    ]  # fmt: skip
+    found = []
+    for pair in pairs:
+        answer = pair.chosen
+        for question, later in pair.later:
+            answer += "".join(f" [{role}: {parts[0][1]}] " for role, parts in question) + later
+        turns = [(role, "".join(text or "*" for _, text in parts)) for role, parts in pair.messages]
+        found.append((turns, answer, len(pair.images)))
+    return found
 
 
 def test_every_answer_of_a_conversation_is_one_to_learn(tmp_path: Path) -> None:
@@ -51,8 +55,7 @@ def test_every_answer_of_a_conversation_is_one_to_learn(tmp_path: Path) -> None:
         ([system, *later], "Or.", 2),
         ([first], "So.", 1),
         (later, "Or.", 2),
-        ([("user", "Ready?")], "Yes.", 0),
-        ([("user", "Ready?"), ("assistant", "Yes."), ("user", "Add.\n1 2")], "3", 0),
+        ([("user", "Ready?")], "Yes. [user: Add.\n1 2] 3", 0),
     ]
 
 

@@ -40,6 +40,9 @@ class _Data:
         prompt, completions, _ = self.shape[number]
         return np.array([prompt, *completions])
 
+    def scored(self, number: int) -> np.ndarray:
+        return np.array(self.shape[number][1])
+
     def pair_count(self, number: int) -> int:
         return self.shape[number][2]
 

@@ -198,6 +198,41 @@ def test_prompt_completion_rows_and_pairs_teach_the_same(
     ]
 
 
+@pytest.mark.parametrize("train", [{}, {"share_prefix": False}, {"tokens_per_pack": 1}], ids=str)
+def test_a_conversation_teaches_what_its_answers_teach_one_by_one_and_runs_once(
+    train: dict[str, Any],
+    tiny_llava: Path,
+    vision_pairs: Callable[..., Path],
+    tiny_models: ModuleType,
+    tmp_path: Path,
+) -> None:
+    pairs = vision_pairs(tmp_path / "data", 3, per_prompt=(1,), images=(1,))
+    asked = [json.loads(line) for line in pairs.read_text().splitlines()]
+    whole, apart = [], []
+    for row in asked:
+        turns = [*row["prompt"][-1:], *row["chosen"]]
+        turns[0]["content"] = [{"type": "image"}, turns[0]["content"][-1]]
+        for number in range(3):
+            apart.append({"images": row["images"], "prompt": turns[:-1], "completion": turns[-1:]})
+            turns = [
+                *turns,
+                {"role": "user", "content": [{"type": "text", "text": f"and then? {number}"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": f"a bar of {number}"}]},
+            ]
+        whole.append({"images": row["images"], "messages": turns[:-2]})
+    adapter = tiny_models.build_adapter(tiny_llava, tmp_path / "adapter", b_std=0.05)
+    found = []
+    for name, rows in (("whole", whole), ("apart", apart)):
+        path = pairs.with_name(f"{name}.jsonl")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = train | {"pairs_per_step": len(rows)}
+        found.append(sft_steps(tiny_llava, adapter, path, tmp_path / name, 3, **settings))
+    assert_same(*found, 3, ("loss", "grad_norm", "mean_token_accuracy", "entropy"))
+    for one, three in zip(*found, strict=True):
+        assert one["tokens_answers"] == three["tokens_answers"] == round(3 * one["lengths/chosen"])
+        assert 2 * one["tokens"] < three["tokens"]
+
+
 def test_an_answer_given_twice_weighs_twice_and_runs_once(
     text_model: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""Answers to learn in other projects' layouts: conversations (`messages`, `conversations`) and alpaca's `output`, a row per answer."""
+"""Answers to learn in other projects' layouts: conversations (`messages`, `conversations`) and alpaca's `output`."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ def is_taught(row: Row) -> bool:
 
 
 def read_taught(path: Path, bad: Callable[[BadRow], object]) -> Iterator[Row]:
-    """TRL's prompt-completion rows, streamed: every answer of the assistant behind all that was said before it.
+    """Rows of prompt and `completion`, or of prompt and `turns` where more answers follow the first, streamed.
 
-    These are the tokens that LLaMA-Factory, ms-swift, and TRL with `assistant_only_loss` learn. Rows that are wrong go to `bad`.
+    Every answer of the assistant is one to learn behind all that was said before it: the tokens that LLaMA-Factory, ms-swift, and
+    TRL with `assistant_only_loss` learn. A row has its images in its prompt: one more begins a new row. Rows that are wrong go to `bad`.
     """
     for file, name, row in iterate_rows(path, bad):
         try:
@@ -85,16 +86,26 @@ def _answers(row: Row, place: Place) -> Iterator[Row]:
     for index in taught:
         check_answer(texts[index], field, place)
     kept = other_columns(row, *_READ, *_ELSEWHERE)
-    for number, index in enumerate(taught, start=1):
+    begins = [
+        index
+        for number, index in enumerate(taught)
+        if not number or _has_image(turns[taught[number - 1] : index])
+    ]
+    for number, (index, end) in enumerate(zip(begins, [*begins[1:], len(turns)]), start=1):
+        last = max(answer for answer in taught if answer < end)
         shown = sum(part["type"] == "image" for turn in turns[:index] for part in turn["content"])
         name = row.get("id")
         yield {
             **kept,
-            "id": name if name is None or len(taught) == 1 else f"{name}#{number}",
+            "id": name if name is None or len(begins) == 1 else f"{name}#{number}",
             "images": images[:shown],
             "prompt": turns[:index],
-            "completion": [turns[index]],
+            **({"completion": [turns[index]]} if last == index else {"turns": turns[index : last + 1]}),
         }
+
+
+def _has_image(turns: list[Message]) -> bool:
+    return any(part["type"] == "image" for turn in turns for part in turn["content"])
 
 
 def _turn(turn: Any, field: str, place: Place) -> Message:
