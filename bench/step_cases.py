@@ -34,6 +34,7 @@ class Case:
     answers: Answers
     prompt_tokens: int = QUESTION_TOKENS  # of text, the image's 576 not counted
     about: str = ""
+    one_image: bool = False  # all prompts are questions about one, and fasttrain groups them by it
 
     @property
     def has_images(self) -> bool:
@@ -45,8 +46,10 @@ class Case:
 
     @property
     def groups(self) -> list[int]:
-        """Tokens of every prompt with its answers, the prompt once, without what the chat template adds."""
+        """Tokens of every group's prompt with its answers, the prompt once, without what the chat template adds."""
         image = 576 if self.has_images else 0
+        if self.one_image:
+            return [image + sum(len(lengths) * self.prompt_tokens + sum(lengths) for lengths in self.answers)]
         return [image + self.prompt_tokens + sum(lengths) for lengths in self.answers]
 
 
@@ -57,6 +60,7 @@ CASES = {
         Case("vlm-130", "smollm2-llava", [[130, 130]], about="1:1, image, answers of 130 tokens"),
         Case("vlm-300", "smollm2-llava", [[300, 300]], about="1:1, image, answers of 300 tokens"),
         Case("vlm-4x3", "smollm2-llava", [[130] * 4], about="four answers, three pairs, image, 130 tokens"),
+        Case("vlm-8q", "smollm2-llava", [[130, 130]] * 8, about="eight questions about one image, 1:1, 130 tokens", one_image=True),
         Case("text-512", "smollm2", [[128, 128]], 512, about="1:1, text, prompt 512, answers of 128 tokens"),
         Case("ladder", "smollm2-llava", [[60, 200], [130, 130]], about="two pairs, image, answers of 60 to 200"),
         Case("tiny", "smollm2", [[9, 14], [6, 5, 8]], 12, about="a few tokens, to try the bench itself"),
@@ -84,7 +88,7 @@ def write_case(case: Case, model: Path, folder: Path, seed: int = 0) -> Path:
         prompt: Any = _text(model, case.prompt_tokens, rng)
         row: dict[str, Any] = {}
         if case.has_images:
-            row["images"] = [_draw(folder, group, rng)]
+            row["images"] = ["0.png"] if case.one_image and group else [_draw(folder, group, rng)]
             prompt = [{"type": "image"}, {"type": "text", "text": prompt}]
         chosen, *others = [_text(model, length - 1, rng) for length in lengths]
         row |= {"prompt": [{"role": "user", "content": prompt}], "chosen": _said(chosen)}

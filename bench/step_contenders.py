@@ -71,6 +71,7 @@ class Fasttrain(Contender):
         raw = recipe(
             files.model, files.pairs, files.folder, files.rank, files.case.pairs, max(files.case.groups)
         )
+        raw["data"]["group_by"] = "image" if files.case.one_image else "prompt"
         with contextlib.nullcontext() if own_lora else _peft_layers():
             job = build_job(config_from_dict(raw))
         fill_references(job)

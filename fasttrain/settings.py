@@ -151,6 +151,10 @@ class DataConfig:
     on_bad_row: Literal["stop", "skip"] = setting(
         "stop", "stop: exit 2; skip: leave out, list in skipped.jsonl."
     )
+    group_by: Literal["prompt", "image"] = setting(
+        "prompt",
+        "What runs once for all pairs that share it: the prompt, or its beginning up to the last image, for several questions about one image.",
+    )
     limit_pairs: int | None = setting(
         None, "First N pairs (sft: answers) after shuffling, for data-scaling studies."
     )

@@ -13,7 +13,7 @@ import numpy as np
 from fasttrain.config import DataConfig
 from fasttrain.data.bad_row import BadRow
 from fasttrain.data.pairs import Pair
-from fasttrain.data.tokens import ChatTokenizer, EncodedPrompt, common_start
+from fasttrain.data.tokens import ChatTokenizer, EncodedPrompt
 from fasttrain.errors import UserError
 
 
@@ -24,7 +24,7 @@ def plain(ids: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What follows the first `behind` ids of a prompt, and fits, perhaps because its end was cut off."""
+    """What follows the first `behind` ids of its prompt, and fits, perhaps because its end was cut off."""
 
     ids: np.ndarray
     behind: int
@@ -33,6 +33,22 @@ class Fitted:
 
 class Dropped(Exception):
     """A row that data.overflow leaves out."""
+
+
+def alike(one: np.ndarray, other: np.ndarray) -> int:
+    """How many ids two sequences begin with alike."""
+    length = min(len(one), len(other))
+    differs = one[:length] != other[:length]
+    return int(np.argmax(differs)) if differs.any() else length
+
+
+def check_beginning(first: EncodedPrompt, own: np.ndarray, pair: Pair, chat: ChatTokenizer) -> int:
+    """How many of a prompt's ids a sequence begins with; BadRow where it has images behind them."""
+    shared = alike(first.ids[: first.fixed], plain(own))
+    if chat.image_token_id is not None and (plain(own[shared:]) == chat.image_token_id).any():
+        wanted = "a chat template that writes alike what stands before an image"
+        raise BadRow(pair.where, "images", wanted, "another beginning in a later turn or question")
+    return shared
 
 
 def check_prompt_fits(pair: Pair, tokens: int, data: DataConfig) -> None:
@@ -85,7 +101,7 @@ def fit_conversation(
         asked = chat.prompt(said, pair.where, sizes) if question else prompt
         ids = chat.completion(said, asked, answer, pair.where, "completion")
         said = (*said, ("assistant", (("text", answer),)))
-        written = common_start(asked.ids[asked.fixed :], ids[:-1])
+        written = alike(asked.ids[asked.fixed :], ids[:-1])
         before, ids = np.concatenate([asked.ids[: asked.fixed], ids[:written]]), ids[written:]
         name = f"completion {number} of {len(turns)}"
         try:
@@ -116,14 +132,9 @@ def _behind(
     pair: Pair, prompt: EncodedPrompt, sequences: list[np.ndarray], cut: bool, chat: ChatTokenizer
 ) -> list[Fitted]:
     """Whole sequences as what follows the part of the prompt that they begin with."""
-    result = []
-    for ids in sequences:
-        behind = common_start(prompt.ids[: prompt.fixed], plain(ids[: prompt.fixed]))
-        if chat.image_token_id is not None and (plain(ids[behind:]) == chat.image_token_id).any():
-            wanted = "a chat template that writes what stands before an image alike in every turn"
-            raise BadRow(pair.where, "completion", wanted, "another beginning in a later turn")
-        result.append(Fitted(ids[behind:], behind, cut=cut and ids is sequences[-1]))
-    return result
+    places = [check_beginning(prompt, ids, pair, chat) for ids in sequences]
+    last = len(sequences) - 1
+    return [Fitted(ids[at:], at, cut and n == last) for n, (ids, at) in enumerate(zip(sequences, places))]
 
 
 def _check_fits(pair: Pair, name: str, total: int, data: DataConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,12 +10,21 @@ from typing import NamedTuple
 import numpy as np
 
 from fasttrain.config import DataConfig
-from fasttrain.data.answer_tokens import Dropped, Fitted, check_prompt_fits, fit_conversation, fit_pair, plain
+from fasttrain.data.answer_tokens import (
+    Dropped,
+    Fitted,
+    alike,
+    check_beginning,
+    check_prompt_fits,
+    fit_conversation,
+    fit_pair,
+    plain,
+)
 from fasttrain.data.bad_row import BadRow
 from fasttrain.data.groups import PairFiles, Skipped
 from fasttrain.data.images import image_size
-from fasttrain.data.pairs import Pair, check_images
-from fasttrain.data.tokens import ChatTokenizer, EncodedPrompt, common_start
+from fasttrain.data.pairs import Message, Pair, check_images
+from fasttrain.data.tokens import ChatTokenizer, EncodedPrompt
 from fasttrain.errors import UserError
 
 
@@ -68,11 +78,11 @@ def tokenize_group(
             if candidate is None:
                 check_images(pair)
                 sizes = _sizes(pair, chat)
-                prompt = chat.prompt(pair.messages, pair.where, sizes)
-                fresh, first, images = _Candidate(prompt), row, len(pair.images)
-                check_prompt_fits(pair, prompt.fixed, data)
+                fresh, first, images = _Candidate(), row, len(pair.images)
             else:
                 fresh = candidate
+            prompt = fresh.prompt(pair, chat, sizes)
+            check_prompt_fits(pair, prompt.fixed, data)
             if pair.later:
                 answers, left_out = fit_conversation(pair, prompt, chat, data, sizes)
                 fitted = [(one, one) for one in answers]
@@ -89,7 +99,7 @@ def tokenize_group(
             break
         candidate = fresh
         for chosen, rejected in fitted if room is None else fitted[: room - len(candidate.pairs)]:
-            candidate.add(chosen, rejected)
+            candidate.add(prompt, chosen, rejected)
         if left_out:
             events.append(Event("dropped", Skipped(pair.where, pair.id, left_out)))
     notes = chat.appended_end - notes[0], chat.split_boundary - notes[1]
@@ -136,30 +146,51 @@ class Tokenizing:
 
 @dataclass
 class _Candidate:
-    """A group while its rows are tokenized."""
+    """A group while its rows are tokenized: one prompt, or several that begin alike up to their images."""
 
-    prompt: EncodedPrompt
-    completions: dict[bytes, Fitted] = field(default_factory=dict)
+    prompts: dict[tuple[Message, ...], EncodedPrompt] = field(default_factory=dict)
+    answers: dict[bytes, tuple[EncodedPrompt, Fitted]] = field(default_factory=dict)
     pairs: list[tuple[int, int]] = field(default_factory=list)
     truncated: set[bytes] = field(default_factory=set)
 
-    def add(self, chosen: Fitted, rejected: Fitted) -> None:
-        self.pairs.append((self._number(chosen), self._number(rejected)))
+    def prompt(self, pair: Pair, chat: ChatTokenizer, sizes: list[tuple[int, int]] | None) -> EncodedPrompt:
+        """A row's own prompt."""
+        if pair.messages not in self.prompts:
+            made = chat.prompt(pair.messages, pair.where, sizes)
+            for first in itertools.islice(self.prompts.values(), 1):
+                check_beginning(first, made.ids[: made.fixed], pair, chat)
+            self.prompts[pair.messages] = made
+        return self.prompts[pair.messages]
+
+    def add(self, prompt: EncodedPrompt, chosen: Fitted, rejected: Fitted) -> None:
+        self.pairs.append((self._number(prompt, chosen), self._number(prompt, rejected)))
 
     def tokens(self) -> GroupTokens:
-        """The prompt ends where the first of its answers leaves it, or the generation prompt."""
-        ids, start = self.prompt.ids, min(answer.behind for answer in self.completions.values())
-        answers = [np.concatenate([~ids[start : one.behind], one.ids]) for one in self.completions.values()]
-        common = min(common_start(ids[start:], plain(answer)[:-1]) for answer in answers)
-        completions = [answer[common:] for answer in answers]
-        return GroupTokens(ids[: start + common], completions, np.array(self.pairs, np.int64))
+        """A prompt ends where the first of its answers leaves it, the group's where the first of its prompts does."""
+        ends: dict[int, int] = {}
+        for prompt, answer in self.answers.values():
+            more = alike(prompt.ids[prompt.fixed :], plain(answer.ids)[:-1])
+            more = more if answer.behind == prompt.fixed else 0
+            ends[id(prompt)] = min(more, ends.get(id(prompt), more))
+        sequences = []
+        for prompt, answer in self.answers.values():
+            end = ends[id(prompt)]
+            given = np.concatenate([prompt.ids[: answer.behind], plain(answer.ids[:end])])
+            sequences.append(np.concatenate([~given, answer.ids[end:]]))
+        given = [int(np.argmax(ids >= 0)) for ids in sequences]
+        first = ~sequences[0][: given[0]]
+        shared = min(min(alike(first, plain(ids)), count) for ids, count in zip(sequences, given))
+        return GroupTokens(
+            first[:shared], [ids[shared:] for ids in sequences], np.array(self.pairs, np.int64)
+        )
 
-    def _number(self, answer: Fitted) -> int:
-        key = answer.ids.tobytes() + answer.behind.to_bytes(8, "little")
-        self.completions.setdefault(key, answer)
+    def _number(self, prompt: EncodedPrompt, answer: Fitted) -> int:
+        place = next(n for n, known in enumerate(self.prompts.values()) if known is prompt)
+        key = answer.ids.tobytes() + place.to_bytes(8, "little") + answer.behind.to_bytes(8, "little")
+        self.answers.setdefault(key, (prompt, answer))
         if answer.cut:
             self.truncated.add(key)
-        return list(self.completions).index(key)
+        return list(self.answers).index(key)
 
 
 def _sizes(pair: Pair, chat: ChatTokenizer) -> list[tuple[int, int]] | None:

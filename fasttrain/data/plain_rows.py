@@ -9,7 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fasttrain.data.images import ImageRef, resolve_inside
+from fasttrain.data.images import ImageRef, hash_bytes, resolve_inside
 from fasttrain.data.pairs import IMAGE, PLACEHOLDER, Message, Pair, Part
 from fasttrain_data.unread import unread_column, unread_field
 
@@ -30,6 +30,22 @@ class PlainPair(NamedTuple):
     def key(self) -> bytes:
         """16 bytes, equal for rows that may share a group: same prompt, same image sizes in bytes."""
         return blake2b(repr((self.messages, self.sizes)).encode(), digest_size=16).digest()
+
+    def beginning(self) -> bytes:
+        """16 bytes, equal for rows that begin alike up to their last image, by path or content; empty without images."""
+        places = [
+            (n, m)
+            for n, (_, parts) in enumerate(self.messages)
+            for m, part in enumerate(parts)
+            if part == IMAGE
+        ]
+        if not places:
+            return b""
+        last, end = places[-1]
+        role, parts = self.messages[last]
+        images = [str(ref.path) if ref.content is None else hash_bytes(ref.content) for ref in self.images]
+        known = (self.messages[:last], role, parts[: end + 1], images, self.sizes)
+        return blake2b(repr(known).encode("utf-8", "surrogateescape"), digest_size=16).digest()
 
     @classmethod
     def of(cls, pair: Pair) -> PlainPair:

@@ -88,7 +88,7 @@ class Preparation:
             self._bounds = self._find_bounds() if self.large else None
             # with skip, which rows are left out must be known now; with stop, a broken image ends the run when it is met
             headers = HEADERS if data.on_bad_row == "stop" else None
-            self._tables = read_rows(self.files, self._bounds, headers)
+            self._tables = read_rows(self.files, self._bounds, headers, data.group_by == "image")
         if self.key is None:  # hashed for the first time, while other processes read
             self._look_up()
 
@@ -111,6 +111,10 @@ class Preparation:
 
     def _find_bounds(self) -> TokenBounds | None:
         try:
+            if self.data.group_by == "image":
+                raise Unknown(
+                    "data.group_by is image: what questions about one begin with is known from their tokens"
+                )
             return TokenBounds(self.chat, self.data.max_length)
         except Unknown as reason:
             say(f"note: all {len(self.files):,} rows are tokenized before the first step: {reason}")

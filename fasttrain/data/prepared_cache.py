@@ -53,7 +53,7 @@ def entry_key(
             [path, os.path.realpath(root), *contents(user_path(path), memo)]
             for path, root in zip(paths, roots, strict=True)
         ],
-        "data": [data.max_length, data.overflow, data.on_bad_row],
+        "data": [data.max_length, data.overflow, data.on_bad_row, data.group_by],
         "tokenizer": [fast.to_str(), str(getattr(chat.processor, "chat_template", None)), chat.end_tokens, chat.bos],
         "special": chat.tokenizer.special_tokens_map,  # a template may write them; the fast form does not name them
         "images": [chat.fingerprint(), chat.image_token_id, _settings(chat.processor)],

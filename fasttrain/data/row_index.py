@@ -1,6 +1,6 @@
 """The first pass over pair files: every row is read and checked, in several processes, and becomes a few numbers.
 
-What is kept of a row is a hash of its prompt and image sizes, a hash of its image paths, and how many tokens it has at most
+What is kept of a row is a hash of its prompt and image sizes, hashes of its image paths and of what it begins with, and how many tokens it has at most
 (`token_bounds`; 0 where that is not known). Groups are found by sorting the hashes. Image bytes are compared only between rows
 whose prompts are equal and whose files have equal sizes but different paths, so the pass opens almost no image.
 """
@@ -25,6 +25,7 @@ from fasttrain.data.plain_rows import PlainPair, PlainRows
 from fasttrain.data.token_bounds import TokenBounds
 from fasttrain.files import HashMemo
 
+QUESTIONS = 8  # about one image that run together at most: the image costs an eighth then, and a step holds others too
 _CHUNK = 10_000  # rows that a process reads at a time
 _SEVERAL = 2 * _CHUNK  # rows from which on processes are worth starting
 
@@ -43,6 +44,7 @@ class Rows(NamedTuple):
     row: np.ndarray  # uint32
     key: np.ndarray  # uint64 (rows, 2): equal for rows that may share a group
     paths: np.ndarray  # uint64: equal for equal image paths; 0 without images
+    beginning: np.ndarray  # uint64: equal for equal beginnings up to the last image; 0 without images, or where prompts are grouped
     images: np.ndarray  # uint32: how many
     sequence: np.ndarray  # uint32: most tokens of the prompt with one answer; 0: not known
     answers: np.ndarray  # uint32: most tokens of all its answers
@@ -62,15 +64,18 @@ class RowTable:
 class RowReader:
     """Makes tables of rows; runs in any process."""
 
-    def __init__(self, files: PairFiles, bounds: TokenBounds | None, headers: int | None = None) -> None:
+    def __init__(
+        self, files: PairFiles, bounds: TokenBounds | None, headers: int | None = None, by_image: bool = False
+    ) -> None:
         """At most `headers` image files are opened to see what they are, by each process; None: all."""
-        self.files, self.bounds, self.headers = files, bounds, headers
+        self.files, self.bounds, self.headers, self.by_image = files, bounds, headers, by_image
         self._plain = PlainRows()
         self._opened: dict[ImageRef, bool] = {}
 
     def __call__(self, rows: range) -> RowTable:
         numbers, keys = array("I"), bytearray()
-        paths, images, sequences, answers = array("Q"), array("I"), array("I"), array("I")
+        paths, beginnings, images = array("Q"), array("Q"), array("I")
+        sequences, answers = array("I"), array("I")
         bad: list[BadRowFound] = []
         names: dict[str, None] = {}
         appended = self.bounds.appended_end if self.bounds else 0
@@ -84,6 +89,7 @@ class RowReader:
             numbers.append(number)
             keys += pair.key()
             paths.append(_paths_hash(pair, number) if pair.images else 0)
+            beginnings.append(int.from_bytes(pair.beginning()[:8], "little") if self.by_image else 0)
             images.append(len(pair.images))
             sequences.append(bound.sequence if bound else 0)
             answers.append(bound.answers if bound else 0)
@@ -95,6 +101,7 @@ class RowReader:
             arrays[0],
             np.frombuffer(bytes(keys), np.uint64).reshape(-1, 2),
             np.frombuffer(paths, np.uint64),
+            np.frombuffer(beginnings, np.uint64),
             *arrays[1:],
         )
         return RowTable(
@@ -132,14 +139,14 @@ class RowReader:
 
 
 def read_rows(
-    files: PairFiles, bounds: TokenBounds | None, headers: int | None = None
+    files: PairFiles, bounds: TokenBounds | None, headers: int | None = None, by_image: bool = False
 ) -> Generator[RowTable]:
     """Tables of all rows, in order; for large files made by other processes, which start at the call."""
     total = len(files)
     chunks = [range(start, min(start + _CHUNK, total)) for start in range(0, total, _CHUNK)]
     workers = processes() if total >= _SEVERAL else 0
     ahead = -(-len(chunks) // workers) if workers else 0
-    return in_order(RowReader(files, bounds, headers), chunks, workers, ahead)
+    return in_order(RowReader(files, bounds, headers, by_image), chunks, workers, ahead)
 
 
 def group_rows(
@@ -166,6 +173,8 @@ def group_rows(
     rows = Rows(*(np.concatenate(arrays) for arrays in zip(*parts)))
     parts.clear()
     group, unusable = _number_groups(files, rows, memo)
+    if rows.beginning.any():
+        group = _join_questions(group, rows.beginning)
     for found in unusable:
         on_bad(BadRow.told(found.where, found.reason))
     order = np.argsort(group, kind="stable")
@@ -196,6 +205,24 @@ def _number_groups(files: PairFiles, table: Rows, memo: HashMemo) -> tuple[np.nd
     heads[first[first >= 0]] = True
     group = np.where(first >= 0, (np.cumsum(heads) - 1)[first], -1)
     return group, unusable
+
+
+def _join_questions(group: np.ndarray, beginning: np.ndarray) -> np.ndarray:
+    """The groups of prompts put together where they begin alike, so many (`QUESTIONS`) at most, numbered as they appear."""
+    joined = np.full(int(group.max(initial=-1)) + 1, -1, np.int64)
+    open_groups: dict[
+        int, tuple[int, int]
+    ] = {}  # of a beginning: the joined group that takes more, and how many it has
+    count = 0
+    for prompt, own in zip(group.tolist(), beginning.tolist()):
+        if prompt < 0 or joined[prompt] >= 0:
+            continue
+        number, held = open_groups.get(own, (-1, QUESTIONS)) if own else (-1, QUESTIONS)
+        if held == QUESTIONS:
+            number, held, count = count, 0, count + 1
+        joined[prompt] = number
+        open_groups[own] = number, held + 1
+    return np.where(group >= 0, joined[group], -1)
 
 
 def _part_by_content(

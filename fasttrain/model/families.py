@@ -22,6 +22,11 @@ _BOTH_WAYS = {"gemma3": "images", "paligemma": "prompt"}
 ImageInputs = dict[str, Tensor]
 
 
+def sees_prompts_whole(model_config: Any) -> bool:
+    """Whether every token of a prompt sees all others, so that what is said later changes what was said before."""
+    return _BOTH_WAYS.get(model_config.model_type) == "prompt"
+
+
 class FamilyInputs:
     """The other arguments of a family's forward, for packs of shared prompts and for ordinary sequences."""
 

@@ -67,14 +67,21 @@ class CompletionKeys:
     def of_group(
         self, prompt_ids: np.ndarray, image_hashes: list[str], completion_ids: list[np.ndarray]
     ) -> list[bytes]:
-        prompt = blake2b(self.model_hash.encode(), digest_size=20)
+        """The same keys however many prompts share the group's: what is given of a completion (~id) belongs to its prompt."""
+        model = blake2b(self.model_hash.encode(), digest_size=20)
         if image_hashes:
-            prompt.update(" ".join([self.pixel_hash, *image_hashes]).encode())
-        prompt.update(len(prompt_ids).to_bytes(8, "little"))
-        prompt.update(np.ascontiguousarray(prompt_ids, np.int32).tobytes())
+            model.update(" ".join([self.pixel_hash, *image_hashes]).encode())
+        prompts: dict[bytes, Any] = {}
         keys = []
         for ids in completion_ids:
-            digest = prompt.copy()
-            digest.update(np.ascontiguousarray(ids, np.int32).tobytes())
+            given = int(np.argmax(ids >= 0))
+            prompt = np.concatenate([prompt_ids, ~ids[:given]]).astype(np.int32)
+            name = prompt[len(prompt_ids) :].tobytes()
+            if name not in prompts:
+                prompts[name] = model.copy()
+                prompts[name].update(len(prompt).to_bytes(8, "little"))
+                prompts[name].update(prompt.tobytes())
+            digest = prompts[name].copy()
+            digest.update(np.ascontiguousarray(ids[given:], np.int32).tobytes())
             keys.append(digest.digest())
         return keys

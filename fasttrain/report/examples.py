@@ -30,6 +30,7 @@ class PairReader:
             raise UserError("the recipe names no pair file")
         read = read_example if run.unit == "examples" else read_pair
         self._left_out = run.left_out
+        self._alike = _same_beginning if run.config.get("data.group_by") == "image" else _same_prompt
         self._files = PairFiles([str(path) for path in paths], run.config.get("data.image_root"), read)
 
     def __len__(self) -> int:
@@ -47,13 +48,13 @@ class PairReader:
             return None, str(error)
 
     def pair_of_prompt(self, first: int, place: int) -> tuple[Any, str]:
-        """A prompt's pair by its place among those that were trained on; `first` is the row that first held the prompt."""
+        """A group's pair by its place among those that were trained on; `first` is the group's first row."""
         prompt, problem = self.pair(first)
         if prompt is None:
             return None, problem
         for number in range(first, min(len(self), first + _REACH)):
             pair, _ = self.pair(number)
-            if pair is None or pair.where in self._left_out or not _same_prompt(pair, prompt):
+            if pair is None or pair.where in self._left_out or not self._alike(pair, prompt):
                 continue
             if not place:
                 return pair, ""
@@ -63,7 +64,23 @@ class PairReader:
 
 def _same_prompt(pair: Any, other: Any) -> bool:
     """As rows are grouped for training: equal text, equal image files or equal bytes in them."""
-    if pair.messages != other.messages or len(pair.images) != len(other.images):
+    return bool(pair.messages == other.messages) and _same_images(pair, other)
+
+
+def _same_beginning(pair: Any, other: Any) -> bool:
+    """The same of rows that are grouped by their images: equal text up to the last of these."""
+    from fasttrain.data.plain_rows import PlainPair
+
+    if not pair.images:
+        return _same_prompt(pair, other)
+    try:
+        return PlainPair.of(pair).beginning() == PlainPair.of(other).beginning()
+    except OSError:
+        return False
+
+
+def _same_images(pair: Any, other: Any) -> bool:
+    if len(pair.images) != len(other.images):
         return False
     try:
         return pair.images == other.images or all(

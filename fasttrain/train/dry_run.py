@@ -173,7 +173,7 @@ def _example(job: Job, number: int) -> Iterator[str]:
     yield f"  {said}  {' '.join(_parts(tokenizer, group.completion_ids[chosen]))}"
     if chosen == rejected:
         return
-    yield f"  rejected  [[{tokenizer.decode(group.completion_ids[rejected].tolist())!r}]]"
+    yield f"  rejected  {' '.join(_parts(tokenizer, group.completion_ids[rejected]))}"
 
 
 def _parts(tokenizer: Any, ids: np.ndarray) -> Iterator[str]:

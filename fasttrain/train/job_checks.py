@@ -15,6 +15,7 @@ from fasttrain.data.sources import first_readable
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
 from fasttrain.model.attention import why_unshared
+from fasttrain.model.families import sees_prompts_whole
 from fasttrain.model.load import as_stored
 from fasttrain.model.positions import why_too_long
 from fasttrain.model.routing import declares_routing
@@ -74,6 +75,10 @@ def check_recipe(config: DPOConfig, model_config: Any, dtype: torch.dtype, proce
         raise UserError(
             "data.eval: wanted pair files with several ranks, got a benchmark folder, which one process can watch; "
             "use `fasttrain eval` on the checkpoints"
+        )
+    if config.data.group_by == "image" and sees_prompts_whole(model_config):
+        raise UserError(
+            f"data.group_by: wanted prompt for a model of type {model_config.model_type}, whose images see the question, got image"
         )
     if config.loss.router_aux_weight and not declares_routing(model_config):
         raise UserError(
