@@ -93,6 +93,9 @@ def fit_conversation(
 
     They are one sequence as far as the template leaves earlier turns as they were, and several where it does not.
     """
+    if chat.sees_prompts_whole:
+        wanted = "one answer a row for a model whose prompts see what is asked later"
+        raise BadRow(pair.where, "turns", wanted, f"{1 + len(pair.later)} answers")
     sequences: list[np.ndarray] = []
     said, cut = pair.messages, False
     turns = [((), pair.chosen), *pair.later]

@@ -177,9 +177,9 @@ class _Candidate:
             end = ends[id(prompt)]
             given = np.concatenate([prompt.ids[: answer.behind], plain(answer.ids[:end])])
             sequences.append(np.concatenate([~given, answer.ids[end:]]))
-        given = [int(np.argmax(ids >= 0)) for ids in sequences]
-        first = ~sequences[0][: given[0]]
-        shared = min(min(alike(first, plain(ids)), count) for ids, count in zip(sequences, given))
+        counts = [int(np.argmax(ids >= 0)) for ids in sequences]
+        first = ~sequences[0][: counts[0]]
+        shared = min(min(alike(first, plain(ids)), count) for ids, count in zip(sequences, counts))
         return GroupTokens(
             first[:shared], [ids[shared:] for ids in sequences], np.array(self.pairs, np.int64)
         )

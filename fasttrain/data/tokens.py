@@ -64,6 +64,8 @@ class ChatTokenizer:
     template does not. A template that writes the date writes that of `today`, however long the object lives.
     """
 
+    sees_prompts_whole = False  # set for models where all of a prompt sees all of it
+
     def __init__(
         self, processor: Any, end_token_ids: list[int], bos: str = "template", today: date | None = None
     ) -> None:

@@ -25,7 +25,7 @@ from fasttrain.errors import UserError
 from fasttrain.files import HashMemo, cache_root, user_path
 from fasttrain.model.attention import attention_facts, check_attention, silence_dropout
 from fasttrain.model.compiled_layers import compile_layers
-from fasttrain.model.families import FamilyInputs
+from fasttrain.model.families import FamilyInputs, sees_prompts_whole
 from fasttrain.model.flops import ModelShape, measure_shape
 from fasttrain.model.fused_layers import fuse_layers
 from fasttrain.model.fused_lora import fuse_lora
@@ -226,6 +226,7 @@ def _read(config: DPOConfig, objective: Objective, today: date) -> _Read:
     check_recipe(config, model_config, pick_dtype(config.model.dtype, device), ranks().size)
     processor = load_processor(folder, config.model, takes_images(model_config))
     chat = ChatTokenizer(processor, stop_token_ids(processor, folder), config.model.bos, today)
+    chat.sees_prompts_whole = sees_prompts_whole(model_config)
     memo = HashMemo(cache_root() / "hashes.sqlite")
     pair_files, folders = split_eval(config.data.eval)
     watches = open_watches(folders, config.data, memo)

@@ -121,3 +121,10 @@ def test_answers_that_are_too_long_are_dropped_and_those_before_them_learned(tex
     )
     none = outcome(chat, max_length=max(map(len, truth(chat, SAID[:3]))) - 1, overflow="drop")
     assert none.tokens is None and [kind for kind, _ in none.events] == ["dropped"] * 2
+
+
+def test_a_model_whose_prompts_see_what_is_asked_later_learns_one_answer_a_row(text_chat: Any) -> None:
+    chat = text_chat(AS_SAID)
+    chat.sees_prompts_whole = True
+    [(kind, entry), _] = outcome(chat).events
+    assert kind == "bad" and entry.reason.startswith("turns: wanted one answer a row")
