@@ -188,9 +188,10 @@ def _tokenizer(folder: Path, config: DPOConfig, vision: bool) -> ChatTokenizer:
 def _read_pairs(config: DPOConfig, chat: ChatTokenizer, model: Any, source: str) -> Histogram:
     from fasttrain.files import HashMemo, cache_root
     from fasttrain.progress import ticker
-    from fasttrain.train.job_checks import check_image_token, check_vocabulary
+    from fasttrain.train.job_checks import check_grouping, check_image_token, check_vocabulary
     from fasttrain.train.watch import open_watches, split_eval
 
+    check_grouping(config, model.config)
     check_vocabulary(chat, model)
     check_image_token(chat, model)
     data, seed = config.data, config.train.seed

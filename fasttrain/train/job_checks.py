@@ -76,16 +76,21 @@ def check_recipe(config: DPOConfig, model_config: Any, dtype: torch.dtype, proce
             "data.eval: wanted pair files with several ranks, got a benchmark folder, which one process can watch; "
             "use `fasttrain eval` on the checkpoints"
         )
-    if config.data.group_by == "image" and sees_prompts_whole(model_config):
-        raise UserError(
-            f"data.group_by: wanted prompt for a model of type {model_config.model_type}, whose images see the question, got image"
-        )
+    check_grouping(config, model_config)
     if config.loss.router_aux_weight and not declares_routing(model_config):
         raise UserError(
             f"loss.router_aux_weight: wanted a mixture of experts that returns its router's logits, got model type "
             f"{model_config.model_type!r}"
         )
     _refuse_quantized(as_stored(config, model_config))
+
+
+def check_grouping(config: DPOConfig, model_config: Any) -> None:
+    """UserError where questions about one image cannot share its pass."""
+    if config.data.group_by == "image" and sees_prompts_whole(model_config):
+        raise UserError(
+            f"data.group_by: wanted prompt for a model of type {model_config.model_type}, whose images see the question, got image"
+        )
 
 
 def _refuse_quantized(config: DPOConfig) -> None:
