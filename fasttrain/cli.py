@@ -331,10 +331,11 @@ def compare(folders: tuple[str, ...], out: Path, baseline: str | None, resamples
     """
     from fasttrain.evaluate.comparing import compare as run
     from fasttrain.evaluate.comparing import read_evaluations, terminal_lines, write_comparison
+    from fasttrain.pages import terminal_width
 
     comparison = run(read_evaluations(folders), baseline=baseline, resamples=resamples, seed=seed)
     files = write_comparison(comparison, out)
-    for line in terminal_lines(comparison):
+    for line in terminal_lines(comparison, terminal_width()):
         click.echo(line)
     click.echo(f"page: {files[0]}")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import html
+import shutil
+import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -125,8 +127,16 @@ def table_markdown(table: Table) -> str:
     return "\n".join([*parts, "", table.note] if table.note else parts)
 
 
-def table_lines(table: Table) -> Iterator[str]:
-    """The table for a terminal: aligned columns, heads wrapped to the width of what stands below them."""
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is; None of a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def table_lines(table: Table, width: int | None = None) -> Iterator[str]:
+    """The table as text: aligned columns, heads wrapped to the width of what stands below them.
+
+    A table wider than `width` goes on below itself, its columns of words repeated.
+    """
     widths = [
         max(len(cell) for cell in (*head.split(), *cells))
         for head, *cells in zip(table.head, *table.rows, strict=True)
@@ -137,13 +147,28 @@ def table_lines(table: Table) -> Iterator[str]:
     ]
     deepest = max(map(len, wrapped))
     heads = zip(*([""] * (deepest - len(lines)) + lines for lines in wrapped), strict=True)
-    for row in [*heads, ["-" * width for width in widths], *table.rows]:
-        cells = zip(row, widths, strict=True)
-        aligned = (
-            cell.ljust(width) if index < table.words else cell.rjust(width)
-            for index, (cell, width) in enumerate(cells)
-        )
-        yield "  ".join(aligned).rstrip()
+    rows = [*heads, ["-" * width for width in widths], *table.rows]
+    for number, columns in enumerate(_parts(widths, table.words, width)):
+        if number:
+            yield ""
+        for row in rows:
+            aligned = (
+                row[i].ljust(widths[i]) if i < table.words else row[i].rjust(widths[i]) for i in columns
+            )
+            yield "  ".join(aligned).rstrip()
+
+
+def _parts(widths: list[int], words: int, width: int | None) -> list[list[int]]:
+    """Columns of each part of a table that is at most `width` wide, or has one column of numbers."""
+    parts = [list(range(words))]
+    for column in range(words, len(widths)):
+        wider = [*parts[-1], column]
+        full = width is not None and sum(widths[i] + 2 for i in wider) - 2 > width
+        if full and len(parts[-1]) > words:
+            wider = [*range(words), column]
+            parts.append(wider)
+        parts[-1] = wider
+    return parts
 
 
 def inert(text: str) -> str:

@@ -43,7 +43,7 @@ PACKS: list[Row] = [
 ]
 WORK: list[Row] = [
     ("tokens per step, all GPUs", lambda p: f"{p.work.tokens:,.0f}"),
-    ("  without shared prompts and cached reference", lambda p: f"{p.work.tokens_unshared:,.0f}"),
+    ("  without shared prompts and cache", lambda p: f"{p.work.tokens_unshared:,.0f}"),
     ("TFLOP per step, all GPUs", lambda p: f"{p.work.flops / 1e12:,.0f}"),
     ("GB received per GPU and step", lambda p: f"{p.communication.total / 1e9:,.1f}"),
     ("  weights gathered", lambda p: f"{p.communication.gathers / 1e9:,.1f}"),
@@ -107,8 +107,8 @@ def _head(prediction: Prediction, machine: Machine) -> str:
 
 
 def _table(title: str, heads: list[str], rows: list[tuple[str, list[str]]]) -> list[str]:
-    first = max(48, *(len(label) for label, _ in rows))
-    widths = [max(14, len(head), *(len(cells[i]) for _, cells in rows)) for i, head in enumerate(heads)]
+    first = max(41, *(len(label) for label, _ in rows))
+    widths = [max(13, 2 + len(head), *(len(cells[i]) for _, cells in rows)) for i, head in enumerate(heads)]
 
     def line(label: str, cells: list[str]) -> str:
         return f"{label:<{first}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))

@@ -75,6 +75,7 @@ def check_recipes(study) -> None:  # type: ignore[no-untyped-def]
 
 def _tell(study) -> None:  # type: ignore[no-untyped-def]
     from fasttrain.answering.command import EXIT_TYPED_FAILURES
+    from fasttrain.pages import terminal_width
     from fasttrain.study.execute import incomplete
     from fasttrain.study.page import write_page
     from fasttrain.study.results import collect, write_results
@@ -89,7 +90,7 @@ def _tell(study) -> None:  # type: ignore[no-untyped-def]
         )
     if not results.rows:
         raise UserError(f"{study.output}: wanted at least one run with scores, got none")
-    for line in table_lines(results):
+    for line in table_lines(results, terminal_width()):
         click.echo(line)
     click.echo()
     for line in [*findings(results), *cost_lines(results)]:

@@ -18,10 +18,10 @@ METHOD_NAMES = {
 }
 
 
-def table_lines(results: Results) -> Iterator[str]:
-    """Run, what it learned from, each score with its interval, length, time."""
+def table_lines(results: Results, width: int | None = None) -> Iterator[str]:
+    """Run, what it learned from, each score with its interval, length, time; at most `width` wide."""
     head, *rows = _cells(results)
-    yield from pages.table_lines(Table(title="", head=head, rows=tuple(rows)))
+    yield from pages.table_lines(Table(title="", head=head, rows=tuple(rows)), width)
     yield from (f"{name}: no scores yet" for name in results.missing)
     yield from caveats(results)
 

@@ -15,7 +15,13 @@ import pytest
 
 from fasttrain import cli
 from fasttrain.errors import UserError
-from fasttrain.evaluate.comparing import compare, markdown, read_evaluations, write_comparison
+from fasttrain.evaluate.comparing import (
+    compare,
+    markdown,
+    read_evaluations,
+    terminal_lines,
+    write_comparison,
+)
 
 Rows = list[dict[str, Any]]
 
@@ -335,6 +341,18 @@ def test_two_evaluations_of_one_name_are_refused(write_eval: Callable[..., Path]
     two = write_eval("two", "mmbench", [row(1, 1.0)], model="llava")
     with pytest.raises(UserError, match=r"both say 'llava' on mmbench: name them, NAME=FOLDER"):
         read_evaluations([str(one), str(two)])
+
+
+def test_tables_fit_the_terminal_and_tell_all_that_a_file_of_them_does(
+    write_eval: Callable[..., Path],
+) -> None:
+    base = write_eval("base", "mmbench", [row(n, float(n % 2)) for n in range(20)], model="llava-1.5-7b-base")
+    dpo = write_eval("dpo", "mmbench", [row(n, 1.0) for n in range(20)], model="llava-1.5-7b-dpo")
+    comparison = compare(read_evaluations([str(base), str(dpo)]), resamples=500)
+    wide, narrow = ("\n".join(terminal_lines(comparison, width)) for width in (None, 80))
+    assert max(map(len, wide.splitlines())) > 80 >= max(map(len, narrow.splitlines()))
+    assert set(wide.split()) == set(narrow.split())
+    assert narrow.count("MMBench, % right  llava-1.5-7b-dpo") == 4  # each table in two parts
 
 
 def test_the_command_prints_the_tables_and_writes_the_page(

@@ -51,6 +51,8 @@ def test_the_page_about_plans_shows_what_is_printed_today(
     shown = page[page.index("model       ") : page.index("\n```", page.index("model       "))]
     monkeypatch.chdir(tmp_path)  # without pairs
     printed = plan("-c", str(FOLDER / "llava15_13b_paper.yaml"), "--gpu", "a100-80g", "--gpus", "4").rstrip()
+    tables = printed[printed.index("memory per GPU") : printed.index("Assumed: ")]
+    assert max(map(len, tables.splitlines())) <= 80
     number = re.compile(r"\d[\d,]*(?:\.\d+)?")
     assert number.sub("", shown).split() == number.sub("", printed).split()
     for line, now in zip(shown.splitlines(), printed.splitlines(), strict=True):

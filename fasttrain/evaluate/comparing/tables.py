@@ -123,9 +123,10 @@ def markdown(comparison: Comparison) -> str:
     return "\n\n".join([*parts, "![Scores with 95 % intervals](comparison.png)\n"])
 
 
-def terminal_lines(comparison: Comparison) -> Iterator[str]:
+def terminal_lines(comparison: Comparison, width: int | None = None) -> Iterator[str]:
+    """Warnings and tables, these at most `width` wide."""
     yield from (f"warning: {text}" for text in comparison.warnings)
     for table in tables(comparison):
         yield f"{table.title}:\n"
-        yield from table_lines(table)
+        yield from table_lines(table, width)
         yield f"\n{textwrap.fill(table.note, 79)}\n" if table.note else ""
