@@ -190,7 +190,7 @@ def plan(
     """Predict memory, work, communication and time of a run; needs no GPU and no weights.
 
     \b
-    Example:
+    Examples:
       fasttrain plan -c recipes/llava15_13b_paper.yaml --gpu a100-80g --gpus 4
       fasttrain plan -c recipe.yaml --gpu rtx4090 --lengths 630,130,5000
     """

@@ -95,7 +95,8 @@ def test_help_of_every_command_that_takes_a_recipe_shows_an_example(fasttrain: A
         answer = fasttrain(name, "--help")
         assert answer.code == 0 and answer.out.startswith(f"Usage: fasttrain {name}") and answer.err == ""
         if any(param.name == "recipe" for param in command.params):
-            assert f"Example:\n    fasttrain {name} " in answer.out
+            examples = answer.out.count(f"\n    fasttrain {name} ")
+            assert f"{'Example' if examples == 1 else 'Examples'}:\n    fasttrain {name} " in answer.out
 
 
 def test_the_bare_command_shows_help_and_says_that_nothing_was_asked(fasttrain: Any) -> None:

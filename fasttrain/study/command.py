@@ -31,7 +31,7 @@ def study_command(file: Path | None, print_commands: bool, report: bool, demo: P
     the commands for a scheduler and make the page with --report. docs/study.md shows the file.
 
     \b
-    Example:
+    Examples:
       fasttrain study study.yaml
       fasttrain study --demo runs/study-demo
     """
