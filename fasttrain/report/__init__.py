@@ -10,7 +10,7 @@ from fasttrain.pages import figure, folded, heading, page, paragraph, preformatt
 from fasttrain.report.anatomy import anatomy_png, anatomy_table
 from fasttrain.report.changes import change_parts
 from fasttrain.report.examples import example_parts
-from fasttrain.report.panels import panel_png, panels_of
+from fasttrain.report.panels import is_panel, panel_png, panels_of
 from fasttrain.report.runs import Run, read_run, read_runs
 from fasttrain.report.story import story
 from fasttrain.report.tables import data_account, differences, environments, summary
@@ -22,12 +22,15 @@ def write_report(runs: Sequence[Run], folder: Path, *, examples: int = 6) -> Pat
     """Write report.html and plots/*.png into `folder`; the page opens from disk and loads nothing."""
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
-    drawn = []
-    for panel in panels_of(runs):
+    drawn, panels, anatomy = [], panels_of(runs), anatomy_png(runs)
+    made = {panel.name for panel in panels} | ({"anatomy"} if anatomy else set())
+    for old in plots.glob("*.png"):  # of an earlier report; whatever else lies there stays
+        if old.stem not in made and (old.stem == "anatomy" or is_panel(old.stem)):
+            old.unlink()
+    for panel in panels:
         content = panel_png(panel, runs)
         write_atomic(plots / f"{panel.name}.png", content)
         drawn.append(figure(content, panel.title, panel.caption_for(runs)))
-    anatomy = anatomy_png(runs)
     if anatomy is not None:
         write_atomic(plots / "anatomy.png", anatomy)
     title = runs[0].name if len(runs) == 1 else " / ".join(run.name for run in runs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -155,6 +156,11 @@ def panels_of(runs: Sequence[Run]) -> list[Panel]:
     margins_alone = len(runs) > 1 or bool(runs[0].series("eval_rewards/margins")[0])
     drawn = [panel for panel in (*PANELS, *extra) if panel.name != "margins" or margins_alone]
     return [panel for panel in drawn if any(run.series(name)[0] for run in runs for name in panel.names)]
+
+
+def is_panel(name: str) -> bool:
+    """Whether a report may draw a panel of this name."""
+    return any(panel.name == name for panel in PANELS) or re.fullmatch(r"(metric|eval)_\d+", name) is not None
 
 
 def panel_png(panel: Panel, runs: Sequence[Run]) -> bytes:

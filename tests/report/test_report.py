@@ -104,6 +104,19 @@ def test_the_page_tells_the_runs_figures(make_run: Callable[..., Path]) -> None:
     assert (folder / "plots" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_plots_of_an_earlier_report_that_are_not_of_this_one_go_and_other_files_stay(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "page"
+    first = make_run(lines=[line(step, **PARTS, odd=1.0) for step in (1, 2)])
+    write_report([read_run(first)], out)
+    assert {"anatomy.png", "lengths.png", "metric_0.png"} <= {path.name for path in (out / "plots").iterdir()}
+    (out / "plots" / "mine.png").write_bytes(b"mine")
+    write_report([read_run(make_run("second"))], out)
+    left = {path.name for path in (out / "plots").iterdir()}
+    assert {"loss.png", "mine.png"} <= left and not left & {"anatomy.png", "lengths.png", "metric_0.png"}
+
+
 def test_the_page_loads_nothing_and_shows_the_data_inert(make_run: Callable[..., Path]) -> None:
     folder = make_run(lines=SHORT)
     page = write_report([read_run(folder)], folder, examples=3).read_text()
