@@ -86,6 +86,17 @@ def test_overlap_with_evaluation_is_judged_by_bytes_where_both_images_are_there(
     assert image_key("x/COCO_val2014_000000310196.jpg") == image_key("000000310196.png")
 
 
+def test_an_image_inside_an_evaluation_row_is_looked_for_by_its_bytes(folder, write_rows, read_rows):
+    rows = [{"question": "What?", "image": f"img/{number}.png"} for number in range(2)]
+    source = write_rows(folder / "source.jsonl", rows)
+    inline = base64.b64encode((folder / "img" / "0.png").read_bytes()).decode()
+    evaluation = write_rows(
+        folder / "eval.jsonl", [{"question": "Is it?", "image": f"data:image/png;base64,{inline}"}]
+    )
+    account = build_questions([str(source)], folder / "q.jsonl", QuestionSettings(eval_files=(evaluation,)))
+    assert [row["images"] for row in read_rows(folder / "q.jsonl")] == [["img/1.png"]] and not account.notes
+
+
 def test_what_an_evaluation_file_holds_and_is_not_looked_for_is_told(folder, write_rows):
     """An image under another key was in the training questions without a word."""
     source = write_rows(folder / "source.jsonl", [{"question": "What?", "image": "img/0.png"}])

@@ -226,3 +226,20 @@ def test_wrong_shapes_of_histories_and_answer_pairs_are_counted(drafts):
 def test_an_empty_list_of_images_does_not_hide_the_one_beside_it(drafts):
     [draft] = drafts({"question": "What?", "images": [], "image": "a.png"})
     assert draft.images == ["a.png"]
+
+
+def test_instructions_and_turns_of_text_only_files_are_asked(drafts):
+    """Alpaca's and FastChat's files ended the command: their keys were known of evaluation files alone."""
+    alpaca = {"instruction": "Translate.", "input": "Chat", "output": "Cat"}
+    rows = [
+        alpaca,
+        {"instruction": "Why?", "input": "", "output": "So."},
+        {"question_id": 81, "turns": ["A?", "B?"]},
+    ]
+    asked = [(draft.question, draft.reference, draft.source_id, draft.changed) for draft in drafts(*rows)]
+    assert asked == [
+        ("Translate.\nChat", "Cat", None, ["input put with the instruction"]),
+        ("Why?", "So.", None, []),
+        ("A?", None, "81", ["later turns left out"]),
+    ]
+    assert drafts(rows[2], {"question_id": 82, "turns": []})[1] == ("line 2", "no question")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fasttrain_data.errors import UserError
 from fasttrain_data.ids import image_hash
+from fasttrain_data.image_files import data_url_bytes
 from fasttrain_data.jsonl import Row, read_rows
 from fasttrain_data.questions.readers import READERS, Unusable, detect_source, format_of_row, photo
 from fasttrain_data.unread import unread_image
@@ -40,20 +41,20 @@ def read_evaluation(path: Path) -> Iterator[Asked]:
                 key = None if draft.images else unread_image(row)
                 yield Asked(draft.images, draft.question, unread=f"{key} is not read" if key else "")
         except Unusable as problem:
-            names = _named(row)
-            yield Asked(names, "", unread="" if names else str(problem))
+            images = _named(row)
+            inline = [content for content in map(data_url_bytes, images) if content is not None]
+            names = [name for name in images if not name.startswith("data:")]
+            digests = tuple(map(image_hash, inline))
+            whole = len(names) + len(digests) == len(images) > 0
+            yield Asked(names, "", digests, unread="" if whole else str(problem))
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Rows as question sources have them: MM-Vet's, MT-Bench's and AlpacaEval's keys are renamed."""
+    """Rows as question sources have them: MM-Vet's key of images is renamed."""
     of_mm_vet = _mm_vet(path)
     for place, row in read_rows(path) if of_mm_vet is None else of_mm_vet.items():
         if row.get("imagename") is not None:
             row = {**row, "image": row["imagename"]}
-        if detect_source(row) is None:
-            turns = row.get("turns")
-            text = turns[0] if isinstance(turns, list) and turns else row.get("instruction")
-            row = row if text is None else {**row, "text": text}
         yield place, row
 
 

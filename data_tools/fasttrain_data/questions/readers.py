@@ -27,6 +27,7 @@ ARXIV_FIGURE = re.compile(
 COORDINATES = re.compile(r"\bX:\s*\d+,?\s*Y:\s*\d+")
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 _NAMED_OTHERWISE = ("scigraphqa", "lrv")  # formats whose rows name images under keys of their own
+_QUESTION_KEYS = ("question", "prompt", "text", "instruction")
 _NO_UNICODE = "text that is not valid Unicode"
 # SciGraphQA's `response`: questions with their answers as the language model wrote them, line breaks included.
 _ASKED = re.compile(r"^\s*Question:(.*?)^\s*Answer:(.*?)(?=^\s*Question:|\Z)", re.MULTILINE | re.DOTALL)
@@ -76,7 +77,7 @@ def _format_of(keys: Set[str]) -> str | None:
         return "llava"
     if "question_id" in keys and "text" in keys:
         return "llava-questions"
-    if "question" in keys or "prompt" in keys or "text" in keys:
+    if not keys.isdisjoint((*_QUESTION_KEYS, "turns")):
         return "plain"
     return None
 
@@ -237,9 +238,21 @@ def _read_llava_questions(row: Row, place: str, turns: Turns | None) -> Iterator
 
 
 def _read_plain(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
-    """`question` (or `prompt`, `text`) with `image` or `images`, optional `history`, `hint`, `options`; also our own questions."""
-    key = next((name for name in ("question", "prompt", "text") if row.get(name) is not None), "question")
-    question, changed = _question(row, key)
+    """A question with `image` or `images`, optional `history`, `hint`, `options`; also our own questions.
+
+    It stands under `question`, `prompt`, `text`, Alpaca's `instruction` (with `input`, and `output` as its answer) or
+    FastChat's `turns`, of which the first is asked.
+    """
+    key = next((name for name in _QUESTION_KEYS if row.get(name) is not None), "turns")
+    said, changed, answer = row, [], row.get("answer")
+    if key == "instruction":
+        answer = row.get("output")
+        if isinstance(row[key], str) and isinstance(row.get("input"), str) and row["input"].strip():
+            said, changed = {key: f"{row[key]}\n{row['input']}"}, ["input put with the instruction"]
+    elif key == "turns" and isinstance(row.get(key), list) and row[key]:
+        said, changed = {key: row[key][0]}, ["later turns left out"] if len(row[key]) > 1 else []
+    question, repairs = _question(said, key)
+    changed += repairs
     if around := _hint_and_options(row):
         question = around[0] + question + around[1]
         changed.append("hint or options put with the question")
@@ -256,7 +269,7 @@ def _read_plain(row: Row, place: str, turns: Turns | None) -> Iterator[Draft]:
         question,
         _images(row),
         history,
-        _optional(row, "reference_answer") or _optional(row, "answer"),
+        _optional(row, "reference_answer") or (None if answer is None else str(answer)),
         _first(row, "source_id", "id", "question_id", "index"),
         _optional(row, "category"),
         changed,
@@ -353,6 +366,8 @@ def _images(row: Row) -> list[str]:
     images = images if isinstance(images, list) else [images]
     if not all(isinstance(name, str) and name for name in images):
         raise Unusable("image is not a file name")
+    if any(name.startswith("data:") for name in images):
+        raise Unusable("image is a data: URL; wanted a file's name")
     return images
 
 
