@@ -9,15 +9,15 @@ from fasttrain_data.errors import UserError
 from fasttrain_data.questions.build import QuestionSettings, build_questions
 
 
-def test_an_image_given_as_a_data_url_is_not_called_missing(tmp_path, write_rows, read_rows, command):
-    inline = "data:image/png;base64," + "iVBORw0KGgo" * 500
-    rows = [{"question": "Why?"}, {"question": "What is it?", "image": inline}]
+def test_an_image_given_as_base64_is_told_for_what_it_is(tmp_path, write_rows, read_rows, command):
+    inline = "iVBORw0KGgo" * 500
+    rows = [{"question": "Why?", "image": image} for image in ([], inline, f"data:image/png;base64,{inline}")]
     source = write_rows(tmp_path / "source.jsonl", rows)
     code, stdout, stderr = command("questions", source, "-o", tmp_path / "q.jsonl")
     assert (code, stderr) == (0, "")
-    assert "1  image is a data: URL; wanted a file's name" in stdout
-    [skipped] = read_rows(tmp_path / "q.skipped.jsonl")
-    assert skipped["detail"].startswith("no path of a file (File name too long): data:image/png")
+    assert "1  missing image" in stdout and "1  image is a data: URL; wanted a file's name" in stdout
+    [skipped, _] = read_rows(tmp_path / "q.skipped.jsonl")
+    assert skipped["detail"].startswith("no path of a file (File name too long): iVBORw0KGgo")
     assert len(skipped["detail"]) < 400
 
 
