@@ -49,6 +49,11 @@ def test_scores_come_back_in_the_order_shown():
         json.dumps({"answers": [entry(1, (4.0, 3, 2, 1, 0)), entry(2)]}),
         json.dumps({"answers": [{key.capitalize(): value for key, value in entry().items()} for _ in "ab"]}),
         "```json\n" + json.dumps({"answers": [entry(1), entry(2)]}) + "\n```",
+        "Here are my grades:\n```json\n"
+        + json.dumps({"answers": [entry(1), entry(2)]})
+        + "\n```\nAsk for more.",
+        json.dumps({"answers": [entry("B", (0, 0, 0, 0, 0)), entry("Answer A")]}),
+        json.dumps([entry("a picture", (0, 0, 0, 0, 0), label=2), entry("a plot", label=1)]),
     ],
 )
 def test_harmless_variants_of_the_form_are_read(text):
@@ -66,6 +71,19 @@ def test_wrong_scores_are_named_by_what_is_wrong():
     without = entry(2)
     del without["verbosity"]
     assert status(entry(1), without) == "missing_scores"
+
+
+def test_labels_that_are_none_and_grades_told_twice_are_not_read_by_place():
+    assert status(entry("second"), entry("first")) == "missing_scores"
+    assert status(entry("A"), entry("C")) == "missing_scores"
+    assert judge_reply(reply(json.dumps({"first": entry(), "second": entry()})), 2).status == "missing_scores"
+    once = json.dumps([entry(1), entry(2)])
+    assert judge_reply(reply(f"Draft: {once} Final: {once}"), 2).status == "malformed"
+    assert (
+        judge_reply(reply(once.replace('"correctness"', '"Helpfulness": 0, "correctness"')), 2).status
+        == "malformed"
+    )
+    assert judge_reply(reply(json.dumps([entry("The plot shows growth.")])), 1).status == "ok"
 
 
 def test_wrong_counts_and_numbers_are_missing_scores():

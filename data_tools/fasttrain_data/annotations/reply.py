@@ -12,7 +12,8 @@ from fasttrain_data.records import ATTRIBUTES, Status
 
 _REASON_KEYS = (REASON, "reason", "reasoning", "rationale", "comment")
 _LABEL_KEYS = ("answer", "answer_number", "number", "index", "label", "id")
-_FENCE = re.compile(r"^\s*```[a-zA-Z]*\s*\n(.*?)\n?\s*```\s*$", re.DOTALL)
+_LABEL = re.compile(r"(?:(?:answer|response)[\s_#-]*)?#?(\d{1,9}|[a-z])[.:)]?", re.IGNORECASE)
+_BRACKET = re.compile(r"[\[{]")
 _BLOCKED = frozenset({"SAFETY", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "LANGUAGE", "IMAGE_SAFETY"})
 
 
@@ -92,15 +93,29 @@ def judge_reply(reply: Reply, answers: int) -> Verdict:
 
 
 def _parse(text: str) -> Any:
-    fenced = _FENCE.match(text)
+    """The reply's JSON; words and fences may stand around it, but no bracket that could begin another."""
+    begin = _BRACKET.search(text)
     try:
-        return json.loads(fenced[1] if fenced else text)
+        value, end = _DECODER.raw_decode(text, begin.start() if begin else 0)
     except (ValueError, RecursionError) as error:  # not JSON, or a number of thousands of digits
         raise _Problem("malformed", f"not JSON: {error}") from None
+    if _BRACKET.search(text, end):
+        raise _Problem("malformed", "wanted one JSON value, got brackets behind it")
+    return value
+
+
+def _told_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are different, also as they are read: of two grades none is the right one."""
+    if len({key.strip().lower() for key, _ in pairs}) < len(pairs):
+        raise _Problem("malformed", f"wanted different keys, got {[key for key, _ in pairs]}")
+    return dict(pairs)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_told_once)
 
 
 def _entries(value: Any, answers: int) -> list[dict[str, Any]]:
-    """One object per answer, in the order shown; by their numbers where they have them, else by place."""
+    """One object per answer, in the order shown; by their labels where they have them, else by place."""
     if isinstance(value, dict):
         lists = [item for item in value.values() if isinstance(item, list)]
         if not lists and answers == 1 and ATTRIBUTES[0] in value:
@@ -114,23 +129,26 @@ def _entries(value: Any, answers: int) -> list[dict[str, Any]]:
         raise _Problem("malformed", "wanted a list of objects")
     if len(value) != answers:
         raise _Problem("missing_scores", f"wanted {answers} answers graded, got {len(value)}")
-    numbers = [_number(entry) for entry in value]
-    if all(number is None for number in numbers):
+    labels = [_label(entry) for entry in value]
+    if all(label is None for label in labels) or (answers == 1 and isinstance(labels[0], str)):
         return value
-    by_number = dict(zip(numbers, value, strict=True))
+    by_label = dict(zip(labels, value, strict=True))
     for first in (1, 0):  # some judges count from 0
-        if set(by_number) == set(range(first, first + answers)):
-            return [by_number[number] for number in range(first, first + answers)]
-    raise _Problem("missing_scores", f"wanted answers 1 to {answers}, got numbers {numbers}")
+        if set(by_label) == set(range(first, first + answers)):
+            return [by_label[number] for number in range(first, first + answers)]
+    raise _Problem("missing_scores", f"wanted answers 1 to {answers}, got {labels}")
 
 
-def _number(entry: dict[str, Any]) -> int | None:
-    key = next((key for key in _LABEL_KEYS if key in entry), None)
-    value = entry[key] if key else None
-    if isinstance(value, str):
-        match = re.fullmatch(r"(?:answer\s*)?#?(\d{1,9})", value.strip(), re.IGNORECASE)
-        return int(match[1]) if match else None
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+def _label(entry: dict[str, Any]) -> int | str | None:
+    """The answer's number, "B" being 2; what stands there if it is none; None for an entry without a label."""
+    told = [entry[key] for key in _LABEL_KEYS if entry.get(key) is not None]
+    for value in told:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, str) and (match := _LABEL.fullmatch(value.strip())):
+            mark = match[1].lower()
+            return int(mark) if mark.isdecimal() else 1 + ord(mark) - ord("a")
+    return str(told[0])[:40] if told else None
 
 
 def _scores(entry: dict[str, Any], number: int) -> tuple[int, ...]:
