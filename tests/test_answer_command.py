@@ -20,6 +20,7 @@ import pytest
 from fasttrain import cli
 from fasttrain.answering.local import LocalModel
 from fasttrain.answering.questions import read_questions
+from fasttrain.errors import UserError
 
 
 def test_a_model_that_cannot_answer_is_a_mistake_in_one_line(
@@ -105,6 +106,16 @@ def test_images_under_a_key_that_is_not_read_are_told(
     read_questions(tiny_models.write_rows(tmp_path / "q.jsonl", rows))
     told = "line 2: image_path is not read; images go under images or image; questions asked without any: 1\n"
     assert told in capsys.readouterr().err
+
+
+def test_what_lies_behind_the_first_questions_asked_for_does_not_matter(
+    tmp_path: Path, tiny_models: ModuleType
+) -> None:
+    rows = [{"question_id": 1, "text": "a"}, {"question_id": 2, "text": "b", "image": "not_here.png"}]
+    path = tiny_models.write_rows(tmp_path / "q.jsonl", rows)
+    assert [question.id for question in read_questions(path, limit=1)] == [1]
+    with pytest.raises(UserError, match="line 2"):
+        read_questions(path)
 
 
 def test_other_mistakes_are_one_line(

@@ -52,7 +52,7 @@ def answer_command(
 
     check_output(output, questions)
     shared = AnswerOptions(**options)
-    asked = read_questions(questions, image_root)[:limit]
+    asked = read_questions(questions, image_root, limit)
     answers, failures = answer_questions(
         asked, shared.answerer(), shared.decoding(max_new_tokens), journal_path(output)
     )

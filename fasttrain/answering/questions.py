@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,13 +51,16 @@ class Question:
         return "".join(text for kind, text in self.messages[-1][1] if kind == "text")
 
 
-def read_questions(path: Path, image_root: Path | None = None) -> list[Question]:
-    """All questions of a JSON-lines file or JSON array; UserError names the first mistake, image headers included."""
+def read_questions(path: Path, image_root: Path | None = None, limit: int | None = None) -> list[Question]:
+    """The questions of a JSON-lines file or JSON array, all or the first `limit`, behind which nothing is read.
+
+    UserError names the first mistake, image headers included.
+    """
     from fasttrain_data.jsonl import read_rows
 
     root = image_root or path.parent
     with mistakes_of_data_tools():
-        rows = list(read_rows(path))
+        rows = list(islice(read_rows(path), limit))
     questions = [
         question_of(row, f"{path} {place}", root, number) for number, (place, row) in enumerate(rows, start=1)
     ]

@@ -28,7 +28,7 @@ def read(data: Path, options: ReadOptions) -> dict[str, list[Question]]:
     with mistakes_of_data_tools():
         first = next(iter(read_rows(path)), ("", {}))[1].get("image", "")
     root = image_folder(path.parent, options.images, ("images", "val2014", "."), str(first), _ORIGIN)
-    questions = read_questions(path, root)[: options.limit]
+    questions = read_questions(path, root, options.limit)
     return {"": [with_suffix(question, options.suffix or "") for question in questions]}
 
 

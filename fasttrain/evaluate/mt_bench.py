@@ -22,7 +22,7 @@ def read(data: Path, options: ReadOptions) -> dict[str, list[Question]]:
     path = find_data_file(
         data, ("question.jsonl", "mt_bench/question.jsonl", "*question.jsonl"), "the questions", _ORIGIN
     )
-    questions = read_questions(path)[: options.limit]
+    questions = read_questions(path, limit=options.limit)
     for question in questions:
         if "turns" not in question.row or not isinstance(question.row.get("category"), str):
             raise BadRow(
