@@ -93,13 +93,16 @@ def predict(
     def fits(tokens: int, checkpointing: bool) -> bool:
         return memory(tokens, checkpointing).peak <= machine.usable_bytes
 
-    sequence, longest = histogram.longest_sequence, histogram.longest(config.train.share_prefix)
+    # the recipe's `auto` is settled as a run settles it (RunMemory): by the group, whether its prompt is shared or not
+    sequence, group = histogram.longest_sequence, histogram.longest(True)
+    runs = 1 if config.train.share_prefix else 2 * int(histogram.pair_counts().max())
     checkpointing = choose_checkpointing(
-        config, longest, CUDA, lambda size, on: fits(max(size, sequence), on)
+        config, group, CUDA, lambda size, on: fits(max(size, sequence), on), runs
     )
-    tokens = choose_tokens(config, longest, CUDA, lambda size: fits(size, checkpointing))
+    tokens = choose_tokens(config, group, CUDA, lambda size: fits(size, checkpointing))
     work = measure_work(config, histogram, planned.shape, tokens, checkpointing, machine.gpus)
-    plan = memory(max(most_in_a_pack(config, tokens, longest), sequence), checkpointing)
+    largest = most_in_a_pack(config, tokens, histogram.longest(config.train.share_prefix))
+    plan = memory(max(largest, sequence), checkpointing)
     moved = count_communication(
         planned, stage=stage, ranks=machine.gpus, packs=work.packs, checkpointing=checkpointing
     )

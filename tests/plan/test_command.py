@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from fasttrain.cli import cli
 from fasttrain.config import load_config
 from fasttrain.errors import UserError
+from fasttrain.plan.gpus import find_gpu
 from fasttrain.plan.histogram import parse_lengths
 from fasttrain.plan.known_models import KNOWN
 
@@ -378,3 +379,19 @@ def test_a_pack_of_unshared_prompts_is_planned_with_all_its_copies_of_them(
     )
     assert copied["images"] == pytest.approx(2 * once["images"], rel=0.1)
     assert copied["activations"] > 1.7 * once["activations"]
+
+
+def test_checkpointing_of_unshared_prompts_is_settled_as_a_run_settles_it(
+    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run asks whether the group fits, 1,700 tokens, and at least 2,048; plan asked for its 3,200 with the prompt twice."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("MODEL", str(tiny_llava)))
+    words = ("-c", "recipe.yaml", "--lengths", "1500,100,64", "--json", "-s", "train.share_prefix=false")
+
+    def stage(*more: str) -> dict[str, Any]:
+        return dict(json.loads(plan(*words, *more))["stages"][0])
+
+    plain = ("-s", "train.gradient_checkpointing=false", "-s", "train.tokens_per_pack=2600")
+    share = stage(*plain)["peak_bytes"] / find_gpu("a100-80g").memory_bytes
+    assert stage("--memory-share", str(share))["checkpointing"] is False
