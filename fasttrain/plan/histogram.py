@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fasttrain.config import DPOConfig
+from fasttrain.data.packs import run_tokens
 from fasttrain.data.prepare import prepare
 from fasttrain.data.prepared import PreparedData
 from fasttrain.errors import UserError
@@ -38,7 +39,7 @@ class GroupShape:
 
     def run_tokens(self, shared: bool) -> int:
         """Tokens that one of them costs in one pass."""
-        return self.prompt * (1 if shared else len(self.completions)) + sum(self.completions)
+        return run_tokens(np.array([self.prompt, *self.completions]), shared)
 
     def run_images(self, shared: bool) -> int:
         return self.images * (1 if shared else len(self.completions))
