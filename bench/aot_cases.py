@@ -34,6 +34,7 @@ _DIVISIBLE = {
     "h_stride",
     "w_stride",
     "columns",
+    "elements",
     "first",
     "d",
 }

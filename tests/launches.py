@@ -19,6 +19,7 @@ from torch import Tensor
 from fasttrain_kernels.shared_prefix_flash import FlashKernel
 
 META = torch.device("meta")
+_MOST_PROGRAMS = 65535  # along the second and third axis of CUDA's grids
 
 
 class Launch(NamedTuple):
@@ -74,6 +75,7 @@ def note_launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
         for x in args:
             if not isinstance(x, Tensor):
                 mangle_type(x)  # TypeError for what Triton takes for no number
+        assert max(grid[1:], default=1) <= _MOST_PROGRAMS, (self.fn.__name__, grid)
         devices = {str(x.device) for x in args if isinstance(x, Tensor)}
         launches.append(Launch(self.fn.__name__, devices, current[-1] if current else None))
 

@@ -3,8 +3,8 @@
 kernel            grid                          reads               writes
 norm              rows / ROWS                   x                   y, a number a row
 norm backward     rows / ROWS                   x, g                dx
-gated             rows x F / BLOCK              gate, up            y
-gated backward    rows x F / BLOCK              gate, up, g         dgate, dup
+gated             elements / BLOCK              gate, up            y
+gated backward    elements / BLOCK              gate, up, g         dgate, dup
 rotary            tokens x heads / BLOCK_H      x (or g), cos, sin  y (or dx)
 """
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .backends import device_of
 
-# Elements of a tile of several short rows; of a row of an activation; of one token's heads.
+# Elements of a tile of several short rows; of an activation, whose programs may be more than a grid's second axis takes; of one
+# token's heads.
 _TILE = 2048
 _BLOCK = 1024
 _HALVES = 1024
@@ -79,25 +80,24 @@ def activation(x, GELU: tl.constexpr):
 
 
 @triton.jit
-def gated_kernel(gate_ptr, up_ptr, out_ptr, columns, GELU: tl.constexpr, BLOCK: tl.constexpr):
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    place = tl.program_id(0).to(tl.int64) * columns + column
-    gate = tl.load(gate_ptr + place, mask=column < columns, other=0.0)
-    up = tl.load(up_ptr + place, mask=column < columns, other=0.0)
+def gated_kernel(gate_ptr, up_ptr, out_ptr, elements, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < elements
+    gate = tl.load(gate_ptr + place, mask=inside, other=0.0)
+    up = tl.load(up_ptr + place, mask=inside, other=0.0)
     wide = gate.to(tl.float32)
     sigmoid, _ = activation(wide, GELU)
     # rounded before the product, as torch's activations round
     active = (wide * sigmoid).to(gate.dtype).to(tl.float32)
-    tl.store(out_ptr + place, (active * up.to(tl.float32)).to(gate.dtype), mask=column < columns)
+    tl.store(out_ptr + place, (active * up.to(tl.float32)).to(gate.dtype), mask=inside)
 
 
 @triton.jit
 def gated_backward_kernel(
-    gate_ptr, up_ptr, grad_ptr, gate_grad_ptr, up_grad_ptr, columns, GELU: tl.constexpr, BLOCK: tl.constexpr
+    gate_ptr, up_ptr, grad_ptr, gate_grad_ptr, up_grad_ptr, elements, GELU: tl.constexpr, BLOCK: tl.constexpr
 ):
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    place = tl.program_id(0).to(tl.int64) * columns + column
-    inside = column < columns
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < elements
     gate = tl.load(gate_ptr + place, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + place, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -177,8 +177,8 @@ def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     out = torch.empty_like(gate)
     if out.numel():
         with device_of(gate):
-            gated_kernel[_over_rows(gate)](
-                gate, up, out, gate.shape[-1], GELU=gelu, BLOCK=_BLOCK, num_warps=4
+            gated_kernel[(triton.cdiv(out.numel(), _BLOCK),)](
+                gate, up, out, out.numel(), GELU=gelu, BLOCK=_BLOCK, num_warps=4
             )
     return out
 
@@ -187,15 +187,10 @@ def gated_backward(gate: Tensor, up: Tensor, grad: Tensor, gelu: bool) -> tuple[
     """The gradients of gate and up."""
     gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
     if gate.numel():
-        gated_backward_kernel[_over_rows(gate)](
-            gate, up, grad, gate_grad, up_grad, gate.shape[-1], GELU=gelu, BLOCK=_BLOCK, num_warps=4
+        gated_backward_kernel[(triton.cdiv(gate.numel(), _BLOCK),)](
+            gate, up, grad, gate_grad, up_grad, gate.numel(), GELU=gelu, BLOCK=_BLOCK, num_warps=4
         )
     return gate_grad, up_grad
-
-
-def _over_rows(x: Tensor) -> tuple[int, int]:
-    columns = x.shape[-1]
-    return x.numel() // columns, triton.cdiv(columns, _BLOCK)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:

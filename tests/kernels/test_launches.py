@@ -128,6 +128,12 @@ def test_passes_of_a_layer_are_launched_with_tensors_of_one_device(launched: lis
     )
 
 
+def test_an_activation_of_one_long_row_is_launched_with_a_grid_that_cuda_takes(launched: list[Any]) -> None:
+    gate, up = (there(1 << 27, dtype=torch.bfloat16, grad=True) for _ in range(2))
+    swiglu(gate, up).sum().backward()
+    check(launched, "gated_kernel", backward=("gated_backward_kernel",))
+
+
 def test_lengths_may_be_on_the_host(launched: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         importlib.import_module("fasttrain_kernels.linear_logprob"),
