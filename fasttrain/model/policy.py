@@ -200,7 +200,7 @@ class Policy(nn.Module):
         """Run vision tower and projector on blank images, at weight zero, as other ranks run them on theirs.
 
         What comes out is added to the embeddings, where features are put in place of image tokens: DeepSpeed expects
-        gradients in the same order on all ranks.
+        modules and gradients in the same order on all ranks. Before the features Gemma 4 embeds tokens for every layer too.
         """
         dtype, device = self.model.dtype, self.device
         inputs = {
@@ -216,7 +216,9 @@ class Policy(nn.Module):
             parts = [part for part in tree_leaves([features, deeper]) if isinstance(part, Tensor)]
             return embedded + torch.stack([part.sum() for part in parts]).sum() * 0
 
-        hook = self.model.get_input_embeddings().register_forward_hook(add_nothing)
+        text = getattr(trunk(self.model), "language_model", None)
+        last = getattr(text, "embed_tokens_per_layer", None) or self.model.get_input_embeddings()
+        hook = last.register_forward_hook(add_nothing)
         try:
             yield
         finally:

@@ -51,15 +51,16 @@ def make_engine(policy: Policy, config: DPOConfig, checkpointing: bool) -> Engin
     from fasttrain.train.zero_engine import ZeroEngine
 
     engine = ZeroEngine(policy, config, checkpointing)
-    try:
-        policy.check()
-    except UserError as error:
-        if config.distributed.zero_stage != 3:
-            raise
-        raise UserError(
-            f"{error}; distributed.zero_stage: 3 leaves every rank a part of each weight between modules, 2 leaves them whole"
-        ) from error
-    policy.check_images()
+    with engine.within_a_pass():
+        try:
+            policy.check()
+        except UserError as error:
+            if config.distributed.zero_stage != 3:
+                raise
+            raise UserError(
+                f"{error}; distributed.zero_stage: 3 leaves every rank a part of each weight between modules, 2 leaves them whole"
+            ) from error
+        policy.check_images()
     return engine
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -92,6 +94,19 @@ class ZeroEngine:
         self.engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)
         eight_bit = config.train.optimizer == "adamw_8bit"
         self.optimizer: TrainedState = ZeroState(self.engine, named, self.stage, eight_bit)
+
+    @contextlib.contextmanager
+    def within_a_pass(self) -> Iterator[None]:
+        """Have weights gathered that a module reads of another (Gemma 4 of its embeddings), as DeepSpeed does in the policy's own
+        passes."""
+        modules = list(self.policy.modules()) if self.stage == 3 else []
+        for module in modules:
+            module._parameters._in_forward = True  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            for module in modules:
+                module._parameters._in_forward = False  # type: ignore[attr-defined]
 
     def forward(self, batch: PackBatch, **wants: bool) -> Any:
         """The head's output for the batch's rows."""
