@@ -15,6 +15,7 @@ import torch
 from fasttrain.config import DPOConfig, ModelConfig
 from fasttrain.errors import UserError, is_out_of_memory
 from fasttrain.files import user_path
+from fasttrain.model.file_layout import whole_shapes
 from fasttrain.model.no_videos import PIXTRAL, pixtral_processor, processor_name, without_videos
 from fasttrain.settings import require
 
@@ -241,7 +242,7 @@ def load_model(
             if _takes_sdpa(loader, model_config, _own_class(loader, folder, config, model_config))
             else "eager"
         )
-        with _quiet():
+        with _quiet(), whole_shapes() if zero3 else contextlib.nullcontext():
             model, info = loader.from_pretrained(
                 folder,
                 config=model_config,

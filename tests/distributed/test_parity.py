@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -225,6 +226,32 @@ def test_other_families_take_the_steps_of_one_process(
     if family == "Mllama":
         refused = run_ranks(lambda: train_dpo(recipes("images", "zero", name, "distributed.zero_stage=2")))
         assert "distributed.zero_stage: wanted null for MllamaFor" in refused.stderr
+
+
+@pytest.mark.slow
+def test_experts_load_under_zero_3_whichever_way_they_lie_in_their_files(
+    tiny_models: ModuleType, recipes: Callable[..., Any], run_ranks: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Qwen3-VL-MoE's, as its publisher has them and as transformers saves them; of a part no shape told which."""
+    from safetensors.torch import load_file, save_file
+
+    saved = tiny_families.save(tiny_models, tmp_path / "saved", "Qwen3-VL-MoE")
+    published = Path(shutil.copytree(saved, tmp_path / "published"))
+    weights = load_file(saved / "model.safetensors")
+    turned = {name: x.mT.contiguous() if ".mlp.experts." in name else x for name, x in weights.items()}
+    save_file(turned, published / "model.safetensors", metadata={"format": "pt"})
+    changes = ["train.max_steps=1", "data.eval=null"]
+    configs = [
+        recipes("text", folder.name, f"model.name={folder}", "distributed.zero_stage=3", *changes)
+        for folder in (saved, published)
+    ]
+    ended = run_ranks(lambda: [train_dpo(config) for config in configs] and None)
+    assert ended.codes == [0, 0], ended.stderr
+    truth = recipes("text", "one", f"model.name={saved}", *changes)
+    train_dpo(truth)
+    for config in configs:
+        for name in ("logps/chosen", "grad_norm"):
+            assert lines(config)[0][name] == pytest.approx(lines(truth)[0][name], rel=1e-5)
 
 
 @pytest.mark.slow
