@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import resource
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from fasttrain.data.group_tokens import GroupTokens
+from fasttrain.data.prepared_cache import ImageWitness
+from fasttrain.data.token_spool import TokenSpool
 from fasttrain.errors import UserError
+from fasttrain.evaluate.mmbench_file import Spool
 from fasttrain.files import (
     HashMemo,
     atomic_folder,
@@ -318,6 +325,33 @@ def test_a_write_that_finds_no_room_names_its_file(little_room: None, tmp_path: 
         with pytest.raises(OSError, match="File too large") as told:
             write()
         assert told.value.filename == str(path)
+
+
+def test_a_temporary_file_that_finds_no_room_names_its_folder(little_room: None, fresh_cache: Path) -> None:
+    """What did not fit is tried once more when the file is closed, and failed there without a name."""
+    ids = np.zeros(5000, np.int32)
+
+    def witness() -> None:
+        with contextlib.closing(ImageWitness()) as seen:
+            seen.see(["x" * 9000])
+            seen.written(fresh_cache)
+
+    def tokens() -> None:
+        spool = TokenSpool()
+        try:
+            spool.append(GroupTokens(ids, [ids], np.zeros((1, 2), np.int32)))
+            spool.seal()
+        finally:
+            spool.discard()
+
+    for write, folder in (
+        (witness, Path(tempfile.gettempdir())),
+        (tokens, fresh_cache / "spool"),
+        (lambda: Spool().add(bytes(9000), "image"), fresh_cache / "spool"),
+    ):
+        with pytest.raises(OSError, match="File too large") as told:
+            write()
+        assert told.value.filename == str(folder)
 
 
 def test_hashes_that_are_forgotten_are_closed_by_whatever_thread_finds_them(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ written, is made again; the newest `KEPT` stay.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -16,7 +17,6 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
@@ -108,7 +108,8 @@ class ImageWitness:
         return self._digest.hexdigest()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take is tried once more
+            self._file.close()
 
 
 def _state_of(path: str) -> bytes:
@@ -214,7 +215,7 @@ def replace(prepared: PreparedData, split_boundary: int) -> None:
     store(prepared.key, prepared, witness, notes)
 
 
-@contextmanager
+@contextlib.contextmanager
 def counted(chat: ChatTokenizer) -> Iterator[Callable[[], dict[str, int]]]:
     """What the tokenizer had to note about answers while the block ran."""
     before = {"appended_end": chat.appended_end, "split_boundary": chat.split_boundary}

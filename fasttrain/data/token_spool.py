@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from array import array
 
@@ -45,4 +46,5 @@ class TokenSpool:
         return {"tokens": tokens, **rest}
 
     def discard(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take is tried once more
+            self._file.close()

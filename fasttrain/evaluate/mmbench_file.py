@@ -20,7 +20,7 @@ from fasttrain.data.bad_row import BadRow
 from fasttrain.data.pairs import read_prompt
 from fasttrain.errors import UserError, mistakes_of_data_tools
 from fasttrain.evaluate.mmbench_score import ROTATION, base_index, rotated
-from fasttrain.files import cache_root
+from fasttrain.files import cache_root, naming
 
 _LONGEST_REFERENCE = 64  # a shorter image cell is the index of the row that holds the image
 _LONGEST_CELL = 1 << 27  # of base64: larger than any image that is opened
@@ -66,9 +66,9 @@ class Spool:
     """Decoded images on disk, equal ones once: rotated rows repeat theirs."""
 
     def __init__(self) -> None:
-        folder = cache_root() / "spool"
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        self._folder = cache_root() / "spool"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self._folder) as file:
             self.handle = os.dup(file.fileno())
         weakref.finalize(self, os.close, self.handle)  # with the last image that holds on to the spool
         self._end, self._known = 0, dict[bytes, tuple[int, int]]()
@@ -76,7 +76,7 @@ class Spool:
     def add(self, content: bytes, label: str) -> SpooledImage:
         digest = blake2b(content, digest_size=16).digest()
         if digest not in self._known:
-            with os.fdopen(os.dup(self.handle), "ab") as file:
+            with naming(self._folder), os.fdopen(os.dup(self.handle), "ab") as file:
                 file.write(content)
             self._known[digest] = (self._end, len(content))
             self._end += len(content)
