@@ -78,6 +78,11 @@ def _read_settings(name: str, stage: int | None) -> dict[str, Any]:
                 f"distributed.deepspeed_config: {name}: wanted any of {', '.join(_THEIRS)}, got {key}"
                 f"{did_you_mean(key, list(_THEIRS))}"
             )
+    every = found.get("steps_per_print", 1)
+    if type(every) is not int or every < 1:  # DeepSpeed divides by it at the first step
+        raise UserError(
+            f"distributed.deepspeed_config: {name}: steps_per_print: wanted an integer of at least 1, got {json.dumps(every)}"
+        )
     zero = found.setdefault("zero_optimization", {})
     if not isinstance(zero, dict):
         raise UserError(

@@ -56,6 +56,8 @@ def test_auto_null_and_what_is_switched_off_say_nothing(tmp_path: Path) -> None:
         ({"optimizer": {}, "scheduler": {}, "fp16": {"enabled": True}}, 2, "optimizer, scheduler, fp16 are set by the recipe"),
         ({"zero_optimisation": {}}, 2, "wanted any of .*, got zero_optimisation; did you mean 'zero_optimization'"),
         ({"gradient_allreduce_op": "sum"}, 2, "wanted any of .*, got gradient_allreduce_op"),
+        ({"steps_per_print": 0}, 2, "steps_per_print: wanted an integer of at least 1, got 0"),
+        ({"steps_per_print": "never"}, 2, 'steps_per_print: wanted an integer of at least 1, got "never"'),
         ({"zero_optimization": [1]}, 2, r"zero_optimization: wanted a JSON object, got \[1\]"),
         ({"zero_optimization": {"offload_optimizer": "cpu"}}, 2, 'zero_optimization.offload_optimizer: wanted a JSON object, got "cpu"'),
         ({"zero_optimization": {"stgae": 2}}, 2, "zero_optimization.stgae: Extra inputs are not permitted, got 2"),
