@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ def main() -> None:
     """Entry point of `fasttrain` and `python -m fasttrain`."""
     global _alone
     _open_standard_files()
+    if re.fullmatch(r"--local[_-]rank=\d+", "".join(sys.argv[1:2])):  # from launchers that set LOCAL_RANK as well
+        del sys.argv[1]
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # a torchrun that is killed outright leaves its ranks waiting for each other
     if sys.argv[1:2] and sys.argv[1] in _TRAINING:

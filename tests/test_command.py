@@ -61,6 +61,15 @@ def test_standard_files_that_are_closed_are_none_of_ours(tmp_path: Path) -> None
     assert done.returncode == 0 and int(done.stdout) > 2
 
 
+@pytest.mark.parametrize("word", ["--local_rank=0", "--local-rank=1"])
+def test_the_rank_that_a_launcher_puts_before_the_command_is_no_option(
+    command: Callable[..., list[Any]], word: str
+) -> None:
+    """DeepSpeed's and torch's older one do; both set LOCAL_RANK too."""
+    tunables, *_ = command(word, "dpo", "--help")
+    assert tunables  # the command was told from it
+
+
 @pytest.fixture
 def recipe(tmp_path: Path, text_pairs: Callable[..., Path]) -> Callable[[Path], Path]:
     """The recipe of one step with a model."""
