@@ -29,7 +29,8 @@ def main() -> None:
     """Entry point of `fasttrain` and `python -m fasttrain`."""
     global _alone
     _open_standard_files()
-    if re.fullmatch(r"--local[_-]rank=\d+", "".join(sys.argv[1:2])):  # from launchers that set LOCAL_RANK as well
+    # from launchers that set LOCAL_RANK as well
+    if re.fullmatch(r"--local[_-]rank=\d+", "".join(sys.argv[1:2])):
         del sys.argv[1]
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # a torchrun that is killed outright leaves its ranks waiting for each other
