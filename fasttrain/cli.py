@@ -17,6 +17,7 @@ from fasttrain.command import quick_imports
 from fasttrain.ending import run_to_its_end
 from fasttrain.errors import UserError
 from fasttrain.evaluate.command import eval_command
+from fasttrain.progress import is_first
 from fasttrain.study.command import study_command
 
 RECIPE_OPTIONS = (
@@ -392,5 +393,5 @@ def main() -> None:
 
 def _tell(result: str) -> None:
     """A result, on stdout, once for all ranks."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first("RANK"):
         click.echo(result)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from pathlib import Path
 
 import click
 
 from fasttrain.errors import SharedMistake, UserError, is_out_of_memory
-from fasttrain.progress import close_bars
+from fasttrain.progress import close_bars, is_first
 from fasttrain.rank_watch import fail_all, is_consequence, tell_how_to_go_on
 from fasttrain.signals import Terminated, on_sigterm, terminate
 
@@ -79,8 +78,8 @@ def _fail(message: str, code: int, shared: bool = False) -> None:
     close_bars()
     if not shared:
         fail_all(text, code)  # one of several ranks: ends here
-    # before ranks meet, every one of a machine finds the same mistake
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    # before ranks meet, every one of a machine finds the same mistake; what fails may be one's own
+    if code == 1 or is_first("LOCAL_RANK"):
         click.echo(f"fasttrain: {'' if code in (130, 143) else 'error: '}{text}", err=True)
     sys.exit(code)
 

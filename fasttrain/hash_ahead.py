@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fasttrain.config import DPOConfig
 from fasttrain.files import HashMemo, cache_root, user_path
+from fasttrain.progress import is_first
 
 _WORTH = 1 << 26  # bytes from which on a process is worth starting
 
@@ -27,11 +28,7 @@ def hash_ahead(config: DPOConfig) -> None:
     By a fork: only where nothing has started threads. Nothing on other systems than Linux, on one core, for small files, or
     on another rank than the first of a machine.
     """
-    if (
-        sys.platform != "linux"
-        or os.environ.get("LOCAL_RANK", "0") != "0"
-        or len(os.sched_getaffinity(0)) < 2
-    ):
+    if sys.platform != "linux" or not is_first("LOCAL_RANK") or len(os.sched_getaffinity(0)) < 2:
         return
     try:
         files = [file.resolve() for file in _files(config)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,12 @@ def be_quiet() -> None:
     """Show nothing from here on: another process of the same run speaks."""
     global _quiet
     _quiet = True
+
+
+def is_first(name: str) -> bool:
+    """Whether this process is the first of several by `name` (RANK or LOCAL_RANK), or alone: what a launcher left tells nothing."""
+    alone = os.environ.get("WORLD_SIZE", "") in ("", "0", "1")
+    return alone or os.environ.get(name, "0") == "0"
 
 
 def close_bars() -> None:

@@ -92,6 +92,8 @@ def launched() -> int:
     rank = _from_environment("RANK", 0)
     if rank >= size:
         raise UserError(f"RANK: wanted below WORLD_SIZE, which is {size}, got {rank}")
+    if (port := _from_environment("MASTER_PORT", 0)) > 65535:
+        raise UserError(f"MASTER_PORT: wanted a port, at most 65535, got {port}")
     return size
 
 
@@ -145,10 +147,12 @@ def _meet(backend: str, size: int) -> None:
     thread = threading.Thread(target=wait, name="fasttrain-meet", daemon=True)
     thread.start()
     thread.join(_SPEAK_S)
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if thread.is_alive():
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         say(f"rank {os.environ['RANK']} waits at {where} until all {size} ranks (WORLD_SIZE) are there")
         thread.join()
+    if failed and isinstance(failed[0], torch.distributed.DistNetworkError):
+        raise OSError(f"the ranks cannot meet at {where} (MASTER_ADDR, MASTER_PORT): {failed[0]}")
     if failed:
         raise failed[0]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 
 import pytest
 
+from fasttrain.ending import _fail
 from fasttrain.errors import UserError
-from fasttrain.ranks import launched
+from fasttrain.ranks import launched, start_ranks
 from fasttrain.train.zero_engine import alone_as_a_rank
 
 NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -31,12 +33,50 @@ def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
             {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
             "RANK: wanted below WORLD_SIZE, which is 2, got 2",
         ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "http"},
+            "MASTER_PORT: wanted a number in the environment, got 'http'",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "65536"},
+            "MASTER_PORT: wanted a port, at most 65535, got 65536",
+        ),
     ],
 )
 def test_ranks_that_could_not_meet_are_told(said: dict[str, str], message: str) -> None:
     os.environ.update(said)
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         launched()
+
+
+def test_a_port_that_another_run_has_is_the_machines_failure() -> None:
+    """In one line, not in a traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        os.environ.update(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        with pytest.raises(
+            OSError, match=rf"^the ranks cannot meet at 127.0.0.1:{port} .*address already in use"
+        ):
+            start_ranks()
+
+
+@pytest.mark.parametrize(
+    ("left", "code", "told"),
+    [
+        ({"RANK": "1", "LOCAL_RANK": "1"}, 2, True),  # of a launcher that is gone: nobody else would say it
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "1"}, 2, True),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 2, False),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 1, True),
+        ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}, 2, True),
+    ],
+)
+def test_a_mistake_is_told_by_the_first_of_a_machine_and_a_failure_by_whom_it_hits(
+    left: dict[str, str], code: int, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.environ.update(left)
+    with pytest.raises(SystemExit):
+        _fail("a word", code)
+    assert capsys.readouterr().err == ("fasttrain: error: a word\n" if told else "")
 
 
 @pytest.mark.parametrize("said", [{}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "1", "RANK": "0"}])
