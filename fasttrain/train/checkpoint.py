@@ -83,11 +83,11 @@ def restore_checkpoint(path: Path, optimizer: TrainedState) -> int:
     """
     damage: UserError | None = None
     try:
-        state = _read_state(path)
+        state = read_state(path)
         if is_node_writer():  # once for all ranks of a machine
-            _check_files(path, state)
-    except (OSError, ValueError) as error:
-        damage = _damaged(path, error)
+            _check_files(path, state["files"])
+    except UserError as error:
+        damage = error
     ranks().share_mistake(damage)
     try:
         random = load_file(path / "random.safetensors")
@@ -108,35 +108,42 @@ def restore_checkpoint(path: Path, optimizer: TrainedState) -> int:
     return int(state["step"])
 
 
-def logged_lines(path: Path) -> dict[str, int]:
-    """How many lines each of the run's log files held when a sound checkpoint was written; older ones do not tell."""
-    lines = json.loads((path / "state.json").read_text(encoding="utf-8")).get("lines")
-    return lines if isinstance(lines, dict) else {}
+def _damaged(path: Path, problem: object) -> UserError:
+    return UserError(
+        f"{path}: the checkpoint is damaged ({problem}); delete that folder to use the one before"
+    )
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: the checkpoint is damaged ({error}); delete that folder to use the one before")
+def read_state(path: Path) -> dict[str, Any]:
+    """What state.json holds; UserError if it is no JSON, without what every checkpoint has, or of another step.
 
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """What state.json holds; ValueError if it is no JSON, without what every checkpoint has, or of another step."""
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    for name, kind in (("step", int), ("optimizer", dict)):
-        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
-            raise ValueError(f"state.json holds no {name}")
+    `inputs`, `files` and `lines`, of which older checkpoints do not tell, are empty then.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from None
+    told = {"inputs": {}, "files": {}, "lines": {}}
+    state = told | state if isinstance(state, dict) else {}
+    for name in ("step", "optimizer", *told):
+        if not isinstance(state.get(name), int if name == "step" else dict):
+            raise _damaged(path, f"state.json holds no {name}")
+    if not all(isinstance(count, int) for count in state["lines"].values()):
+        raise _damaged(path, "state.json holds no numbers in lines")
     if checkpoint_name(state["step"]) != path.name:
-        raise ValueError(f"state.json holds step {state['step']}")
+        raise _damaged(path, f"state.json holds step {state['step']}")
     return state
 
 
-def _check_files(path: Path, state: dict[str, Any]) -> None:
-    """ValueError unless the files are what was written; older checkpoints do not tell."""
-    files = state.get("files", {})
-    if not isinstance(files, dict):
-        raise ValueError("state.json holds no hashes in files")
+def _check_files(path: Path, files: dict[str, str]) -> None:
+    """UserError unless the files are what was written."""
     for name, digest in files.items():
-        if content_hash(path / name) != digest:
-            raise ValueError(f"{name} is not what was written")
+        try:
+            now = content_hash(path / name)
+        except OSError as error:
+            raise _damaged(path, error) from None
+        if now != digest:
+            raise _damaged(path, f"{name} is not what was written")
 
 
 def _restore_random(random: dict[str, torch.Tensor], step: int) -> None:

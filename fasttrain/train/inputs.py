@@ -13,6 +13,7 @@ from fasttrain.data.prepared import PreparedData
 from fasttrain.data.prepared_cache import contents
 from fasttrain.errors import UserError
 from fasttrain.files import HashMemo, user_path
+from fasttrain.train.checkpoint import read_state
 
 if TYPE_CHECKING:
     from fasttrain.train.job import Job
@@ -75,10 +76,7 @@ def _image(ref: ImageRef, memo: HashMemo) -> str:
 
 def check_inputs(checkpoint: Path, now: dict[str, str]) -> None:
     """UserError if an input is no longer what it was when the checkpoint was written; older checkpoints do not tell."""
-    try:
-        before: dict[str, str] = json.loads((checkpoint / "state.json").read_text()).get("inputs", {})
-    except (OSError, ValueError, AttributeError):
-        return  # damaged: restoring it says so
+    before = read_state(checkpoint)["inputs"]
     changed = [name for name in before if name in now and before[name] != now[name]]
     if changed:
         raise UserError(

@@ -30,7 +30,7 @@ from fasttrain.train.checkpoint import (
     delete_old,
     latest_checkpoint,
     list_checkpoints,
-    logged_lines,
+    read_state,
     restore_checkpoint,
     save_checkpoint,
 )
@@ -188,7 +188,7 @@ class Trainer:
         done = self._restore(engine, checkpoint)
         log = RunLog(self.folder, self.config.to_dict(), done, main=main, changes=self.loss.needs_reference)
         if checkpoint is not None and main:
-            log.tell_lost(logged_lines(checkpoint))
+            log.tell_lost(read_state(checkpoint)["lines"])
         say(self._account(total, done))
         try:
             with (

@@ -76,7 +76,7 @@ def test_a_changed_byte_is_no_other_number(checkpoint: Path, trained: Any, name:
 
 
 def test_a_state_without_what_every_checkpoint_has_is_damaged(checkpoint: Path, trained: Any) -> None:
-    for held in ("{}", "[]", '{"step": 2}', '{"step": "2", "optimizer": {}}', "\xff"):
+    for held in ("{}", "[]", '{"step": 2}', '{"step": "2", "optimizer": {}}', "\xff", "[" * 100_000):
         (checkpoint / "state.json").write_bytes(held.encode("latin-1"))
         refused(trained, checkpoint)
 
@@ -88,7 +88,17 @@ def change_state(checkpoint: Path, **changes: Any) -> None:
     (checkpoint / "state.json").write_text(json.dumps(kept))
 
 
-@pytest.mark.parametrize("changes", [{"step": 1}, {"files": []}, {"files": {FILES[0]: "0" * 64}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": 1},
+        {"files": []},
+        {"files": {FILES[0]: "0" * 64}},
+        {"inputs": 7},
+        {"lines": []},
+        {"lines": {"metrics.jsonl": "2"}},
+    ],
+)
 def test_a_state_of_something_else_is_damaged(
     checkpoint: Path, trained: Any, changes: dict[str, Any]
 ) -> None:
