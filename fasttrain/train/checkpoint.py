@@ -120,10 +120,10 @@ def read_state(path: Path) -> dict[str, Any]:
     `inputs`, `files` and `lines`, of which older checkpoints do not tell, are empty then.
     """
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state: Any = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, error) from None
-    told = {"inputs": {}, "files": {}, "lines": {}}
+    told: dict[str, Any] = {"inputs": {}, "files": {}, "lines": {}}
     state = told | state if isinstance(state, dict) else {}
     for name in ("step", "optimizer", *told):
         if not isinstance(state.get(name), int if name == "step" else dict):
