@@ -45,7 +45,7 @@ class ReferenceCache:
                 database.execute(
                     "CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, logp BLOB NOT NULL, checksum BLOB NOT NULL)"
                 )
-                database.execute("INSERT OR IGNORE INTO about VALUES ('model', ?)", (json.dumps(identity),))
+            self._note("model", json.dumps(identity))
         except sqlite3.DatabaseError as error:
             raise self._damaged(error) from None
         except OSError as error:
@@ -111,10 +111,18 @@ class ReferenceCache:
     def mark_complete(self, name: str) -> None:
         """Remember that every completion of `name` is here, so that the next run need not look for each."""
         try:
-            with self._open() as database:
-                database.execute("INSERT OR IGNORE INTO about VALUES (?, 'yes')", (f"complete {name}",))
+            self._note(f"complete {name}", "yes")
         except sqlite3.DatabaseError as error:
             raise self._damaged(error) from None
+
+    def _note(self, name: str, value: str) -> None:
+        """Write into `about` what no look-up needs; not into a file that others fill and this process may only read."""
+        try:
+            with self._open() as database:
+                database.execute("INSERT OR IGNORE INTO about VALUES (?, ?)", (name, value))
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_READONLY:
+                raise
 
     def forget_complete(self) -> None:
         """Let the next run look for each completion again: one that should be here is not."""

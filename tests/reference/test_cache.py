@@ -89,6 +89,25 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
             np.testing.assert_array_equal(found[key], logp)
 
 
+def test_a_file_that_may_only_be_read_serves_what_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that a colleague has filled, or on a disk that is mounted for reading only."""
+    path, connect = tmp_path / "a.sqlite", sqlite3.connect
+    ((key, logp),) = stored = rows(1)
+    ReferenceCache(path, {}).put(stored)
+    # not by the file's mode: root may write whatever that is
+    monkeypatch.setattr(
+        sqlite3, "connect", lambda path, **how: connect(f"file:{path}?mode=ro", uri=True, **how)
+    )
+    cache = ReferenceCache(path, {})
+    cache.mark_complete("all of it")
+    assert not cache.is_complete("all of it")
+    np.testing.assert_array_equal(cache.get([key])[key], logp)
+    with pytest.raises(OSError, match=r"a\.sqlite: cannot use the reference cache: .*readonly"):
+        cache.put(rows(1, seed=1))
+
+
 def _read(path: Path, keys: list[bytes], go: object) -> None:
     cache = ReferenceCache(path, {})
     for _ in range(50):
