@@ -1,6 +1,7 @@
 """Limits, retries and the journal: the machinery under every stage that pays for calls."""
 
 import email.utils
+import errno
 import fcntl
 import json
 import os
@@ -393,6 +394,18 @@ def test_a_journal_that_was_taken_away_while_it_was_opened_is_not_written(tmp_pa
     with pytest.raises(UserError, match="another process"):
         Journal(path)
     assert not path.exists()
+
+
+def test_a_file_system_without_locks_has_journals_too(tmp_path, monkeypatch):
+    """Lustre without -o flock: every start was told that another process is writing."""
+
+    def no_locks(*lock):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with Journal(tmp_path / "a.journal.jsonl") as journal:
+        journal.append("ab", {"n": 1})
+        assert journal.get("ab")["n"] == 1
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):

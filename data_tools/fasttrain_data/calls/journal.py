@@ -32,15 +32,10 @@ class Journal:
         self.path = path
         self._is_new = not path.exists()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(self._file).st_nlink:
-                raise OSError("removed by the process that had it")
-        except OSError:
+        # a file without a name was removed by the process that had it
+        if self._is_locked_elsewhere() or not os.fstat(self._file).st_nlink:
             os.close(self._file)
-            raise UserError(
-                f"{path}: another process is writing this journal; wait for it or stop it"
-            ) from None
+            raise UserError(f"{path}: another process is writing this journal; wait for it or stop it")
         self._end = self._cut_torn_line()
         self._synced_s = time.monotonic()
         self._index = OffsetIndex()
@@ -91,6 +86,14 @@ class Journal:
     ) -> None:
         # what fails before its first entry leaves no file behind
         self.close(keep_empty=kind is None or not self._is_new)
+
+    def _is_locked_elsewhere(self) -> bool:
+        """Lock the file, unless another process has; a file system without locks has nothing to say."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+        return False
 
     def _read_at(self, offset: int) -> Row:
         line, at = b"", offset
