@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from fasttrain.errors import UserError
 from fasttrain.files import atomic_folder, delete_whole, remove_leftovers, write_json
+from fasttrain.progress import say
 from fasttrain.ranks import is_node_writer, ranks
 from fasttrain.train.engine import TrainedState
 from fasttrain.train.tensor_file import TensorFile, TensorStream, content_hash, write_tensors
@@ -66,9 +67,12 @@ def save_checkpoint(
 
 
 def delete_old(folder: Path, keep: int) -> None:
-    """Delete all checkpoints but the newest `keep`."""
+    """Delete all checkpoints but the newest `keep`; a warning for what cannot be deleted, as the new one is there."""
     for old in list_checkpoints(folder)[:-keep]:
-        delete_whole(old)
+        try:
+            delete_whole(old)
+        except OSError as error:
+            say(f"warning: {old}: cannot delete this old checkpoint: {error.strerror}")
 
 
 def _random() -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -130,3 +131,28 @@ def test_checkpoints_are_ordered_by_step_beyond_a_million(tmp_path: Path) -> Non
     ]
     newest = latest_checkpoint(tmp_path)
     assert newest is not None and newest.name == "step-1000000"
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on NFS while somebody reads it: its folder is not empty until that file is closed."""
+    from fasttrain.train.checkpoint import checkpoint_name, delete_old, latest_checkpoint
+
+    for number in (1, 2, 3):
+        (tmp_path / checkpoint_name(number)).mkdir()
+        (tmp_path / checkpoint_name(number) / "state.json").write_text("{}")
+    rmdir = os.rmdir
+
+    def busy(name: Any, **where: Any) -> None:
+        if "step-000001" in str(name):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(name))
+        rmdir(name, **where)
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    delete_old(tmp_path, 1)
+    warning = f"warning: {tmp_path}/step-000001: cannot delete this old checkpoint: Directory not empty\n"
+    assert capsys.readouterr().err == warning
+    monkeypatch.undo()
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-000003"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
