@@ -98,16 +98,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, reads: bool = True) -> Iterator[Path]:
     """A folder to fill; it takes the name `path` only when the block ends well, and vanishes when it does not.
 
+    reads: as in `naming`, whether the block may also read files, whose failures are not this folder's.
     A folder that stands at `path` already is replaced. Its files can be read by whoever may read new files here: safetensors
     writes its own for the user alone.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with naming(path, temporary, reads=True):
+        with naming(path, temporary, reads=reads):
             temporary.mkdir(parents=True)
             yield temporary
         with naming(path, temporary):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -486,6 +487,25 @@ def test_a_full_disk_while_saving_is_one_line_and_the_old_checkpoint_stays(
     assert last.startswith("fasttrain: error: the machine failed: ") and "File too large" in last
     assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-000001"]
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EIO, "Input/output error"), Exception("Input/output error (os error 5)")],
+    ids=["system", "Rust"],
+)
+def test_a_disk_that_fails_is_told_with_what_was_being_written(
+    project: Path, fasttrain: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    from fasttrain.train import final
+
+    def fail(*given: object) -> None:
+        raise error
+
+    monkeypatch.setattr(final, "save_processor", fail)
+    answer = fasttrain("dpo", "-c", project, "-s", "train.max_steps=1")
+    assert answer.code == 1 and "Traceback" not in answer.err
+    assert answer.err.splitlines()[-1].endswith("the machine failed: Input/output error: run/final")
 
 
 def test_a_machine_without_memory_is_one_line(project: Path, fasttrain: Any) -> None:

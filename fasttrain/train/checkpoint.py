@@ -52,7 +52,7 @@ def save_checkpoint(
         write_tensors(tensors, None)
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(path) as temporary:
+        with atomic_folder(path, reads=False) as temporary:
             streams = {
                 "weights.safetensors": weights,
                 "optimizer.safetensors": tensors,

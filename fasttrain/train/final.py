@@ -31,7 +31,7 @@ def write_final(job: Job, optimizer: TrainedState, folder: Path) -> Path:
         for _ in parts:  # take part in gathering
             pass
     else:
-        with atomic_folder(target) as temporary:
+        with atomic_folder(target, reads=False) as temporary:
             if job.adapted is not None:
                 masters = {name.removeprefix("model."): value for name, value in weights.items()}
                 state = _adapter_state(job.adapted, masters)
