@@ -337,6 +337,22 @@ def test_the_cost_cap_is_never_passed_and_counts_earlier_runs(completions, annot
         assert annotate(double, path, "--max-cost", "1", model="unpriced")[0] == 2
 
 
+def test_replies_that_had_no_price_cost_unknown_money_and_count_at_todays_price(
+    completions, annotate, tmp_path
+):
+    table = tmp_path / "prices.yaml"
+    table.write_text(PRICES)
+    path = completions(30)
+    with GeminiDouble(faults=lambda key, attempt: "float_score") as double:
+        _, _, stdout, _ = annotate(double, path, model="dear")
+        assert "output tokens, cost unknown (no price for this model today: --prices FILE)" in stdout
+        calls = len(double.calls)
+        capped = ("--prices", table, "--max-cost", "2", "--max-output-tokens", "400")
+        code, _, _, stderr = annotate(double, path, *capped, "--retry", "out_of_range", model="dear")
+        assert (code, len(double.calls)) == (3, calls), stderr  # what the first run took is more than the cap
+        assert "--max-cost 2.0 USD is reached" in stderr
+
+
 def test_a_price_may_begin_at_a_moment_of_a_day(tmp_path):
     table = tmp_path / "prices.yaml"
     row = "{model: x, from: 2026-01-02 10:00:00, to: 2026-02-01T00:00:00Z, input: 1, output: 2}"

@@ -47,13 +47,16 @@ class Ledger:
         self.journal: Journal | None = None
 
     def visit(self, entry: Row) -> None:
-        """Take in an entry of an earlier run."""
-        self.budget.settle(entry["key"], entry.get("cost_usd"))
+        """Take in an entry of an earlier run; a reply that had no price then counts at today's."""
+        cost_usd, usage = entry.get("cost_usd"), entry.get("usage")
+        if cost_usd is None and usage and entry.get("model") == self.settings.model:
+            cost_usd = self.budget.cost_of(usage)
+        self.budget.settle(entry["key"], cost_usd)
         if entry["status"] == SUBMITTED and entry["batch"] in self.live_batches:
             self.budget.reserve(entry["key"], entry.get("reserved_usd") or 0.0)
         if entry.get("model") != self.settings.model:
             return
-        if usage := entry.get("usage"):
+        if usage:
             self.measured.add(usage["prompt"], usage["output"] + usage["thoughts"])
         if entry.get("model_version"):
             self.versions.add(entry["model_version"])

@@ -34,12 +34,13 @@ from fasttrain_data.spill import SeenKeys
 class AnnotateResult:
     """statuses: how many prompts ended with which; details: what was said of the first with each.
 
-    spent_usd: the whole journal; totals: this run.
+    spent_usd: the whole journal; totals: this run; price: None where the table has none, then neither's money is known.
     """
 
     statuses: Counter[str] = field(default_factory=Counter)
     details: dict[str, str] = field(default_factory=dict)
     totals: Totals = field(default_factory=Totals)
+    price: Price | None = None
     spent_usd: float = 0.0
     stopped: str | None = None
     flags: Counter[str] = field(default_factory=Counter)
@@ -204,7 +205,8 @@ class _Run:
 
     def write(self) -> AnnotateResult:
         """Write the output from the journal, reading the prompts once more."""
-        result = AnnotateResult(totals=self.ledger.totals, stopped=self.stopped)
+        price = self.ledger.budget.price
+        result = AnnotateResult(totals=self.ledger.totals, price=price, stopped=self.stopped)
         with whole_rows(self.output) as write:
             for prompt in self.prompts:
                 images = [self.names.written(name) for name in prompt.images]

@@ -13,6 +13,7 @@ from fasttrain_data.errors import EXIT_TYPED_FAILURES
 if TYPE_CHECKING:
     from fasttrain_data.annotations.run import AnnotateResult, Forecast
 
+_NO_PRICE = "(no price for this model today: --prices FILE)"
 _RETRIED = "quota, rate_limited, server_error, timeout"
 
 
@@ -167,7 +168,7 @@ def _print_forecast(plan: Forecast) -> None:
     click.echo(f"prompt tokens      {plan.prompt_tokens:>12,}  ({basis})")
     click.echo(f"output tokens      {plan.output_tokens:>12,}")
     if plan.price is None or plan.usd is None:
-        click.echo("cost                    unknown  (no price for this model today: --prices FILE)")
+        click.echo(f"cost                    unknown  {_NO_PRICE}")
     else:
         click.echo(
             f"cost               {plan.usd:>12,.2f}  USD at {plan.price.input_usd:g} / {plan.price.output_usd:g} "
@@ -177,9 +178,10 @@ def _print_forecast(plan: Forecast) -> None:
 
 def _print_result(result: AnnotateResult, output: Path) -> int:
     totals = result.totals
+    money = f"{totals.usd:,.4f} USD; journal {result.spent_usd:,.4f} USD"
     click.echo(
         f"this run: {totals.replies:,} replies, {totals.failures:,} calls without reply, {totals.prompt_tokens:,} prompt "
-        f"and {totals.output_tokens:,} output tokens, {totals.usd:,.4f} USD; journal {result.spent_usd:,.4f} USD"
+        f"and {totals.output_tokens:,} output tokens, {money if result.price else f'cost unknown {_NO_PRICE}'}"
     )
     for flag, count in result.flags.most_common():
         click.echo(f"  flagged {count:>8,}  {flag}")
