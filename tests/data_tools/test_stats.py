@@ -234,13 +234,14 @@ def test_the_page_needs_nothing_else_and_numbers_without_meaning_are_null(tmp_pa
     path = write_rows(tmp_path / "a.jsonl", rows)
     code, stdout, _ = command("stats", path)
     assert code == 0
-    assert "3 prompts, 6 scored answers" in stdout
+    # and no money: none of the rows says what it cost
+    assert stdout.startswith("3 prompts, 6 scored answers\n")
     folder = tmp_path / "a.stats"
     page = (folder / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 6
     assert "http" not in page.replace("data:", "") and "<script" not in page
     numbers = json.loads((folder / "stats.json").read_text())
-    assert numbers["correlation"][3][4] is None
+    assert numbers["correlation"][3][4] is numbers["usd"] is None
     for name in ("scores", "correlation", "length", "position", "yield", "agreement"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 

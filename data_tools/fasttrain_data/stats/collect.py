@@ -31,13 +31,14 @@ class AnnotationSums:
         self.coincidences = [Coincidences(_LEVELS) for _ in ATTRIBUTES]
         self.flips = self.ordered_pairs = 0
         self.versions: Counter[str] = Counter()
-        self.usd = 0.0
+        self.usd: float | None = None  # None: no row says what it cost
 
     def add(self, row: Annotation) -> None:
         self.statuses[row.status] += 1
         self.flags.update(row.flags)
         self.versions[row.model_version or "not recorded"] += 1
-        self.usd += row.cost_usd or 0.0
+        if row.cost_usd is not None:
+            self.usd = (self.usd or 0.0) + row.cost_usd
         if row.status != "ok":
             return
         scored = [(completion.scores(), completion.text) for completion in row.completions]

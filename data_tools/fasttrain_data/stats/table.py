@@ -24,7 +24,8 @@ def _shown(value: float, form: str) -> str:
 
 
 def _annotation_lines(report: Report) -> Iterator[str]:
-    yield f"{report['prompts']:,} prompts, {report['answers']:,} scored answers, {report['usd']:,.2f} USD"
+    cost = "" if report["usd"] is None else f", {report['usd']:,.2f} USD"
+    yield f"{report['prompts']:,} prompts, {report['answers']:,} scored answers{cost}"
     yield "  " + ", ".join(f"{count:,} {status}" for status, count in report["statuses"].items())
     if report.get("repeated_rows"):
         yield f"  {report['repeated_rows']:,} rows repeat a prompt with the same answers and are left out"
