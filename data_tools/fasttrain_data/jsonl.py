@@ -172,8 +172,12 @@ class LineFile:
         self.close()
 
 
-def check_output(output: Path, *inputs: Path) -> None:
-    """UserError if the output is a folder, a device, or one of the files it is made from."""
+def check_output(output: Path, *inputs: Path, parquet: bool = False) -> None:
+    """UserError if the output is a folder, a device, one of the files it is made from, or named Parquet and will not be."""
+    if output.suffix == ".parquet" and not parquet:
+        raise UserError(
+            f"--out: wanted a name for JSON, got {output}; Parquet is what export --to trl writes"
+        )
     if output.is_dir():
         raise UserError(f"--out: wanted a file, got the folder {output}")
     if _is_special(output):

@@ -13,6 +13,8 @@ import pytest
 
 from fasttrain_data import jsonl
 from fasttrain_data.errors import BadRow, UserError
+from fasttrain_data.formats.bring_in import import_pairs
+from fasttrain_data.formats.write import export_pairs
 
 
 def test_a_json_array_is_streamed_across_chunk_borders(tmp_path, monkeypatch):
@@ -104,6 +106,14 @@ def test_a_pipe_or_a_device_is_refused_and_stays_one(tmp_path):
     with pytest.raises(UserError, match=r"--out: wanted a file, got .*pipe, a device or a pipe"):
         jsonl.check_output(pipe)
     assert pipe.is_fifo() and [entry.name for entry in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_parquet_name_is_refused_where_json_is_written(tmp_path):
+    for target in ("llama-factory", "ms-swift", "mllm-dpo"):
+        with pytest.raises(UserError, match=r"--out: wanted a name for JSON, got .*; .*export --to trl"):
+            export_pairs(tmp_path / "pairs.jsonl", tmp_path / "x.parquet", target)
+    with pytest.raises(UserError, match="--out: wanted a name for JSON"):
+        import_pairs(tmp_path / "pairs.jsonl", tmp_path / "x.parquet")
 
 
 def test_a_link_is_written_through(tmp_path):

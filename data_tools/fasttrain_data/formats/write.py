@@ -47,13 +47,13 @@ def export_pairs(
     """
     if target not in TARGETS:
         raise UserError(f"--to: wanted one of {', '.join(TARGETS)}, got {target!r}")
-    check_output(output, source)
+    in_parquet = target == "trl" and output.suffix == ".parquet"
+    check_output(output, source, parquet=in_parquet)
     names = ImageNames.between(source, output, image_root)
     store = ImageStore(names, output)
     if target == "llama-factory":
         _entries_beside(output)  # a broken one is told before anything is written
     with account_of(output) as account:
-        in_parquet = target == "trl" and output.suffix == ".parquet"
         rows = _rows(source, form, account, whole=target == "trl" and not in_parquet)
         if in_parquet:
             from fasttrain_data.formats.parquet import write_parquet
@@ -63,7 +63,7 @@ def export_pairs(
             _write_json(rows, output, target, store, account, source)
     if target == "llama-factory":
         _register(output)
-    if output.suffix != ".parquet" and (note := names.note(output)):
+    if not in_parquet and (note := names.note(output)):
         account.notes.append(note)
     return account
 
