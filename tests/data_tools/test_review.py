@@ -253,6 +253,14 @@ def test_reviewers_are_compared_by_answer_not_by_side(pairs):
     assert by_rater["cid"]["kappa"] < -0.8
 
 
+def test_of_a_pair_with_swapped_labels_the_annotators_own_side_counts(tmp_path, write_rows):
+    answers = {"chosen": "worse", "rejected": "better", "scores_chosen": {"helpfulness": 1}, "margin": -2.0}
+    pair = {"id": "p", "prompt": "q", **answers, "scores_rejected": {"helpfulness": 3}, "flipped": True}
+    [item] = Review(write_rows(tmp_path / "pairs.jsonl", [pair]), 1, 0).items
+    assert (item.chosen, item.rejected) == ("better", "worse")
+    assert (item.margin, item.differences) == (2.0, {"helpfulness": 2})
+
+
 def test_argilla_records_hold_all_but_the_chosen_side_and_come_back(pairs, tmp_path, write_rows):
     review = Review(pairs, 12, 0)
     for rater, verdicts in (("anna", "left right tie skip"), ("ben", "right")):

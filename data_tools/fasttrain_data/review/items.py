@@ -20,7 +20,10 @@ Side = Literal["left", "right"]
 
 @dataclass(frozen=True)
 class Item:
-    """One pair. differences: chosen minus rejected score of each attribute that the annotator gave."""
+    """One pair, chosen and rejected as the annotator has them: labels that `pair --flip` swapped are swapped back.
+
+    differences: chosen minus rejected score of each attribute that the annotator gave.
+    """
 
     id: str
     messages: list[tuple[str, str]]
@@ -59,14 +62,17 @@ def _item(own: str, row: Row) -> Item:
     for turn in row["prompt"]:
         parts = turn["content"]
         texts.append((turn["role"], "".join(part["text"] for part in parts if part["type"] == "text")))
+    chosen, rejected, margin = "chosen", "rejected", finite_number(row.get("margin"))
+    if row.get("flipped") is True:
+        chosen, rejected, margin = rejected, chosen, None if margin is None else -margin
     return Item(
         id=own,
         messages=texts,
         images=row["images"],
-        chosen=text_of(row["chosen"][0]),
-        rejected=text_of(row["rejected"][0]),
-        margin=finite_number(row.get("margin")),
-        differences=_differences(row.get("scores_chosen"), row.get("scores_rejected")),
+        chosen=text_of(row[chosen][0]),
+        rejected=text_of(row[rejected][0]),
+        margin=margin,
+        differences=_differences(row.get(f"scores_{chosen}"), row.get(f"scores_{rejected}")),
     )
 
 
