@@ -1,11 +1,11 @@
-"""What settings of TRL, Hugging Face's Trainer, PEFT, LLaMA-Factory, ms-swift and Axolotl are called in a recipe, or why they
-are in none: for the answer to an unknown key."""
+"""What settings of TRL, Hugging Face's Trainer, PEFT, LLaMA-Factory, ms-swift, Axolotl, OpenRLHF and Unsloth are called in a recipe, or
+why they are in none: for the answer to an unknown key."""
 
 from __future__ import annotations
 
 # ours: theirs, wherever they stand
 _THEIRS = {
-    "model.name": "model_name_or_path pretrained_model_name_or_path model_id_or_path base_model",
+    "model.name": "model_name_or_path pretrained_model_name_or_path model_id_or_path base_model pretrain model_name",
     "model.revision": "model_revision",
     "model.dtype": "torch_dtype bf16 fp16 infer_dtype pure_bf16",
     "model.attention": "attn_implementation flash_attn attn_impl flash_attention sdp_attention",
@@ -20,32 +20,36 @@ _THEIRS = {
     "data.train": "dataset datasets dataset_name train_dataset train_file",
     "data.eval": "eval_dataset val_dataset test_datasets val_size val_set_size split_dataset_ratio",
     "data.image_root": "dataset_dir media_dir image_dir image_folder",
-    "data.max_length": "max_prompt_length max_completion_length max_seq_length cutoff_len sequence_len",
+    "data.max_length": "max_prompt_length max_completion_length max_seq_length cutoff_len sequence_len max_len",
     "data.overflow": "truncation_mode truncation_strategy excess_length_strategy",
     "data.limit_pairs": "max_samples",
     "data.workers": "dataloader_num_workers dataset_num_proc preprocessing_num_workers dataset_processes",
-    "loss.kind": "loss_type pref_loss",
-    "loss.weights": "loss_weights rpo_alpha cpo_alpha pref_ftx",
+    "loss.kind": "loss_type pref_loss ipo",
+    "loss.weights": "loss_weights rpo_alpha cpo_alpha pref_ftx nll_loss_coef",
     "loss.beta": "pref_beta dpo_beta rl_beta",
     "loss.label_smoothing": "dpo_label_smoothing",
     "loss.f_divergence": "f_divergence_type",
     "loss.f_alpha": "f_alpha_divergence_coef",
     "loss.router_aux_weight": "router_aux_loss_coef moe_aux_loss_coef",
-    "train.output": "output_dir",
-    "train.epochs": "num_train_epochs num_epochs",
-    "train.pairs_per_step": "per_device_train_batch_size gradient_accumulation_steps train_batch_size batch_size micro_batch_size",
+    "train.output": "output_dir save_path",
+    "train.epochs": "num_train_epochs num_epochs max_epochs",
+    "train.pairs_per_step": (
+        "per_device_train_batch_size gradient_accumulation_steps train_batch_size batch_size micro_batch_size micro_train_batch_size"
+    ),
     "train.tokens_per_pack": "per_device_eval_batch_size eval_batch_size auto_find_batch_size",
     "train.shuffle": "train_sampling_strategy shuffle_dataset disable_shuffling dataset_shuffle train_dataloader_shuffle",
     "train.learning_rate": "lr",
     "train.projector_learning_rate": "aligner_lr mm_projector_lr",
     "train.schedule": "lr_scheduler_type lr_scheduler",
     "train.min_rate": "lr_scheduler_kwargs cosine_min_lr_ratio min_lr_rate min_lr min_lr_ratio",
+    "train.warmup_ratio": "lr_warmup_ratio",
     "train.betas": "adam_beta1 adam_beta2",
     "train.eps": "adam_epsilon",
     "train.grad_clip": "max_grad_norm",
     "train.optimizer": "optim",
+    "train.gradient_checkpointing": "use_gradient_checkpointing activation_checkpointing",
     "train.compile": "torch_compile",
-    "train.seed": "data_seed",
+    "train.seed": "data_seed random_state",
     "train.log_every": "logging_steps logging_strategy logging_first_step",
     "train.eval_every": "eval_steps eval_strategy evals_per_epoch",
     "train.checkpoint_every": "save_steps save_strategy saves_per_epoch",
@@ -61,12 +65,12 @@ OURS = {theirs: ours for ours, names in _THEIRS.items() for theirs in names.spli
 _NONE_OF_OURS = {
     "the command says it: fasttrain dpo or fasttrain sft": "stage rl rlhf_type do_train do_eval do_predict task_type",
     "packs have no padding, whatever their lengths": (
-        "padding_free packing packing_strategy eval_packing neat_packing sample_packing eval_sample_packing group_by_length "
-        "length_column_name pad_to_multiple_of pad_to_sequence_len"
+        "padding_free packing packing_strategy eval_packing neat_packing sample_packing eval_sample_packing packing_samples "
+        "group_by_length length_column_name pad_to_multiple_of pad_to_sequence_len"
     ),
     "reference log-probs are computed once and cached, always": "precompute_ref_log_probs precompute_ref_batch_size",
     "the reference is the model as the run begins (lora.init_from: that adapter), and it does not move": (
-        "ref_model ref_model_adapters ref_adapters ref_adapter_name model_adapter_name ref_model_init_kwargs reference_free "
+        "ref_model ref_model_adapters ref_adapters ref_adapter_name model_adapter_name ref_model_init_kwargs reference_free ref_offload "
         "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"
     ),
     "prompts are written by the chat template in the model's own folder, a system turn stands in the row": (
@@ -77,7 +81,7 @@ _NONE_OF_OURS = {
         "modules_to_save lora_modules_to_save additional_target unfrozen_parameters trainable_parameters freeze_llm freeze_parameters"
     ),
     "the vision tower stays as it is, except for an adapter where lora.targets names its layers": (
-        "freeze_vision_tower freeze_vit vit_lr"
+        "freeze_vision_tower freeze_vit vit_lr finetune_vision_layers"
     ),
     "set lora.alpha to the square root of lora.rank times theirs for the same scale": (
         "use_rslora rslora lora_use_rslora peft_use_rslora"

@@ -217,6 +217,7 @@ def test_yaml_merge_keys_work(tmp_path: Path) -> None:
         ("train: {lr_scheduler_kwargs: {min_lr_rate: 0.1}}\n", "did you mean 'train.min_rate'?"),
         ("train: {adam_beta2: 0.95}\n", "did you mean 'train.betas'?"),
         ("model_name_or_path: x\n", "unknown key model_name_or_path; did you mean 'model.name'?"),
+        ("pretrain: x\n", "unknown key pretrain; did you mean 'model.name'?"),  # OpenRLHF's, not 'train'
         ("loss_type: ipo\n", "unknown key loss_type; did you mean 'loss.kind'?"),  # not 'loss'
         ("loss: {f_alpha_divergence_coef: 1}\n", "did you mean 'loss.f_alpha'?"),  # not 'f_divergence'
         ("loss: {cpo_alpha: 1}\n", "did you mean 'loss.weights'?"),  # not 'f_alpha'
