@@ -166,6 +166,26 @@ def test_the_generic_way_answers_about_images_as_the_shared_one_does(
         assert replies == shared[question.id]
 
 
+def test_what_a_models_own_code_raises_in_generate_is_one_line(
+    tiny_llava: Path, picture_questions: Path
+) -> None:
+    model = LocalModel(ModelConfig(name=str(tiny_llava)))
+    generic = GenericGenerator(model.generator.model, model.processor, model.stops)
+    question = next(q for q in read_questions(picture_questions) if q.images)
+    model.processor.num_additional_image_tokens = 0
+    with pytest.raises(UserError, match=r"^--model: the processor writes another number of image tokens"):
+        generic.answer([question], Decoding(max_new_tokens=2))
+
+    def fails(hidden: Any) -> None:
+        raise AttributeError("'Output' object\nhas no 'image_outputs'")
+
+    model.processor.num_additional_image_tokens = 1
+    generic.model.lm_head.forward = fails
+    wanted = r"^--model: LlavaFor.*, as .* has it, fails on a question: AttributeError: 'Output' object has no 'image_outputs'$"
+    with pytest.raises(UserError, match=wanted):
+        generic.answer([question], Decoding(max_new_tokens=2))
+
+
 def test_another_vision_family_answers_about_images_whatever_the_batch(
     tiny_models: ModuleType, picture_questions: Path, tmp_path: Path
 ) -> None:

@@ -143,11 +143,8 @@ class Generator:
                 **{name: value.to(self.model.device) for name, value in inputs.items()},
             )
         except ValueError as error:
-            if "image tokens" not in str(error).lower():
-                raise
-            raise UserError(
-                f"--model: the processor writes another number of image tokens than the model makes features: {error}"
-            ) from None
+            refuse_misfit(error)
+            raise
         return _Prefix(cache, mask_PT, {key: row for row, key in enumerate(different)})
 
     def _generate(
@@ -251,6 +248,14 @@ class _Ask:
 
 def _positions(mask_ST: Tensor) -> Tensor:
     return (mask_ST.cumsum(-1) - 1).clamp(min=0)
+
+
+def refuse_misfit(error: Exception) -> None:
+    """UserError where a model says that a prompt has more or fewer image tokens than its images have features."""
+    if "image tokens" in str(error).lower():
+        raise UserError(
+            f"--model: the processor writes another number of image tokens than the model makes features: {error}"
+        ) from None
 
 
 def read_image(image: ImageSource, question: Question) -> bytes:

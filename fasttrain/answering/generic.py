@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 
 from fasttrain.answering.decoding import Decoding, Reply
-from fasttrain.answering.generator import read_image, reply_of
+from fasttrain.answering.generator import read_image, refuse_misfit, reply_of
 from fasttrain.answering.picking import TokenPicker
 from fasttrain.answering.questions import Question, next_turn
 from fasttrain.answering.run import Failed
@@ -20,6 +21,7 @@ from fasttrain.data.images import open_image
 from fasttrain.data.pairs import IMAGE, Message
 from fasttrain.data.template_date import dated
 from fasttrain.data.tokens import beginning
+from fasttrain.errors import UserError, is_out_of_memory
 
 
 class GenericGenerator:
@@ -108,7 +110,7 @@ class GenericGenerator:
             decoding.top_p,
             self.model.device,
         )
-        with neutral(self.model):
+        with neutral(self.model), own_failures(self.model):
             output_ST = self.model.generate(
                 **moved, max_new_tokens=decoding.max_new_tokens, do_sample=False, logits_processor=[picker],
                 eos_token_id=self.stops, pad_token_id=self.tokenizer.pad_token_id,
@@ -183,6 +185,21 @@ def neutral(model: Any) -> Iterator[None]:
         yield
     finally:
         owner.generation_config = own
+
+
+@contextlib.contextmanager
+def own_failures(model: Any) -> Iterator[None]:
+    """UserError, in one line, for what the model's own code raises in the block, but memory that runs out."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        refuse_misfit(error)
+        problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"--model: {type(model).__name__}, as transformers {transformers.__version__} has it, fails on a question: {problem}"
+        ) from error
 
 
 def _plain(message: Message) -> dict[str, str]:
