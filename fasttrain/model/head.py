@@ -126,7 +126,7 @@ def _choose_transform(
 ) -> Tensor:
     """Give the head the softcap and scale of the model's configuration or of its text part, whichever the model applies:
     LLaVA around Gemma 2 leaves out the cap that Gemma 3n applies. Returns how far our log-probs are from the model's."""
-    if hidden_ND.shape[-1] != full_shape(head.weight)[1]:
+    if hidden_ND.shape != (len(target_N), full_shape(head.weight)[1]):
         return torch.tensor(math.inf)
     found = []
     for transform in dict.fromkeys(

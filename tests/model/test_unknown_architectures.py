@@ -155,3 +155,29 @@ def test_a_model_whose_own_code_fails_is_one_line(tiny_models: ModuleType) -> No
     wanted = r"LlamaForCausalLM, as .* has it, fails on a text: AttributeError: 'Output' object has no 'image_outputs'$"
     with pytest.raises(UserError, match=wanted):
         check_head(model, head, torch.device("cpu"))
+
+
+def test_a_model_that_makes_other_hidden_states_than_one_a_token_is_one_line(
+    tiny_models: ModuleType,
+) -> None:
+    """DiffusionGemma's makes those of a canvas of answers."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fasttrain.errors import UserError
+    from fasttrain.model.head import check_head, install_head
+
+    tokenizer = tiny_models.build_tokenizer(tiny_models.CHATML, eos="<|im_end|>")
+    model = LlamaForCausalLM(LlamaConfig(**tiny_models.language_config(tokenizer)))
+    head, run = install_head(model), model.model.forward
+
+    def twice(**inputs: Any) -> Any:
+        out = run(**inputs)
+        out.last_hidden_state = out.last_hidden_state.repeat(1, 2, 1)
+        return out
+
+    model.model.forward = twice
+    with pytest.raises(
+        UserError, match="LlamaForCausalLM computes its logits in a way fasttrain does not know"
+    ):
+        check_head(model, head, torch.device("cpu"))
