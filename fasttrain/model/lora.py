@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from fasttrain.config import LoraConfig
 from fasttrain.errors import UserError
@@ -70,11 +70,18 @@ def language_model(model: Any) -> nn.Module:
 
 
 def auto_targets(model: Any) -> str:
-    """A regular expression for every linear of the language model, as peft's target_modules."""
+    """A regular expression for every linear of the language model, as peft's target_modules, without kinds of which peft could not
+    load every adapter again."""
+    import peft
+
     decoder = language_model(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     names = {name for name, module in decoder.named_modules() if _is_linear(module)}
-    leaves = sorted({_leaf(name) for name in names} - _not_by_peft(model))
+    kinds = {_leaf(name) for name in names} - _not_by_peft(model)
+    weights = {f"base_model.model.{prefix}.{name}.lora_A.weight": name for name in names}
+    lost = _lost(model, peft.LoraConfig(), {key: torch.empty(1, 1, device="meta") for key in weights})
+    # where peft could load none, the adapter is refused by name
+    leaves = sorted(kinds - {_leaf(weights[key]) for key in lost} or kinds)
     if not leaves:
         raise UserError("lora.targets: wanted linear layers in the language model, found none; name them")
     return rf"{re.escape(prefix)}\.(.*\.)?({'|'.join(leaves)})"
@@ -96,8 +103,6 @@ def _not_by_peft(model: Any) -> set[str]:
     kind = model.config.get_text_config().model_type
     if kind in ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"):
         return {"out_proj", "conv1d"}
-    if kind == "laguna":  # its shared experts lose their names when an adapter is loaded
-        return {"gate_proj", "up_proj", "down_proj"}
     kinds = {kind, model.config.model_type}
     patterns = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {})
     renamed = getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {})
@@ -172,21 +177,25 @@ def attach_lora(model: Any, lora: LoraConfig, train_projector: bool) -> Any:
     return adapted
 
 
-def _refuse_unreadable(adapted: Any) -> None:
-    """UserError where peft would look for the adapter's weights by other names than it saves them by: it renames them as
-    transformers renames those of the model's first checkpoints, and what was trained could not be loaded by anything."""
-    import peft
+def _lost(model: Any, config: Any, written: dict[str, Tensor]) -> list[str]:
+    """Names of an adapter's weights that peft would look for by other names than it saves them by: it renames them as
+    transformers renames those of the model's first checkpoints."""
     from peft.utils import transformers_weight_conversion as conversion
+
+    read = conversion.convert_peft_adapter_state_dict_for_transformers(model, config, dict(written))
+    return sorted(written.keys() - read.keys())
+
+
+def _refuse_unreadable(adapted: Any) -> None:
+    """UserError where what was trained could not be loaded by anything."""
+    import peft
 
     written = {
         name.replace(".default", ""): torch.empty(full_shape(parameter), device="meta")
         for name, parameter in adapted.named_parameters()
         if ".lora_" in name
     }
-    read = conversion.convert_peft_adapter_state_dict_for_transformers(
-        adapted, adapted.peft_config["default"], dict(written)
-    )
-    if lost := sorted(written.keys() - read.keys()):
+    if lost := _lost(adapted, adapted.peft_config["default"], written):
         layers = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in lost})
         raise UserError(
             f"lora.targets: wanted layers whose adapters peft can load again, got {', '.join(layers)} of "

@@ -270,23 +270,45 @@ def _laguna() -> Any:
     return model
 
 
+def _mistral_large() -> Any:
+    """One that does so with images, and whose first layer has no shared experts."""
+    from transformers import AutoModelForImageTextToText, MistralLarge4Config
+
+    from fasttrain.model.head import install_head
+
+    text = {
+        "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 50,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "index_head_dim": 8, "index_n_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    }  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"model_type": "pixtral", "head_dim": 8}
+    config = MistralLarge4Config(text_config=text, vision_config=vision)
+    model = AutoModelForImageTextToText.from_config(config)
+    install_head(model)
+    return model
+
+
+@pytest.mark.parametrize("build", [_laguna, _mistral_large])
 def test_a_fresh_adapter_is_on_layers_that_peft_finds_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+    build: Callable[[], Any], tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     import peft
 
     from fasttrain.config import LoraConfig
     from fasttrain.model import lora
 
-    adapted = lora.attach_lora(_laguna(), LoraConfig(rank=2, alpha=4), False)
+    adapted = lora.attach_lora(build(), LoraConfig(rank=2, alpha=4), False)
+    assert any("o_proj.lora_A" in name for name, _ in adapted.named_parameters())
     adapted.save_pretrained(tmp_path)
     recwarn.clear()
-    peft.PeftModel.from_pretrained(_laguna(), tmp_path)
+    peft.PeftModel.from_pretrained(build(), tmp_path)
     assert not [w for w in recwarn if "missing adapter keys" in str(w.message)]
-    monkeypatch.setattr(lora, "_not_by_peft", lambda model: set())
-    wanted = r"lora.targets: wanted layers whose adapters peft can load again, got down_proj, gate_proj, up_proj of Laguna"
+    named = LoraConfig(rank=2, alpha=4, targets=["gate_proj", "up_proj"])
+    wanted = r"lora.targets: wanted layers whose adapters peft can load again, got gate_proj, up_proj of"
     with pytest.raises(UserError, match=wanted):
-        lora.attach_lora(_laguna(), LoraConfig(rank=2, alpha=4), False)
+        lora.attach_lora(build(), named, False)
 
 
 def test_linears_that_compute_something_else_get_no_adapter_of_themselves() -> None:
