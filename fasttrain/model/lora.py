@@ -60,6 +60,10 @@ def _to_train(model: Any, train_projector: bool) -> list[str] | None:
             f"model.train_projector: wanted a vision-language model with a projector, got {type(model).__name__}: none of "
             f"its modules is called {', '.join(_PROJECTORS)}"
         )
+    if not all(p.is_floating_point() for name, p in model.named_parameters() if in_projector(name)):
+        raise UserError(
+            "model.train_projector: wanted false with a quantised projector (by model.quantize, or in the model's files), got true"
+        )
     return names
 
 

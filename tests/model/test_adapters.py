@@ -253,6 +253,21 @@ def test_layers_whose_adapter_peft_could_not_load_again_are_refused(tiny_models:
         attach_lora(model, LoraConfig(rank=2, alpha=4, targets="auto"), False)
 
 
+def test_a_quantised_projector_is_not_trained(tiny_llava: Path) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    from fasttrain.config import LoraConfig
+    from fasttrain.model.head import install_head
+    from fasttrain.model.lora import attach_lora
+
+    model = LlavaForConditionalGeneration.from_pretrained(tiny_llava)
+    install_head(model)
+    packed = torch.zeros(1024, 1, dtype=torch.uint8)  # as bitsandbytes has two values a byte
+    model.model.multi_modal_projector.linear_1.weight = torch.nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(UserError, match=r"model\.train_projector: wanted false with a quantised projector"):
+        attach_lora(model, LoraConfig(rank=2, alpha=4), True)
+
+
 def _laguna() -> Any:
     """A mixture whose shared experts peft renames when it loads an adapter."""
     from transformers import LagunaConfig, LagunaForCausalLM
