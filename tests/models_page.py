@@ -40,7 +40,7 @@ NOTES = """## Fine print
   `experts.gate_up_proj` and `experts.down_proj` in a list to adapt it (peft's `target_parameters`; needs `lora.dropout: 0`).
   Mamba's `out_proj` and linears that peft takes for old names of fused experts (a shared expert's `gate_proj`) are left out too, and
   kinds of linears of which it could not load every adapter again (Mistral Large 4's `gate_proj`, `up_proj` and `down_proj`).
-* **train_projector** knows `multi_modal_projector`, `connector`, `visual.merger` with `visual.deepstack_merger_list`, and a model's
+* **train_projector** knows `multi_modal_projector`, `connector`, `visual.merger` with `visual.deepstack_merger_list` or `visual.merger_list`, and a model's
   `aligner`, `projector`, `vision_projection`, `visual_embeddings_table`, `resampler_model`, `embed_vision`,
   `merger`, `layerwise_projectors` with `spatial_projectors`, or a tower's `patch_merger`: those of every family above, asked of each
   in the tests. It refuses a model that has none of them.

@@ -915,6 +915,32 @@ def qwen_omni(tiny_models: ModuleType) -> Parts:
     return config, processor
 
 
+def qwen3_omni(tiny_models: ModuleType) -> Parts:
+    """Qwen3-Omni's thinker: as Qwen2.5's around Qwen3-VL's tower, before a mixture of experts."""
+    import transformers
+
+    smaller, parts = qwen_omni(tiny_models)
+    tokenizer = parts.tokenizer
+    vision = {
+        "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 7, "out_hidden_size": 64,
+        "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
+    }  # fmt: skip
+    text = tiny_models.language_config(
+        tokenizer, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48,
+        rope_parameters=rope(mrope_section=[2, 3, 3], mrope_interleaved=True),
+    )  # fmt: skip
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("image", "video", "audio")}
+    config = transformers.Qwen3OmniMoeThinkerConfig(
+        text_config=text, vision_config=vision, audio_config={**smaller.audio_config.to_dict(), "downsample_hidden_size": 8},
+        vision_start_token_id=tokenizer.vision_bos_token_id, audio_start_token_id=tokenizer.audio_bos_token_id, **ids,
+    )  # fmt: skip
+    processor = image_only(
+        "qwen3_omni_moe", image_processor=parts.image_processor, feature_extractor=parts.feature_extractor, tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+    return config, processor
+
+
 FAMILIES: dict[str, Callable[[ModuleType], Parts]] = {
     "Qwen2-VL": qwen_vl(
         "qwen2_vl", "Qwen2VL",
@@ -1026,6 +1052,7 @@ FAMILIES: dict[str, Callable[[ModuleType], Parts]] = {
     "PaddleOCR-VL": paddle_ocr,
     "Granite Docling": granite_docling,
     "Qwen2.5-Omni": qwen_omni,
+    "Qwen3-Omni": qwen3_omni,
 }  # fmt: skip
 
 # Why families that do not share prompts do not.

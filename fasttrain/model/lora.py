@@ -22,8 +22,8 @@ from fasttrain.ranks import full_shape
 # DeepSeek-VL's, VideoLLaMA 3's and PaddleOCR-VL's, LightOnOCR's, Ernie 4.5 VL's, Gemma 4's, MiniCPM-V's, HunYuan-VL's, Granite
 # Vision 4's.
 _PROJECTORS = (
-    "multi_modal_projector", "connector", "visual.merger", "visual.deepstack_merger_list", "model.aligner", "model.projector",
-    "model.vision_projection", "model.visual_embeddings_table", "model.resampler_model", "model.embed_vision",
+    "multi_modal_projector", "connector", "visual.merger", "visual.deepstack_merger_list", "visual.merger_list", "model.aligner",
+    "model.projector", "model.vision_projection", "model.visual_embeddings_table", "model.resampler_model", "model.embed_vision",
     "model.merger", "vision_tower.patch_merger", "model.layerwise_projectors", "model.spatial_projectors",
 )  # fmt: skip
 
@@ -73,13 +73,17 @@ def language_model(model: Any) -> nn.Module:
     return trunk(model) if decoder is model else decoder
 
 
+def _decoder_name(model: Any) -> str:
+    decoder = language_model(model)
+    return next(name for name, module in model.named_modules() if module is decoder)
+
+
 def auto_targets(model: Any) -> str:
     """A regular expression for every linear of the language model, as peft's target_modules, without kinds of which peft could not
     load every adapter again."""
     import peft
 
-    decoder = language_model(model)
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    decoder, prefix = language_model(model), _decoder_name(model)
     names = {name for name, module in decoder.named_modules() if _is_linear(module)}
     kinds = {_leaf(name) for name in names} - _not_by_peft(model)
     weights = {f"base_model.model.{prefix}.{name}.lora_A.weight": name for name in names}
@@ -89,6 +93,17 @@ def auto_targets(model: Any) -> str:
     if not leaves:
         raise UserError("lora.targets: wanted linear layers in the language model, found none; name them")
     return rf"{re.escape(prefix)}\.(.*\.)?({'|'.join(leaves)})"
+
+
+def _beside(model: Any, targets: str) -> str | None:
+    """A pattern of what peft must leave alone under auto's targets, where it would not: for some mixtures it keeps the last names of
+    a pattern alone, and other parts have linears of these names too (Qwen3-Omni's sound tower)."""
+    start = re.escape(_decoder_name(model)) + r"\."
+    linears = [name for name, module in model.named_modules() if _is_linear(module)]
+    outside = (name for name in linears if not re.match(start, name))
+    if _not_by_peft(model) and any(re.fullmatch(targets.removeprefix(start), name) for name in outside):
+        return f"(?!{start}).*"
+    return None
 
 
 def _leaf(name: str) -> str:
@@ -169,6 +184,7 @@ def attach_lora(model: Any, lora: LoraConfig, train_projector: bool) -> Any:
     config = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none",
         task_type="CAUSAL_LM", modules_to_save=_to_train(model, train_projector), target_parameters=parameters,
+        exclude_modules=_beside(model, targets) if lora.targets == "auto" else None,
     )  # fmt: skip
     try:
         with warnings.catch_warnings():

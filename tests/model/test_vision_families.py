@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -133,6 +134,8 @@ def test_every_family_has_a_projector_that_train_projector_finds(name: str, tiny
     towers = ("vision_tower", "vision_model.encoder", "visual.blocks", "language_model", "text_model")
     inside = "vision_tower.patch_merger"  # HunYuan's projector
     assert not any(tower in n.replace(inside, "") for n in trained for tower in towers)
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad and "original_module" not in n}
+    assert not any(re.search(r"visual\.\w*merger", n) for n in frozen)  # Qwen's, for one layer or several
     decoder = {id(parameter) for parameter in language_model(model).parameters()}
     assert all(id(p) in decoder for n, p in model.named_parameters() if "lora_" in n)
 
