@@ -941,6 +941,53 @@ def qwen3_omni(tiny_models: ModuleType) -> Parts:
     return config, processor
 
 
+def video_llava(tiny_models: ModuleType) -> Parts:
+    """Video-LLaVA: images, as LLaVA-1.5's by another name."""
+    import transformers
+
+    tokenizer = tokenizer_with(tiny_models, "<video>")
+    id_of = tokenizer.convert_tokens_to_ids
+    config = transformers.VideoLlavaConfig(
+        text_config=transformers.LlamaConfig(**tiny_models.language_config(tokenizer)),
+        vision_config=transformers.CLIPVisionConfig(**VISION), image_token_index=id_of("<image>"),
+        video_token_index=id_of("<video>"), image_seq_length=16, tie_word_embeddings=False,
+    )  # fmt: skip
+    size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    processor = image_only(
+        "video_llava", image_processor=transformers.VideoLlavaImageProcessor(**size), tokenizer=tokenizer, patch_size=7,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+    return config, processor
+
+
+def cohere_compass(tiny_models: ModuleType) -> Parts:
+    """Cohere's Compass: patches of any number, positions on three axes, layers with a window and without, scaled logits."""
+    import transformers
+
+    mark, video, start, end = "<|IMAGE_PAD|>", "<|VIDEO_PAD|>", "<|VISION_START|>", "<|VISION_END|>"
+    tokenizer = tokenizer_with(tiny_models, mark, video, start, end, image=f"{start}{mark}{end}")
+    id_of = tokenizer.convert_tokens_to_ids
+    kinds = ["sliding_attention", "full_attention"]
+    text = tiny_models.language_config(
+        tokenizer, rope_parameters={kind: rope(mrope_section=[2, 3, 3]) for kind in kinds}, layer_types=kinds,
+        sliding_window=24, logit_scale=0.5,
+    )  # fmt: skip
+    vision = {
+        "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 7, "out_hidden_size": 64,
+        "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
+    }  # fmt: skip
+    config = transformers.CohereCompassConfig(
+        text_config=text, vision_config=vision, image_token_id=id_of(mark), video_token_id=id_of(video),
+        vision_start_token_id=id_of(start), vision_end_token_id=id_of(end),
+    )  # fmt: skip
+    size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+    pixels = pil("cohere_compass", "CohereCompassImageProcessorPil", patch_size=7, merge_size=2, size=size)
+    template = tokenizer.chat_template
+    return config, image_only(
+        "cohere_compass", image_processor=pixels, tokenizer=tokenizer, chat_template=template
+    )
+
+
 FAMILIES: dict[str, Callable[[ModuleType], Parts]] = {
     "Qwen2-VL": qwen_vl(
         "qwen2_vl", "Qwen2VL",
@@ -1053,6 +1100,8 @@ FAMILIES: dict[str, Callable[[ModuleType], Parts]] = {
     "Granite Docling": granite_docling,
     "Qwen2.5-Omni": qwen_omni,
     "Qwen3-Omni": qwen3_omni,
+    "Video-LLaVA": video_llava,
+    "Cohere Compass": cohere_compass,
 }  # fmt: skip
 
 # Why families that do not share prompts do not.
