@@ -101,6 +101,7 @@ ADDED = {
     "train.eps",
     "train.min_rate",
     "train.warmup_steps",
+    "data.group_by",
 }  # beyond the published keys
 
 
