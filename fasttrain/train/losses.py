@@ -55,12 +55,15 @@ class PairLoss:
         ):
             got, default = getattr(config, name), getattr(LossConfig, name)
             require(used or got == default, f"loss.{name}", f"no value without {part}", got)
+        coupled = ", ".join(sorted(COUPLE_PAIRS & set(config.kinds)))
+        wanted = f"false with {coupled}, whose losses belong to no pair"
+        require(not (coupled and config.use_weighting), "loss.use_weighting", wanted, True)
         try:
             one, length = torch.zeros(1), torch.ones(1, dtype=torch.int64)
             side = one[:, None] if self.wants else None
             self(one, one, length, torch.zeros(1, 2, dtype=torch.int64), side, 1.0)
         except ValueError as error:
-            raise UserError(f"loss: {str(error).removeprefix('preference_loss: ')}") from None
+            raise UserError(f"loss.{str(error).removeprefix('preference_loss: ')}") from None
 
     def side(self, out: Any) -> Tensor | None:
         """(N, 0 to 4): what WPO weights are made of, if they are wanted; then, on logged steps, what `reports` names."""

@@ -111,9 +111,9 @@ def test_kinds_of_the_recipe_are_those_of_the_kernels() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["loss.kind=exo_pair"], "loss: label_smoothing: wanted a positive number for exo_pair"),
-        (["loss.kind=bco_pair", "loss.f_divergence=forward_kl"], "loss: f_divergence"),
-        (["loss.kind=aot", "loss.use_weighting=true"], "loss: weight"),
+        (["loss.kind=exo_pair"], "loss.label_smoothing: wanted a positive number for exo_pair"),
+        (["loss.kind=bco_pair", "loss.f_divergence=forward_kl"], "loss.f_divergence: wanted"),
+        (["loss.kind=[aot,sft]", "loss.use_weighting=true"], "loss.use_weighting: wanted false with aot, "),
         (
             ["loss.kind=sft", "loss.f_divergence=js_divergence"],
             "loss.f_divergence: wanted reverse_kl with sft",
