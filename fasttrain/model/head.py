@@ -82,7 +82,9 @@ def _transforms(config: Any) -> list[tuple[float | None, float]]:
     scales = []
     if scaling := getattr(config, "logits_scaling", None):
         scales += [1.0 / scaling, scaling]
-    scales += [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier")]
+    scales += [
+        getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier", "output_multiplier")
+    ]
     return [(softcap, scale) for scale in (*scales, 1.0) if scale]
 
 

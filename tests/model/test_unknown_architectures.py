@@ -181,3 +181,22 @@ def test_a_model_that_makes_other_hidden_states_than_one_a_token_is_one_line(
         UserError, match="LlamaForCausalLM computes its logits in a way fasttrain does not know"
     ):
         check_head(model, head, torch.device("cpu"))
+
+
+def test_a_multiplier_below_a_softcap_is_the_models_own(tiny_models: ModuleType) -> None:
+    """Muse Glimmer's."""
+    import torch
+    from transformers import AutoModelForImageTextToText, MuseGlimmerConfig
+
+    from fasttrain.model.head import check_head, install_head
+
+    tokenizer = tiny_models.build_tokenizer(tiny_models.CHATML, eos="<|im_end|>")
+    text = tiny_models.language_config(
+        tokenizer, head_dim=16, layer_rope_theta=[1e4, 0], final_logit_softcapping=3.0, output_multiplier=0.3
+    )
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MuseGlimmerConfig(text_config=text, vision_config=vision, out_hidden_size=128)
+    model = tiny_models.draw_weights(AutoModelForImageTextToText.from_config(config), 1)
+    head = install_head(model)
+    check_head(model, head, torch.device("cpu"))
+    assert (head.softcap, head.logit_scale) == (3.0, 0.3)
