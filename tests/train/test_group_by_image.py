@@ -17,8 +17,10 @@ from fasttrain.data.answer_tokens import plain
 from fasttrain.data.row_index import QUESTIONS
 from fasttrain.report.examples import PairReader
 from fasttrain.report.runs import read_run
+from fasttrain.train.dry_run import dry_run
 from fasttrain.train.job import Job, build_job
 from fasttrain.train.job_checks import check_recipe
+from fasttrain.train.losses import PairLoss
 
 SAME = (
     "loss",
@@ -132,6 +134,16 @@ def test_references_of_questions_run_apart_are_found_and_moved_pairs_are_shown(
     rows = [json.loads(line) for line in (folder / "pair_changes.jsonl").read_text().splitlines()]
     shown = {reader.pair_of_prompt(row, place)[0].where for row, place, *_ in rows[0]["pairs"]}
     assert len(shown) == len(rows[0]["pairs"]) > 4
+
+
+def test_a_dry_run_shows_the_question_as_given_and_the_answer_as_scored(recipe: Callable[..., Any]) -> None:
+    config = recipe("image")
+    told = dry_run(config, PairLoss(config.loss), resume=False, overwrite=False)
+    lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in told.splitlines() if " " in line.strip()}
+    assert "[[" not in lines["prompt"] and lines["prompt"].count("<image>") == 1
+    for name in ("chosen", "rejected"):
+        given, scored = lines[name].split(" [[")
+        assert "?" in given and "?" not in scored and scored.endswith("</s>']]")
 
 
 def test_answers_to_learn_about_one_image_are_learned_together(recipe: Callable[..., Any]) -> None:
