@@ -30,7 +30,15 @@ from fasttrain.data.group_tokens import Tokenizing
 from fasttrain.data.groups import PairFiles, Skipped
 from fasttrain.data.prepared import Account, PreparedData
 from fasttrain.data.tokens import ChatTokenizer
-from fasttrain.files import HashMemo, atomic_folder, cache_root, file_state, naming, user_path
+from fasttrain.files import (
+    HashMemo,
+    atomic_folder,
+    cache_root,
+    file_state,
+    naming,
+    remove_dead,
+    user_path,
+)
 
 VERSION = 7  # raised when the same rows become other tokens, groups or pairs
 KEPT = 8
@@ -172,6 +180,7 @@ def store(key: str, prepared: PreparedData, witness: ImageWitness | _Copied, not
         return  # that file may appear, or open, tomorrow
     folder = cache_root() / "prepared" / key
     try:
+        remove_dead(folder)
         with atomic_folder(folder) as temporary:
             for name, array in prepared.arrays().items():
                 np.save(temporary / f"{name}.npy", array)

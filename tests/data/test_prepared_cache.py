@@ -194,6 +194,17 @@ def test_rows_left_out_for_their_images_are_looked_at_again(
     assert prepared.tokenized  # type: ignore[attr-defined]
 
 
+def test_what_a_kill_left_of_an_entry_goes_when_it_is_made(
+    prepared: Callable[..., Any], fresh_cache: Path
+) -> None:
+    """It may be as large as the entry, and would stay until eight newer ones are there."""
+    entry = fresh_cache / "prepared" / prepared().key
+    left = entry.with_name(f".{entry.name}.{1 << 30}.tmp")  # no process has that number
+    entry.rename(left)
+    prepared()
+    assert entry.is_dir() and not left.exists()
+
+
 def test_only_the_newest_entries_are_kept(
     prepared: Callable[..., Any], fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
