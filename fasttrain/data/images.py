@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasttrain.data.placeholders import text_of_images
+from fasttrain.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -232,7 +233,13 @@ class PixelMaker:
             inputs = self.processor(
                 images=[images], text=[text], add_special_tokens=False, return_tensors="pt"
             )
-        return {name: value for name, value in inputs.items() if name not in _OF_TEXT}
+        kept = {name: value for name, value in inputs.items() if name not in _OF_TEXT}
+        if lists := [name for name, value in kept.items() if not hasattr(value, "to")]:
+            raise UserError(
+                f"model.name: wanted a processor whose image inputs are tensors, got {type(self.processor).__name__}, whose "
+                f"{', '.join(lists)} are lists"
+            )
+        return kept
 
 
 def join_inputs(inputs: list[ImageInputs]) -> ImageInputs:

@@ -14,6 +14,7 @@ import pytest
 
 from fasttrain.data import images
 from fasttrain.data.images import ImageRef, PixelMaker, check_header, hash_bytes, open_image
+from fasttrain.errors import UserError
 
 
 def picture(size: tuple[int, int] = (37, 23), seed: int = 0, mode: str = "RGB") -> Any:
@@ -110,6 +111,21 @@ def test_a_thin_strip_is_refused_before_it_is_resized(monkeypatch: pytest.Monkey
     maker = PixelMaker(lambda **_: pytest.fail("the strip reached the image processor"))
     with pytest.raises(ValueError, match="one side more than"):
         maker([encode(picture((1, 201)), "PNG")])
+
+
+def test_a_processor_whose_image_inputs_are_lists_is_one_line() -> None:
+    """Unlimited-OCR's, which packs could neither join nor move."""
+    import torch
+
+    class Lists:
+        image_token = "<image>"
+
+        def __call__(self, **_: Any) -> dict[str, Any]:
+            return {"input_ids": [[1]], "pixel_values": torch.zeros(1, 3, 2, 2), "patches_grid": [[1, 2]]}
+
+    wanted = r"model\.name: wanted a processor whose image inputs are tensors, got Lists, whose patches_grid are lists"
+    with pytest.raises(UserError, match=wanted):
+        PixelMaker(Lists())([encode(picture(), "PNG")])
 
 
 def test_a_strip_of_200_to_1_is_still_an_image() -> None:
