@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import html
 import io
 import random
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fasttrain.errors import UserError
+from fasttrain.files import HashMemo, cache_root
 from fasttrain.pages import paragraph, picture
 from fasttrain.report.runs import Run
+
+if TYPE_CHECKING:
+    from fasttrain.data.groups import GroupIndex
 
 _LONGEST = 1500  # characters of one text
 _SIDE = 320  # pixels of a thumbnail
@@ -30,7 +37,7 @@ class PairReader:
             raise UserError("the recipe names no pair file")
         read = read_example if run.unit == "examples" else read_pair
         self._left_out = run.left_out
-        self._alike = _same_beginning if run.config.get("data.group_by") == "image" else _same_prompt
+        self._by_image = run.config.get("data.group_by") == "image"
         self._files = PairFiles([str(path) for path in paths], run.config.get("data.image_root"), read)
 
     def __len__(self) -> int:
@@ -52,35 +59,39 @@ class PairReader:
         prompt, problem = self.pair(first)
         if prompt is None:
             return None, problem
-        for number in range(first, min(len(self), first + _REACH)):
+        for number in self._group(first, prompt):
             pair, _ = self.pair(number)
-            if pair is None or pair.where in self._left_out or not self._alike(pair, prompt):
+            if pair is None or pair.where in self._left_out:
                 continue
             if not place:
                 return pair, ""
             place -= 1
+        if self._by_image:
+            return None, "is not in the file any more"
         return None, f"was not found in the {_REACH:,} rows from there on"
+
+    def _group(self, first: int, prompt: Any) -> Iterable[int]:
+        """The rows of a group, perhaps with others that are left out."""
+        if not self._by_image:
+            near = range(first, min(len(self), first + _REACH))
+            return (number for number in near if _same_prompt(self.pair(number)[0], prompt))
+        rows, starts = self._groups.rows, self._groups.starts
+        places = (rows == first).nonzero()[0]
+        return [int(row) for at in places for row in self._groups.group(int((starts <= at).sum()) - 1)]
+
+    @functools.cached_property
+    def _groups(self) -> GroupIndex:
+        """The groups as training makes them: which questions about an image are together depends on all rows before them."""
+        from fasttrain.data.row_index import group_rows, read_rows
+
+        with contextlib.closing(HashMemo(cache_root() / "hashes.sqlite")) as memo:
+            tables = read_rows(self._files, None, by_image=True)
+            return group_rows(self._files, memo, lambda error: None, tables=tables)
 
 
 def _same_prompt(pair: Any, other: Any) -> bool:
     """As rows are grouped for training: equal text, equal image files or equal bytes in them."""
-    return bool(pair.messages == other.messages) and _same_images(pair, other)
-
-
-def _same_beginning(pair: Any, other: Any) -> bool:
-    """The same of rows that are grouped by their images: equal text up to the last of these."""
-    from fasttrain.data.plain_rows import PlainPair
-
-    if not pair.images:
-        return _same_prompt(pair, other)
-    try:
-        return PlainPair.of(pair).beginning() == PlainPair.of(other).beginning()
-    except OSError:
-        return False
-
-
-def _same_images(pair: Any, other: Any) -> bool:
-    if len(pair.images) != len(other.images):
+    if pair is None or pair.messages != other.messages or len(pair.images) != len(other.images):
         return False
     try:
         return pair.images == other.images or all(

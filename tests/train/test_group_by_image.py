@@ -146,6 +146,25 @@ def test_a_dry_run_shows_the_question_as_given_and_the_answer_as_scored(recipe: 
         assert "?" in given and "?" not in scored and scored.endswith("</s>']]")
 
 
+def test_the_report_shows_the_pairs_of_a_group_though_those_of_another_stand_between_them(
+    recipe: Callable[..., Any], pairs: Path, tmp_path: Path
+) -> None:
+    """Eleven questions, each asked again of a copy of the image, are groups of eight and of three."""
+    said = next(json.loads(line) for line in pairs.read_text().splitlines())
+    (tmp_path / "data/images/copy.png").write_bytes((tmp_path / "data/images/0.png").read_bytes())
+    rows = [
+        {**said, "images": [f"images/{name}.png"], "prompt": f"what is {n}?", "chosen": f"{n} of {name}"}
+        for name in ("0", "copy")
+        for n in range(11)
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader = PairReader(read_run(train_dpo(recipe("image")).folder))
+    for first, asked in ((0, range(8)), (8, range(8, 11))):
+        shown = [reader.pair_of_prompt(first, place)[0].chosen for place in range(2 * len(asked))]
+        assert shown == [f"{n} of {name}" for name in ("0", "copy") for n in asked]
+        assert reader.pair_of_prompt(first, 2 * len(asked)) == (None, "is not in the file any more")
+
+
 def test_answers_to_learn_about_one_image_are_learned_together(recipe: Callable[..., Any]) -> None:
     together, apart = (train_sft(recipe(by)).metrics for by in ("image", "prompt"))
     for a, b in zip(together, apart, strict=True):
