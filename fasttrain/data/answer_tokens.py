@@ -46,8 +46,10 @@ def check_beginning(first: EncodedPrompt, own: np.ndarray, pair: Pair, chat: Cha
     """How many of a prompt's ids a sequence begins with; BadRow where it has images behind them."""
     shared = alike(first.ids[: first.fixed], plain(own))
     if chat.image_token_id is not None and (plain(own[shared:]) == chat.image_token_id).any():
-        wanted = "a chat template that writes alike what stands before an image"
-        raise BadRow(pair.where, "images", wanted, "another beginning in a later turn or question")
+        changes = "with a chat template that changes what stands before an image when more is said"
+        if pair.later:
+            raise BadRow(pair.where, "turns", f"one answer a row {changes}", f"{1 + len(pair.later)} answers")
+        raise BadRow(pair.where, "images", f"data.group_by prompt {changes}", "image")
     return shared
 
 

@@ -6,12 +6,15 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fasttrain.config import DataConfig
-from fasttrain.data.answer_tokens import plain
+from fasttrain.data.answer_tokens import check_beginning, plain
+from fasttrain.data.bad_row import BadRow
 from fasttrain.data.group_tokens import GroupTokens, Outcome, tokenize_group
 from fasttrain.data.pairs import Message, Pair
+from fasttrain.data.tokens import EncodedPrompt
 
 TURN = "'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'"
 ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -128,3 +131,22 @@ def test_a_model_whose_prompts_see_what_is_asked_later_learns_one_answer_a_row(t
     chat.sees_prompts_whole = True
     [(kind, entry), _] = outcome(chat).events
     assert kind == "bad" and entry.reason.startswith("turns: wanted one answer a row")
+
+
+@pytest.mark.parametrize(
+    ("later", "told"),
+    [
+        (((), "red"), r"turns: wanted one answer a row with a chat template .*, got 2 answers"),
+        (None, r"images: wanted data\.group_by prompt with a chat template .*, got image"),
+    ],
+)
+def test_an_image_behind_another_beginning_is_refused_with_a_way_out(later: Any, told: str) -> None:
+    """As of Pixtral, which moves the system's turn to the last question."""
+    pair = Pair(
+        where="line 1", id="1", messages=(), images=(), chosen="a bar", rejected=None, later=(later,) if later else ()
+    )  # fmt: skip
+    chat: Any = SimpleNamespace(image_token_id=9)
+    first = EncodedPrompt("", np.array([1, 2, 9, 3]))
+    assert check_beginning(first, np.array([~1, ~2, ~9, ~4, 5]), pair, chat) == 3
+    with pytest.raises(BadRow, match=told):
+        check_beginning(first, np.array([~1, ~9, ~3, 5]), pair, chat)
