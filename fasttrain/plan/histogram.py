@@ -6,7 +6,7 @@ import contextlib
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +29,14 @@ TYPICAL_PAIRS, TYPICAL_PROMPT, TYPICAL_ANSWER = 5084, 630, 130
 
 @dataclass(frozen=True)
 class GroupShape:
-    """`count` prompts of so many tokens and images, each with these completions and pairs of them."""
+    """`count` prompts of so many tokens and images, each with these completions, so many tokens `scored`, and pairs of them."""
 
     prompt: int
     completions: tuple[int, ...]
     pairs: tuple[tuple[int, int], ...]
     images: int
     count: int = 1
+    scored: tuple[int, ...] | None = None  # None: all tokens of the completions
 
     def run_tokens(self, shared: bool) -> int:
         """Tokens that one of them costs in one pass."""
@@ -69,8 +70,9 @@ class Histogram:
         return np.array([shape.prompt, *shape.completions], np.int64)
 
     def scored(self, number: int) -> np.ndarray:
-        """Completion lengths."""
-        return self.lengths(number)[1:]
+        """How many tokens of each completion are targets."""
+        shape = self._shape(number)
+        return np.array(shape.completions if shape.scored is None else shape.scored, np.int64)
 
     def pairs(self, number: int) -> np.ndarray:
         return np.array(self._shape(number).pairs, np.int64).reshape(-1, 2)
@@ -97,7 +99,8 @@ class Histogram:
 
     @property
     def rows(self) -> int:
-        return sum(sum(shape.completions) * shape.count for shape in self.shapes)
+        """Targets, each of which a row predicts."""
+        return sum(sum(shape.scored or shape.completions) * shape.count for shape in self.shapes)
 
     @property
     def images(self) -> int:
@@ -125,10 +128,10 @@ def of_prepared(data: PreparedData, source: str) -> Histogram:
             continue
         prompt, *completions = data.lengths(number).tolist()
         pairs = tuple((int(c), int(r)) for c, r in data.pairs(number))
-        shape = GroupShape(prompt, tuple(completions), pairs, data.image_count(number))
+        scored = tuple(data.scored(number).tolist())
+        shape = GroupShape(prompt, tuple(completions), pairs, data.image_count(number), scored=scored)
         seen[shape] = seen.get(shape, 0) + 1
-    shapes = [GroupShape(s.prompt, s.completions, s.pairs, s.images, count) for s, count in seen.items()]
-    return Histogram(shapes, source)
+    return Histogram([replace(shape, count=count) for shape, count in seen.items()], source)
 
 
 def parse_lengths(texts: Sequence[str], images: int) -> Histogram:

@@ -78,8 +78,8 @@ def print_page(
         f"model       {name} ({planned.source}), {str(planned.dtype).removeprefix('torch.')}",
         f"parameters  {weights.total:,}: {weights.trained:,} trained (adapter {weights.adapter:,}, projector {weights.projector:,}, "
         f"base {weights.whole:,})",
-        f"data        {histogram.pair_total:,} pairs of {len(histogram):,} prompts, {histogram.tokens / len(histogram):,.0f} tokens a "
-        f"prompt with its answers; {histogram.source}",
+        f"data        {histogram.pair_total:,} pairs in {len(histogram):,} groups, {histogram.tokens / len(histogram):,.0f} tokens a "
+        f"group; {histogram.source}",
         f"run         {first.work.steps:,} steps of {first.work.pairs:.0f} pairs on {machine.gpus} x {machine.gpu.name}",
         "",
     ]

@@ -166,7 +166,8 @@ def mean_group(data: PreparedData, model_config: Any, shared: bool) -> PackMix:
     groups = tokens = rows = images = 0
     for number in data.some_groups():
         lengths = data.lengths(number)
-        groups, tokens, rows = groups + 1, tokens + run_tokens(lengths, shared), rows + int(lengths[1:].sum())
+        groups, tokens = groups + 1, tokens + run_tokens(lengths, shared)
+        rows += int(data.scored(number).sum())
         images += data.image_count(number) * (1 if shared else len(lengths) - 1)
     groups = max(1, groups)
     return PackMix(tokens / groups, rows / groups, images / groups, counts_tower(model_config), shared)

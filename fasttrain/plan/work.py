@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -76,31 +77,30 @@ def _count(
     ranks = step.ranks
     tokens, flops = [0] * ranks, [0] * ranks
     for index, pack in enumerate(step.packs):
-        layout, images = pack_layout(histogram, pack)
+        layout, images, given = pack_layout(histogram, pack)
         held = sum(prompt + sum(completions) for prompt, completions in layout)
-        spent = pass_flops(
-            shape, layout, images, backward=True, checkpointing=checkpointing, shared=pack.shared
-        )
+        count = functools.partial(pass_flops, shape, layout, images, shared=pack.shared, given=given)
+        spent = count(backward=True, checkpointing=checkpointing)
         twice = coupled or pack.twice
         if twice:
-            spent += pass_flops(
-                shape, layout, images, backward=False, checkpointing=False, shared=pack.shared
-            )
+            spent += count(backward=False, checkpointing=False)
         tokens[index % ranks] += held * (2 if twice else 1)
         flops[index % ranks] += spent
     return tokens, flops
 
 
-def pack_layout(data: Histogram | PreparedData, pack: Pack) -> tuple[list[tuple[int, list[int]]], int]:
-    """Lengths of a pack's prompts, each with those of the completions behind it, and its images: as `pass_flops` takes them."""
+def pack_layout(data: Histogram | PreparedData, pack: Pack) -> tuple[list[tuple[int, list[int]]], int, int]:
+    """Lengths of a pack's prompts, each with those of the completions behind it, its images, and how many tokens of its
+    completions are no targets: as `pass_flops` takes them."""
     layout: list[tuple[int, list[int]]] = []
-    images = 0
+    images = given = 0
     for piece in pack.pieces:
         lengths: list[int] = data.lengths(piece.group).tolist()
         completions = [lengths[1 + c] for c in piece.completions]
         layout += [(lengths[0], completions)] if pack.shared else [(lengths[0], [c]) for c in completions]
         images += data.image_count(piece.group) * (1 if pack.shared else len(completions))
-    return layout, images
+        given += sum(completions) - int(data.scored(piece.group)[list(piece.completions)].sum())
+    return layout, images, given
 
 
 def _unshared(step: Step, data: Any) -> int:
@@ -117,7 +117,8 @@ def _reference(histogram: Histogram, shape: ModelShape, shared: bool) -> int:
         runs = [list(entry.completions)] if shared else [[length] for length in entry.completions]
         layout = [(entry.prompt, completions) for completions in runs]
         images = entry.images * len(runs)
+        given = sum(entry.completions) - sum(entry.scored or entry.completions)
         total += entry.count * pass_flops(
-            shape, layout, images, backward=False, checkpointing=False, shared=shared
+            shape, layout, images, backward=False, checkpointing=False, shared=shared, given=given
         )
     return total

@@ -132,8 +132,8 @@ def _work(job: Job, steps) -> tuple[int, int, int]:  # type: ignore[no-untyped-d
         for pack in step.packs:
             if pack.fill:
                 continue
-            layout, images = pack_layout(job.train, pack)
-            count = functools.partial(pass_flops, job.shape, layout, images, shared=pack.shared)
+            layout, images, given = pack_layout(job.train, pack)
+            count = functools.partial(pass_flops, job.shape, layout, images, shared=pack.shared, given=given)
             flops += count(backward=True, checkpointing=job.checkpointing)
             twice = coupled or (pack.twice and not job.loss.single)  # as StepRunner runs them
             flops += count(backward=False, checkpointing=False) if twice else 0
