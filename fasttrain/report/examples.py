@@ -122,12 +122,8 @@ def pair_html(pair: Any, lead: str = "", told: dict[str, str] | None = None) -> 
     """A card; `lead` stands first, `told` says more of the chosen and the rejected answer."""
     told = told or {}
     images = "".join(_thumbnail(ref) for ref in pair.images[:4])
-    texts = "".join(
-        f'<div class="label">{html.escape(role)}</div>'
-        f'<div class="text">{html.escape(_cut("".join(text for kind, text in parts if kind == "text")))}</div>'
-        for role, parts in pair.messages
-    )
-    texts += _answer("chosen", pair.chosen, told.get("chosen", ""))
+    texts = _said(pair.messages) + _answer("chosen", pair.chosen, told.get("chosen", ""))
+    texts += "".join(_said(asked) + _answer("chosen", answer, "") for asked, answer in pair.later)
     if pair.rejected is not None:
         texts += _answer("rejected", pair.rejected, told.get("rejected", ""))
     where = html.escape(_short_place(pair.where) + ("" if pair.id == pair.where else f", id {pair.id}"))
@@ -135,6 +131,14 @@ def pair_html(pair: Any, lead: str = "", told: dict[str, str] | None = None) -> 
     return (
         f'<div class="pair">{f"<div>{images}</div>" if images else ""}'
         f'<div>{first}{texts}<div class="label">{where}</div></div></div>'
+    )
+
+
+def _said(messages: Iterable[Any]) -> str:
+    return "".join(
+        f'<div class="label">{html.escape(role)}</div>'
+        f'<div class="text">{html.escape(_cut("".join(text for kind, text in parts if kind == "text")))}</div>'
+        for role, parts in messages
     )
 
 

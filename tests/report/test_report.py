@@ -17,7 +17,7 @@ import yaml
 from fasttrain import cli
 from fasttrain.errors import UserError
 from fasttrain.report import read_run, read_runs, write_report
-from fasttrain.report.examples import PairReader
+from fasttrain.report.examples import PairReader, example_parts
 from fasttrain.report.panels import PANELS, panels_of
 from fasttrain.report.runs import Run
 
@@ -206,6 +206,18 @@ def test_rows_that_are_no_pairs_are_passed_over(make_run: Callable[..., Path], t
     )
     page = write_report([read_run(folder)], folder, examples=5).read_text()
     assert page.count('<div class="pair">') == 2
+
+
+def test_all_answers_of_a_learned_conversation_are_shown(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = read_run(make_run(lines=SHORT))
+    said = [("user", "what?"), ("assistant", "a bar"), ("user", "which colour?"), ("assistant", "red")]
+    row = {"messages": [{"role": role, "content": text} for role, text in said]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    (shown,) = example_parts(dataclasses.replace(run, environment=run.environment | {"method": "sft"}), 2)
+    places = [shown.index(f">{text}<") for _, text in said]
+    assert places == sorted(places) and shown.count('<div class="chosen">') == 2
 
 
 def test_an_image_that_is_gone_is_told_beside_its_pair(make_run: Callable[..., Path], tmp_path: Path) -> None:
