@@ -156,7 +156,7 @@ class DataConfig:
         "What runs once for all pairs that share it: the prompt, or its beginning up to the last image, for several questions about one image.",
     )
     limit_pairs: int | None = setting(
-        None, "First N pairs (sft: answers) after shuffling, for data-scaling studies."
+        None, "First N pairs (sft: examples) after shuffling, for data-scaling studies."
     )
     workers: int | Literal["auto"] = setting("auto", "Processes that prepare packs ahead of the step.")
 
@@ -247,7 +247,7 @@ class TrainConfig:
     epochs: float = setting(3, "Passes over the pairs.")
     max_steps: int | None = setting(None, "Stop after this many optimizer steps, whatever epochs says.")
     pairs_per_step: int = setting(
-        128, "A step takes whole groups until it holds at least this many pairs (sft: answers)."
+        128, "A step takes whole groups until it holds at least this many pairs (sft: examples)."
     )
     tokens_per_pack: int | Literal["auto"] = setting("auto", "Most tokens in one forward pass.")
     share_prefix: bool = setting(True, "Run a prompt once for all its completions.")

@@ -337,7 +337,7 @@ class PreparedData:
         """Leave a group out after all (its image turned out broken); its number stays, with no pairs."""
         pairs = self.pair_count(number)
         self.account.skipped.append(
-            Skipped(self.where(number), None, f"{reason} ({pairs} pair(s) of this prompt)")
+            Skipped(self.where(number), None, f"{reason} ({pairs} pair(s) of its group)")
         )
         self.account.pairs -= pairs
         self.account.groups -= 1

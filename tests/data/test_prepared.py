@@ -310,7 +310,7 @@ def test_a_dropped_group_leaves_no_pairs_and_corrects_the_account(
     data.drop(2, "images: broken")
     assert (account.pairs, account.groups, account.images) == (6, 2, 3)
     assert data.pair_count(2) == 0 and data.pairs(2).shape == (0, 2) and len(data) == 3
-    assert data.skipped_lines()[-1]["reason"] == "images: broken (3 pair(s) of this prompt)"
+    assert data.skipped_lines()[-1]["reason"] == "images: broken (3 pair(s) of its group)"
 
 
 def test_token_ids_are_mapped_not_held(prepared: Any) -> None:
