@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import platform
 import re
 import sys
 from pathlib import Path
@@ -375,7 +376,9 @@ def _prepare_torch() -> None:
     os.environ.setdefault(
         "THP_MEM_ALLOC_ENABLE", "1"
     )  # tensors in huge pages, where the kernel gives them on request
-    if sys.platform == "linux" and not os.environ.keys() & _ALLOCATOR:
+    # the drivers of WSL and of Jetson boards fail at it
+    able = sys.platform == "linux" and not re.search("microsoft|tegra", platform.release(), re.IGNORECASE)
+    if able and not os.environ.keys() & _ALLOCATOR:
         # no two packs are of one size: a GPU's memory that one leaves must grow together to serve the next
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     for name in ("bitsandbytes", "kernels"):

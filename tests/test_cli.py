@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import platform
 import re
 import resource
 import shutil
@@ -166,6 +167,17 @@ def test_gpu_memory_grows_in_place_unless_the_user_says_otherwise(
     assert found == (
         {told: "max_split_size_mb:512"} if told else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has no such memory elsewhere")
+@pytest.mark.parametrize("release", ["5.15.90.1-microsoft-standard-WSL2", "5.15.148-tegra"])
+def test_gpu_memory_stays_as_it_is_where_the_driver_cannot_grow_it(
+    release: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k})
+    monkeypatch.setattr(platform, "release", lambda: release)
+    cli._prepare_torch()
+    assert not any("ALLOC_CONF" in name for name in os.environ)
 
 
 def test_env_names_versions_and_backends(fasttrain: Any) -> None:
