@@ -45,6 +45,12 @@ def test_every_answer_of_a_conversation_is_one_to_learn(tmp_path: Path) -> None:
         {"messages": messages, "system": "Be short.", "images": ["a.png", "a.png"], "tools": "[]"},
         {"messages": None, "conversations": turns, "images": ["a.png", "a.png"]},
         {"instruction": "Add.", "input": "1 2", "output": "3", "history": [["Ready?", "Yes."]]},
+        {"messages": [*messages[:2], {**messages[2], "content": "And?"}, messages[3]], "images": ["a.png"]},
+        {
+            "messages": [*messages[:2], {**messages[2], "content": "And?"}, messages[3]],
+            "system": "Be short.",
+            "images": ["a.png"],
+        },
     ]
     path = tmp_path / "taught.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -56,6 +62,9 @@ def test_every_answer_of_a_conversation_is_one_to_learn(tmp_path: Path) -> None:
         ([first], "So.", 1),
         (later, "Or.", 2),
         ([("user", "Ready?")], "Yes. [user: Add.\n1 2] 3", 0),
+        ([first], "So. [user: And?] Or.", 1),
+        ([system, first], "So.", 1),
+        ([system, first, ("assistant", "So."), ("user", "And?")], "Or.", 1),
     ]
 
 

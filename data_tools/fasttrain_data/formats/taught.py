@@ -49,7 +49,8 @@ def read_taught(path: Path, bad: Callable[[BadRow], object]) -> Iterator[Row]:
     """Rows of prompt and `completion`, or of prompt and `turns` where more answers follow the first, streamed.
 
     Every answer of the assistant is one to learn behind all that was said before it: the tokens that LLaMA-Factory, ms-swift, and
-    TRL with `assistant_only_loss` learn. A row has its images in its prompt: one more begins a new row. Rows that are wrong go to `bad`.
+    TRL with `assistant_only_loss` learn. A row has its images in its prompt: one more begins a new row, as every answer does beside a
+    system's turn. Rows that are wrong go to `bad`.
     """
     for file, name, row in iterate_rows(path, bad):
         try:
@@ -86,10 +87,12 @@ def _answers(row: Row, place: Place) -> Iterator[Row]:
     for index in taught:
         check_answer(texts[index], field, place)
     kept = other_columns(row, *_READ, *_ELSEWHERE)
+    # some templates move the system's turn to the last question: what stands before an image is then another in every turn
+    apart = turns[0]["role"] == "system" and _has_image(turns)
     begins = [
         index
         for number, index in enumerate(taught)
-        if not number or _has_image(turns[taught[number - 1] : index])
+        if not number or apart or _has_image(turns[taught[number - 1] : index])
     ]
     for number, (index, end) in enumerate(zip(begins, [*begins[1:], len(turns)]), start=1):
         last = max(answer for answer in taught if answer < end)
