@@ -14,7 +14,7 @@ ABOUT = {
     "vlm-130": "image, 1:1, answers of 130 tokens",
     "vlm-300": "image, 1:1, answers of 300 tokens",
     "vlm-4x3": "image, four answers, three pairs",
-    "vlm-8q": "image, eight questions, 1:1, 130 tokens",
+    "vlm-4q": "image, four questions, 1:1, 130 tokens",
     "text-512": "text, prompt 512, answers of 128",
 }
 

@@ -60,7 +60,7 @@ CASES = {
         Case("vlm-130", "smollm2-llava", [[130, 130]], about="1:1, image, answers of 130 tokens"),
         Case("vlm-300", "smollm2-llava", [[300, 300]], about="1:1, image, answers of 300 tokens"),
         Case("vlm-4x3", "smollm2-llava", [[130] * 4], about="four answers, three pairs, image, 130 tokens"),
-        Case("vlm-8q", "smollm2-llava", [[130, 130]] * 8, about="eight questions about one image, 1:1, 130 tokens", one_image=True),
+        Case("vlm-4q", "smollm2-llava", [[130, 130]] * 4, about="four questions about one image, 1:1, 130 tokens", one_image=True),
         Case("text-512", "smollm2", [[128, 128]], 512, about="1:1, text, prompt 512, answers of 128 tokens"),
         Case("ladder", "smollm2-llava", [[60, 200], [130, 130]], about="two pairs, image, answers of 60 to 200"),
         Case("tiny", "smollm2", [[9, 14], [6, 5, 8]], 12, about="a few tokens, to try the bench itself"),
