@@ -210,7 +210,15 @@ class PreparedData:
 
     def scored(self, number: int) -> np.ndarray:
         """How many tokens of each completion are targets."""
-        return np.array([np.count_nonzero(ids >= 0) for ids in self.group(number).completion_ids], np.int64)
+        at = self._slots[number]
+        if at < 0:
+            return np.array(
+                [np.count_nonzero(ids >= 0) for ids in self._make(number).completion_ids], np.int64
+            )
+        bounds = self._token_starts[at] + np.cumsum(self.lengths(number))
+        return np.array(
+            [np.count_nonzero(self._tokens[a:b] >= 0) for a, b in itertools.pairwise(bounds)], np.int64
+        )
 
     def pair_count(self, number: int) -> int:
         return 0 if number in self._dropped else int(self._counts[number])

@@ -195,6 +195,11 @@ class Policy(nn.Module):
         wanted = batch.pack.images or self.images_train_alone
         return self.blank if wanted and not images else None
 
+    @property
+    def embeddings_of_layers(self) -> nn.Module | None:
+        """Gemma 4's second embeddings, of every layer; before them a pass reads the weight of the first outside of these."""
+        return getattr(getattr(trunk(self.model), "language_model", None), "embed_tokens_per_layer", None)
+
     @contextlib.contextmanager
     def _blank_images(self, blank: dict[str, Tensor]) -> Iterator[None]:
         """Run vision tower and projector on blank images, at weight zero, as other ranks run them on theirs.
@@ -216,8 +221,7 @@ class Policy(nn.Module):
             parts = [part for part in tree_leaves([features, deeper]) if isinstance(part, Tensor)]
             return embedded + torch.stack([part.sum() for part in parts]).sum() * 0
 
-        text = getattr(trunk(self.model), "language_model", None)
-        last = getattr(text, "embed_tokens_per_layer", None) or self.model.get_input_embeddings()
+        last = self.embeddings_of_layers or self.model.get_input_embeddings()
         hook = last.register_forward_hook(add_nothing)
         try:
             yield

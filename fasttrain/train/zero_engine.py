@@ -98,8 +98,9 @@ class ZeroEngine:
     @contextlib.contextmanager
     def within_a_pass(self) -> Iterator[None]:
         """Have weights gathered that a module reads of another (Gemma 4 of its embeddings), as DeepSpeed does in the policy's own
-        passes."""
-        modules = list(self.policy.modules()) if self.stage == 3 else []
+        passes; for no other model, as what is gathered so is never let go."""
+        reads = self.stage == 3 and self.policy.embeddings_of_layers is not None
+        modules = list(self.policy.modules()) if reads else []
         for module in modules:
             module._parameters._in_forward = True  # type: ignore[attr-defined]
         try:
