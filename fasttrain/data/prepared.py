@@ -210,15 +210,16 @@ class PreparedData:
 
     def scored(self, number: int) -> np.ndarray:
         """How many tokens of each completion are targets."""
-        at = self._slots[number]
-        if at < 0:
-            return np.array(
-                [np.count_nonzero(ids >= 0) for ids in self._make(number).completion_ids], np.int64
-            )
-        bounds = self._token_starts[at] + np.cumsum(self.lengths(number))
-        return np.array(
-            [np.count_nonzero(self._tokens[a:b] >= 0) for a, b in itertools.pairwise(bounds)], np.int64
-        )
+        if self._slots[number] < 0:
+            completions = self._make(number).completion_ids
+        else:
+            _, *completions = self._ids(number)
+        return np.array([np.count_nonzero(ids >= 0) for ids in completions], np.int64)
+
+    def _ids(self, number: int) -> list[np.ndarray]:
+        """The prompt's and the completions' ids of a group that has its tokens."""
+        bounds = self._token_starts[self._slots[number]] + np.cumsum([0, *self.lengths(number)])
+        return [np.asarray(self._tokens[a:b]) for a, b in itertools.pairwise(bounds)]
 
     def pair_count(self, number: int) -> int:
         return 0 if number in self._dropped else int(self._counts[number])
@@ -245,8 +246,7 @@ class PreparedData:
                 if number not in self._dropped
                 else Group(number, made.where, made.prompt_ids, made.completion_ids, self.pairs(number))
             )
-        bounds = self._token_starts[at] + np.cumsum([0, *self.lengths(number)])
-        prompt, *completions = [np.asarray(self._tokens[a:b]) for a, b in itertools.pairwise(bounds)]
+        prompt, *completions = self._ids(number)
         return Group(number, self.where(number), prompt, completions, self.pairs(number))
 
     def _make(self, number: int) -> Group:
