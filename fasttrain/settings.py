@@ -79,7 +79,9 @@ class ModelConfig:
         "template",
         "Whether a prompt begins with the beginning-of-sequence token where only the tokenizer would write it: template is no.",
     )
-    train_projector: bool = setting(False, "Also train the vision-to-language projector, whole.")
+    train_projector: bool = setting(
+        False, "Also train the vision-to-language projector, whole; quantize leaves it as it is then."
+    )
     trust_remote_code: bool = setting(False, "Run Python code that comes with the model repository.")
 
     def __post_init__(self) -> None:

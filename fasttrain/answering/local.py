@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError, is_out_of_memory
 from fasttrain.files import HashMemo, cache_root
 from fasttrain.model import load as loading
-from fasttrain.model.lora import read_adapter, read_adapter_config
+from fasttrain.model.lora import modules_replaced, read_adapter, read_adapter_config
 from fasttrain.model.positions import rope_types, trained_positions, why_too_long
 from fasttrain.plan.device_memory import device_memory
 from fasttrain.progress import say
@@ -63,8 +64,7 @@ class LocalModel:
     def version(self) -> str:
         """A hash of everything that decides an answer besides the question: weights, adapter, template, image settings."""
         dtype = str(loading.pick_dtype(self.config.dtype, self.device)).removeprefix("torch.")
-        adapter = str(self.adapter) if self.adapter else None
-        identity = model_identity(self.folder, self.model_config, self.config, dtype, adapter, self.memo)
+        identity = model_identity(self.folder, self.model_config, self.config, dtype, self.adapter, self.memo)
         images = getattr(self.processor, "image_processor", None)
         settings = images.to_dict() if images is not None else None
         template = getattr(self.processor, "chat_template", None)
@@ -75,7 +75,11 @@ class LocalModel:
 
     @cached_property
     def generator(self) -> Generator | GenericGenerator:
-        model = loading.load_model(self.folder, self.config, self.model_config, self.device)
+        with _of_adapter():
+            replaced = modules_replaced(self.adapter)
+        model = loading.load_model(
+            self.folder, self.config, self.model_config, self.device, replaced=replaced
+        )
         tokens, rows = (
             len(getattr(self.processor, "tokenizer", self.processor)),
             len(model.get_input_embeddings().weight),
@@ -215,9 +219,16 @@ def bos_of_run(adapter: Path) -> str:
 
 def load_adapter(model: Any, folder: Path) -> Any:
     """The model with the adapter's layers in place; UserError unless it has every weight, in the model's shapes."""
-    try:
+    with _of_adapter():
         adapted = read_adapter(model, folder, read_adapter_config(folder), trainable=False)
         return adapted.get_base_model().eval()
+
+
+@contextlib.contextmanager
+def _of_adapter() -> Iterator[None]:
+    """Mistakes of an adapter told as those of the option that named it."""
+    try:
+        yield
     except UserError as error:
         raise UserError(str(error).replace("lora.init_from:", "--adapter:")) from None
 

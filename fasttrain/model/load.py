@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from fasttrain.config import DPOConfig, ModelConfig
 from fasttrain.errors import UserError, is_out_of_memory
 from fasttrain.files import user_path
 from fasttrain.model.file_layout import whole_shapes
+from fasttrain.model.lora import PROJECTORS
 from fasttrain.model.no_videos import PIXTRAL, pixtral_processor, processor_name, without_videos
 from fasttrain.settings import require
 
@@ -227,10 +230,12 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype | None = None,
     zero3: bool = False,
+    replaced: Sequence[str] = (),
 ) -> Any:
     """The model on its device, in evaluation mode, every weight found in its files; UserError if one is missing.
 
-    `dtype` is what the recipe says when it is None. With `zero3` every rank keeps its part of the weights.
+    `dtype` is what the recipe says when it is None. With `zero3` every rank keeps its part of the weights. `replaced` are the modules
+    that an adapter has copies of (PEFT's `modules_to_save`): they stay unquantised, as a projector that trains does.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -248,7 +253,7 @@ def load_model(
                 config=model_config,
                 dtype=dtype,
                 attn_implementation=attention,
-                quantization_config=_quantization(config, dtype, device),
+                quantization_config=_quantization(loader, config, model_config, dtype, replaced),
                 device_map=None
                 if zero3
                 else {"": device}
@@ -293,7 +298,10 @@ def _takes_sdpa(loader: Any, model_config: Any, own: Any) -> bool:
     return all(getattr(found, "_supports_sdpa", True) for found in classes)
 
 
-def _quantization(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Any:
+def _quantization(
+    loader: Any, config: ModelConfig, model_config: Any, dtype: torch.dtype, replaced: Sequence[str]
+) -> Any:
+    """What bitsandbytes shall quantise, None for nothing: all linears but the ones that transformers leaves out, and what is replaced."""
     if config.quantize is None:
         return None
     try:
@@ -303,9 +311,19 @@ def _quantization(config: ModelConfig, dtype: torch.dtype, device: torch.device)
             f"model.quantize: {config.quantize} needs bitsandbytes: pip install 'fasttrain-dpo[quant]'"
         ) from None
     from transformers import BitsAndBytesConfig
+    from transformers.quantizers.base import get_keys_to_not_convert
 
+    names = [*replaced, *(PROJECTORS if config.train_projector else ())]
+    left_out = None  # as transformers says
+    if names:
+        with torch.device("meta"):
+            model = loader.from_config(
+                copy.deepcopy(model_config), dtype=dtype, trust_remote_code=config.trust_remote_code
+            )
+        left_out = get_keys_to_not_convert(model) + [rf"(?:.*\.)?{re.escape(name)}" for name in names]
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=left_out,  # for all its name of 4 bits too
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=True,

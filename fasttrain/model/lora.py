@@ -21,7 +21,7 @@ from fasttrain.ranks import full_shape
 # What stands between tower and language model: LLaVA's and most others', Idefics', Qwen-VL's and GLM-V's, Janus' and
 # DeepSeek-VL's, VideoLLaMA 3's and PaddleOCR-VL's, LightOnOCR's, Ernie 4.5 VL's, Gemma 4's, MiniCPM-V's, HunYuan-VL's, Granite
 # Vision 4's.
-_PROJECTORS = (
+PROJECTORS = (
     "multi_modal_projector", "connector", "visual.merger", "visual.deepstack_merger_list", "visual.merger_list", "model.aligner",
     "model.projector", "model.vision_projection", "model.visual_embeddings_table", "model.resampler_model", "model.embed_vision",
     "model.merger", "vision_tower.patch_merger", "model.layerwise_projectors", "model.spatial_projectors",
@@ -36,14 +36,14 @@ def images_train_alone(model: Any) -> bool:
 
 def in_projector(name: str) -> bool:
     """Whether a module or parameter of this name belongs to the projector."""
-    return any(f".{projector}." in f".{name}." for projector in _PROJECTORS)
+    return any(f".{projector}." in f".{name}." for projector in PROJECTORS)
 
 
 def _projectors(model: Any) -> list[str]:
     """Names, without what stands before them, of the modules that make up the projector; those of lists one by one."""
     found: list[str] = []
     for name, module in model.named_modules():
-        short = next((p for p in _PROJECTORS if f".{name}".endswith(f".{p}")), None)
+        short = next((p for p in PROJECTORS if f".{name}".endswith(f".{p}")), None)
         if short is not None:
             parts = range(len(module)) if isinstance(module, nn.ModuleList) else None
             found += [short] if parts is None else [f"{short}.{part}" for part in parts]
@@ -58,11 +58,11 @@ def _to_train(model: Any, train_projector: bool) -> list[str] | None:
     if not names:
         raise UserError(
             f"model.train_projector: wanted a vision-language model with a projector, got {type(model).__name__}: none of "
-            f"its modules is called {', '.join(_PROJECTORS)}"
+            f"its modules is called {', '.join(PROJECTORS)}"
         )
     if not all(p.is_floating_point() for name, p in model.named_parameters() if in_projector(name)):
         raise UserError(
-            "model.train_projector: wanted false with a quantised projector (by model.quantize, or in the model's files), got true"
+            "model.train_projector: wanted false with a projector that the model's files hold quantised, got true"
         )
     return names
 
@@ -335,6 +335,11 @@ def _refuse_variants(config: Any, folder: Path) -> None:
             f"lora.init_from: wanted an adapter over the base's own weights, got {folder} (init_lora_weights {start}): what it "
             "takes off them is drawn anew at each load; save it as ordinary LoRA (peft: path_initial_model_for_weight_conversion)"
         )
+
+
+def modules_replaced(adapter: Path | None) -> list[str]:
+    """The names of the modules that an adapter has copies of, to take the place of the model's; UserError as `read_adapter_config`."""
+    return list(read_adapter_config(adapter).modules_to_save or []) if adapter else []
 
 
 def read_adapter(model: Any, folder: Path, config: Any, *, trainable: bool) -> Any:

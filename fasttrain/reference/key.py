@@ -18,7 +18,7 @@ _INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache", "dtype", "t
 
 
 def model_identity(
-    folder: Path, model_config: Any, config: ModelConfig, dtype: str, adapter: str | None, memo: HashMemo
+    folder: Path, model_config: Any, config: ModelConfig, dtype: str, adapter: Path | None, memo: HashMemo
 ) -> dict[str, Any]:
     """What identifies the reference model: contents of its weights, configuration and own code, dtype, quantisation, adapter.
 
@@ -37,10 +37,12 @@ def model_identity(
     }
     if config.trust_remote_code and (code := sorted(folder.glob("*.py"))):
         identity["code"] = {path.name: memo(path) for path in code}
+    if config.quantize and config.train_projector:
+        identity["quantised"] = "all but the projector"
     if adapter is not None:
         names = ("adapter_model.safetensors", "adapter_config.json")
         try:
-            identity["adapter"] = {name: memo(Path(adapter) / name) for name in names}
+            identity["adapter"] = {name: memo(adapter / name) for name in names}
         except OSError as error:
             raise UserError(f"lora.init_from: cannot read {error.filename}: {error.strerror}") from None
     memo.save()

@@ -45,6 +45,7 @@ from fasttrain.model.lora import (
     choose_trainable,
     images_train_alone,
     language_model,
+    modules_replaced,
     note_experts,
 )  # fmt: skip
 from fasttrain.model.policy import Policy
@@ -243,7 +244,12 @@ def _load(config: DPOConfig, read: _Read) -> _Loaded:
     )
     zero3 = zero_stage == 3
     partition = partitioned_loading(config, dtype) if zero3 else None
-    model = load_model(read.folder, config.model, read.model_config, read.device, zero3=zero3)
+    start = config.lora.init_from if config.lora else None
+    adapter = None if start is None else user_path(start)
+    replaced = modules_replaced(adapter)
+    model = load_model(
+        read.folder, config.model, read.model_config, read.device, zero3=zero3, replaced=replaced
+    )
     del partition
     check_vocabulary(chat, model)
     check_image_token(chat, model)
@@ -272,8 +278,6 @@ def _load(config: DPOConfig, read: _Read) -> _Loaded:
         )
     else:
         fuse_layers(language_model(model))
-    start = config.lora.init_from if config.lora else None
-    adapter = None if start is None else str(user_path(start))
     name = str(dtype).removeprefix("torch.")
     identity = model_identity(read.folder, read.model_config, config.model, name, adapter, read.memo)
     datasets = read.datasets or _finish(read.preparing, chat)

@@ -132,6 +132,36 @@ def test_a_projector_in_the_adapter_trains_only_if_the_recipe_says_so(
     assert all(name in moved for name in before if "lora_B" in name and "language_model" in name)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_projector_beside_nf4_weights_stays_whole(
+    tiny_llava: Path, adapter: Callable[..., Path], train: Callable[..., Any]
+) -> None:
+    """Where it trains, where an adapter goes on that holds one, and where that answers."""
+    pytest.importorskip("bitsandbytes")
+    from fasttrain.answering.local import LocalModel
+    from fasttrain.config import ModelConfig
+
+    start, nf4 = adapter(tiny_llava, modules_to_save=["multi_modal_projector"]), "model.quantize=nf4"
+    before, found = weights_of(start), {}
+    for trained in (False, True):
+        settings = ["model.train_projector=true", "train.projector_learning_rate=1e-2"] if trained else []
+        result = train(tiny_llava, start, nf4, *settings, vision=True)
+        assert result.metrics[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+        found[trained] = weights_of(result.adapter)
+        moved = {name for name in before if not torch.equal(before[name], found[trained][name])}
+        assert any("projector" in name for name in moved) == trained
+        assert any("language_model" in name for name in moved)
+    model = LocalModel(ModelConfig(name=str(tiny_llava), quantize="nf4"), result.adapter).generator.model
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    assert kinds["model.language_model.layers.0.mlp.up_proj"] == "Linear4bit"
+    assert (
+        kinds["lm_head"] == kinds["model.multi_modal_projector.modules_to_save.default.linear_1"] == "Linear"
+    )
+    used = model.model.multi_modal_projector.modules_to_save["default"].linear_1.weight
+    held = next(value for name, value in found[True].items() if "linear_1.weight" in name)
+    torch.testing.assert_close(used.data, held, rtol=0, atol=0)
+
+
 def test_dora_and_rank_stabilised_adapters_go_on_as_what_they_are(
     tiny_text: Path, adapter: Callable[..., Path], train: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -262,9 +292,9 @@ def test_a_quantised_projector_is_not_trained(tiny_llava: Path) -> None:
 
     model = LlavaForConditionalGeneration.from_pretrained(tiny_llava)
     install_head(model)
-    packed = torch.zeros(1024, 1, dtype=torch.uint8)  # as bitsandbytes has two values a byte
+    packed = torch.zeros(1024, 1, dtype=torch.uint8)  # as bitsandbytes writes two values a byte
     model.model.multi_modal_projector.linear_1.weight = torch.nn.Parameter(packed, requires_grad=False)
-    with pytest.raises(UserError, match=r"model\.train_projector: wanted false with a quantised projector"):
+    with pytest.raises(UserError, match=r"model\.train_projector: wanted false with a projector that"):
         attach_lora(model, LoraConfig(rank=2, alpha=4), True)
 
 
