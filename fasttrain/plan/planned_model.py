@@ -198,14 +198,14 @@ def count_weights(model: Any, quantize: str | None) -> Weights:
 
 
 def _quantised(model: Any) -> set[int]:
-    """Parameters that bitsandbytes quantises: every linear's weight but the head's and what trains."""
+    """Parameters that bitsandbytes quantises: every linear's weight but the head's, what trains, and what an adapter has a copy of."""
     head = model.get_output_embeddings()
     return {
         id(module.weight)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and module is not head
-        and "lora_" not in name
+        and not any(part in name for part in ("lora_", "original_module", "modules_to_save"))
         and not module.weight.requires_grad
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from fasttrain.plan.choose import (
 )
 from fasttrain.plan.histogram import GroupShape, Histogram
 from fasttrain.plan.memory import Activations, PackMix, plan_memory
-from fasttrain.plan.planned_model import build_planned_model, count_weights
+from fasttrain.plan.planned_model import NF4_BYTES, build_planned_model, count_weights
 from fasttrain.plan.tracker import LiveBytes, tensor_bytes
 
 CPU = torch.device("cpu")
@@ -136,6 +137,18 @@ def test_predicted_parameters_are_the_models_own(
     assert real.trained == sum(p.numel() for p in made.model.parameters() if p.requires_grad)
     assert real.total == sum(p.numel() for p in set(made.model.parameters()))
     assert planned.shape == measure_shape(made.model)
+
+
+def test_a_projector_that_trains_is_planned_beside_itself_unquantised(configs: Any) -> None:
+    """peft keeps the frozen one beside its copy."""
+    counted = {}
+    for projector in (False, True):
+        made = recipe(LORA, projector)
+        made = dataclasses.replace(made, model=dataclasses.replace(made.model, quantize="nf4"))
+        counted[projector] = build_planned_model(made, configs["llava"], torch.float32).weights
+    biases = 2 * configs["llava"].text_config.hidden_size
+    more = (counted[True].projector - biases) * (4 - NF4_BYTES)
+    assert counted[True].frozen_bytes - counted[False].frozen_bytes == pytest.approx(more, abs=2)
 
 
 def llava_parameters(hidden: int, inner: int, layers: int) -> int:
