@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +29,7 @@ from fasttrain.plan.memory import (
 )
 from fasttrain.plan.passes import CannotCount
 from fasttrain.plan.planned_model import PlannedModel, build_planned_model
+from fasttrain.plan.remembered import remembered
 from fasttrain.progress import say
 
 # What may be taken of what is free: the rest is for other people's buffers and the allocator's gaps
@@ -63,8 +66,11 @@ class RunMemory:
     @cached_property
     def _activations(self) -> Activations:
         sharded = self.config.distributed.zero_stage is not None
-        mix = mean_group(self._data, self._model_config, self._shared)
-        return Activations(self.planned, mix, self.device, sharded)
+        return Activations(self.planned, self._mix, self.device, sharded)
+
+    @cached_property
+    def _mix(self) -> PackMix:
+        return mean_group(self._data, self._model_config, self._shared)
 
     def predict(self, tokens: int, checkpointing: bool, counted: bool = False) -> MemoryPlan:
         """Memory of one rank by part; CannotCount for a model that does not run without values."""
@@ -76,10 +82,30 @@ class RunMemory:
 
     def fits(self, tokens: int, checkpointing: bool, counted: bool = False) -> bool:
         """Whether what is not loaded yet fits in what is free."""
-        plan = self.predict(tokens, checkpointing, counted)
-        state = plan.gradients + plan.masters + plan.moments
-        passing = plan.peak - plan.state
-        return state + passing * (CPU_FRAGMENTATION if self.device.type == "cpu" else 1) <= _SHARE * self.free
+
+        def predicted() -> int:
+            plan = self.predict(tokens, checkpointing, counted)
+            passing = (plan.peak - plan.state) * (CPU_FRAGMENTATION if self.device.type == "cpu" else 1)
+            return plan.gradients + plan.masters + plan.moments + math.ceil(passing)
+
+        facts = self._facts(tokens, checkpointing) if counted else None
+        return (remembered(facts, predicted) if facts else predicted()) <= _SHARE * self.free
+
+    def _facts(self, tokens: int, checkpointing: bool) -> dict[str, Any] | None:
+        """What decides a counted pass; None where files that are not looked at here do so too."""
+        config, model = self.config, dict(self._model_config.to_dict())
+        if config.model.trust_remote_code or (config.lora and config.lora.init_from):
+            return None
+        model.pop("_name_or_path", None)
+        recipe = dataclasses.asdict(config)
+        recipe["model"] |= {"name": None, "revision": None}
+        return {
+            "pack": [tokens, checkpointing, dataclasses.asdict(self._mix)],
+            "model": [model, str(self._dtype)],
+            "recipe": [recipe[name] for name in ("model", "lora", "distributed")],
+            "train": [config.train.optimizer, config.train.compile],
+            "machine": [self.device.type, torch.get_num_threads(), self.ranks],
+        }
 
     def _choose_checkpointing(self) -> bool:
         """Decided by the longest group, and by the longest prompt with one completion, which no pack divides.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fasttrain import train_dpo
 from fasttrain.config import config_from_dict
+from fasttrain.plan import memory, remembered
+from fasttrain.plan.passes import PassSize, count_pass
 from fasttrain.plan.run_memory import RunMemory
 
 
@@ -92,3 +97,49 @@ def test_where_all_fits_one_pass_is_counted_and_the_settings_are_those_of_a_narr
     ample = settle(Lengths(group, 800), 10**9, 10**9, **train)
     monkeypatch.setattr(RunMemory, "_all_fits", lambda self: None)
     assert ample == settle(Lengths(group, 800), 10**9, 10**9, **train)
+
+
+def test_a_second_start_takes_the_bytes_that_the_first_counted(
+    tiny_text: Path, text_pairs: Callable[..., Path], fresh_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Not of another recipe or other code, nor from a damaged entry, nor where it cannot be kept."""
+    counted: list[PassSize] = []
+
+    def count(model: Any, size: PassSize, **how: Any) -> Any:
+        counted.append(size)
+        return count_pass(model, size, **how)
+
+    monkeypatch.setattr(memory, "count_pass", count)
+    pairs = text_pairs(tmp_path / "pairs.jsonl", 8)
+
+    def start(rank: int = 4) -> int:
+        """How many passes a start counts."""
+        raw = {
+            "model": {"name": str(tiny_text)},
+            "lora": {"rank": rank, "alpha": 8},
+            "data": {"train": str(pairs), "workers": 0},
+            "train": {"output": str(tmp_path / "run"), "max_steps": 1},
+            "track": [],
+        }
+        counted.clear()
+        train_dpo(config_from_dict(raw, []), overwrite=True)
+        return len(counted)
+
+    assert (start(), start(), start(rank=8), start()) == (1, 0, 1, 0)
+    entries = list((fresh_cache / "memory").iterdir())
+    assert len(entries) == 2
+    for entry in entries:
+        entry.write_text("{")
+    assert (start(), start()) == (1, 0)
+    monkeypatch.setattr(remembered, "_code", lambda: ["other"])
+    assert (start(), start()) == (1, 0)
+    shutil.rmtree(fresh_cache / "memory")
+    (fresh_cache / "memory").write_text("a file where the folder would be")
+    assert (start(), start()) == (1, 1)
+
+
+def test_the_oldest_predictions_are_forgotten(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remembered, "KEPT", 3)
+    for number in range(5):
+        assert remembered.remembered({"n": number}, lambda number=number: number) == number
+    assert len(list((fresh_cache / "memory").iterdir())) == 3
