@@ -25,6 +25,11 @@ def is_first(name: str) -> bool:
     return alone or os.environ.get(name, "0") == "0"
 
 
+def on_terminal() -> bool:
+    """Whether stderr is a terminal; what a program has put in its place may not know, or be None."""
+    return bool(getattr(sys.stderr, "isatty", bool)())
+
+
 def close_bars() -> None:
     """Take away the bars that a failure left, so that what is said about it has a line of its own."""
     for progress in list(_open):
@@ -39,7 +44,7 @@ class Progress:
         self._note = ""
         self._last = time.monotonic()
         self._bar: Any = None
-        if sys.stderr.isatty() and not _quiet:
+        if on_terminal() and not _quiet:
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -83,7 +88,7 @@ def say(text: str) -> None:
     """One line of account on stderr, above any bar."""
     if _quiet:
         return
-    if sys.stderr.isatty():
+    if on_terminal():
         from tqdm import tqdm
 
         tqdm.write(text, file=sys.stderr)

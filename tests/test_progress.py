@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import fasttrain_data.progress
 from fasttrain import cli
 from fasttrain.errors import UserError
-from fasttrain.progress import Progress, close_bars, ticker
+from fasttrain.progress import Progress, close_bars, say, ticker
 
 
 def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,3 +46,17 @@ def test_a_bar_is_closed_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         close_bars()
         capsys.readouterr()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_stands_in_the_place_of_stderr_need_not_know_terminals(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program's own tee ended in an AttributeError, and so did None, which a process without a stderr has there."""
+    told: list[str] = []
+    tee = SimpleNamespace(write=told.append, flush=lambda: None) if there else None
+    monkeypatch.setattr(sys, "stderr", tee)
+    fasttrain_data.progress.Progress(3, "rows").add()
+    Progress("dpo", 3, "steps").tick()
+    say("resumed")
+    assert told == (["resumed", "\n"] if there else [])

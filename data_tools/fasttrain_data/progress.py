@@ -17,7 +17,8 @@ class Progress:
         self._done = 0
         self._started_s = self._said_s = time.monotonic()
         self._bar: Any = None
-        if not quiet and sys.stderr.isatty():
+        # what a program has put in its place may not know, or be None
+        if not quiet and getattr(sys.stderr, "isatty", bool)():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, unit=f" {unit}")
