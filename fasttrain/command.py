@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fasttrain.signals import end_with_parent
+from fasttrain_data.standard_files import open_standard_files
 
 if TYPE_CHECKING:
     from fasttrain.config import DPOConfig
@@ -28,7 +29,7 @@ _alone = False
 def main() -> None:
     """Entry point of `fasttrain` and `python -m fasttrain`."""
     global _alone
-    _open_standard_files()
+    open_standard_files()
     # from launchers that set LOCAL_RANK as well
     if re.fullmatch(r"--local[_-]rank=\d+", "".join(sys.argv[1:2])):
         del sys.argv[1]
@@ -44,16 +45,6 @@ def main() -> None:
     except KeyboardInterrupt:  # while that is imported, or while it was telling of another end
         sys.stderr.write("fasttrain: interrupted\n")
         sys.exit(130)
-
-
-def _open_standard_files() -> None:
-    """Closed ones as /dev/null: the next files that are opened would take their places, and get what C libraries print."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, this one
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 def _start_with_tunables() -> None:

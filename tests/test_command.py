@@ -61,6 +61,12 @@ def test_standard_files_that_are_closed_are_none_of_ours(tmp_path: Path) -> None
     assert done.returncode == 0 and int(done.stdout) > 2
 
 
+def test_the_data_tools_tell_by_their_exit_code_where_stderr_is_closed(tmp_path: Path) -> None:
+    """A progress line, or a mistake told, was a traceback that nobody saw, and the exit code that of a failure of ours."""
+    words = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "fasttrain_data", "stats"]
+    assert subprocess.run([*words, str(tmp_path / "none.jsonl")], timeout=300).returncode == 2
+
+
 @pytest.mark.parametrize("word", ["--local_rank=0", "--local-rank=1"])
 def test_the_rank_that_a_launcher_puts_before_the_command_is_no_option(
     command: Callable[..., list[Any]], word: str

@@ -10,6 +10,7 @@ import sys
 from typing import Any, NoReturn
 
 from fasttrain_data.errors import EXIT_MISTAKE, UserError
+from fasttrain_data.standard_files import open_standard_files
 
 
 class _Terminated(BaseException):
@@ -22,6 +23,7 @@ def _terminate(number: int, frame: Any) -> NoReturn:
 
 def main() -> NoReturn:
     """Run the command; one line and exit code 2 for a user's mistake, 130 and 143 for signals."""
+    open_standard_files()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         _run()
