@@ -97,7 +97,7 @@ OBJECTIVES: dict[str, Callable[[LossConfig], Objective]] = {"dpo": PairLoss, "sf
 
 
 def train(config: DPOConfig, loss: Objective, *, resume: bool = False, overwrite: bool = False) -> RunResult:
-    """Run a recipe with an objective, whatever the caller's gradient mode, autocast and default dtype."""
+    """Run a recipe with an objective, whatever the caller's gradient mode, autocast, default dtype and device."""
     with _modes_of_a_run(), contextlib.closing(RunLock()) as lock:
         result = _train(config, loss, lock, resume, overwrite)
     gc.collect()  # layers that run functions of ours hold themselves, and the model's memory, until Python looks for such rings
@@ -107,10 +107,11 @@ def train(config: DPOConfig, loss: Objective, *, resume: bool = False, overwrite
 @contextlib.contextmanager
 def _modes_of_a_run() -> Iterator[None]:
     """What torch is told in every run: reference log-probs computed in a caller's autocast would be cached for all runs."""
-    dtype = torch.get_default_dtype()
+    dtype, elsewhere = torch.get_default_dtype(), torch.get_default_device().type != "cpu"
     torch.set_default_dtype(torch.float32)
     try:
         with (
+            torch.device("cpu") if elsewhere else contextlib.nullcontext(),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(pick_device().type, enabled=False),

@@ -443,6 +443,14 @@ def test_the_callers_precision_changes_neither_the_run_nor_the_cached_references
     assert [line["loss"] for line in ours] == [line["loss"] for line in truth]
 
 
+def test_the_callers_default_device_changes_nothing(tiny_llava: Path, vision: Path, run: Runner) -> None:
+    """With torch.set_default_device("cuda") the workers would ask for a GPU in a forked process."""
+    truth = run(tiny_llava, vision).metrics
+    with torch.device("meta"):
+        ours = run(tiny_llava, vision, "data.workers=1").metrics
+    assert [line["loss"] for line in ours] == [line["loss"] for line in truth]
+
+
 def test_a_finished_run_holds_no_memory(tiny_text: Path, text: Path, run: Runner) -> None:
     """The next run of a notebook loads its model where the last one's was."""
     run(tiny_text, text)
