@@ -97,7 +97,10 @@ OBJECTIVES: dict[str, Callable[[LossConfig], Objective]] = {"dpo": PairLoss, "sf
 
 
 def train(config: DPOConfig, loss: Objective, *, resume: bool = False, overwrite: bool = False) -> RunResult:
-    """Run a recipe with an objective, whatever the caller's gradient mode, autocast, default dtype and device."""
+    """Run a recipe with an objective, whatever the caller's gradient mode, autocast, default dtype and device.
+
+    What torch draws for the caller afterwards is what it would have drawn without the run.
+    """
     with _modes_of_a_run(), contextlib.closing(RunLock()) as lock:
         result = _train(config, loss, lock, resume, overwrite)
     gc.collect()  # layers that run functions of ours hold themselves, and the model's memory, until Python looks for such rings
@@ -111,6 +114,7 @@ def _modes_of_a_run() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
     try:
         with (
+            torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []),
             torch.device("cpu") if elsewhere else contextlib.nullcontext(),
             torch.inference_mode(False),
             torch.enable_grad(),

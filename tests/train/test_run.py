@@ -451,6 +451,16 @@ def test_the_callers_default_device_changes_nothing(tiny_llava: Path, vision: Pa
     assert [line["loss"] for line in ours] == [line["loss"] for line in truth]
 
 
+def test_the_callers_random_draws_go_on(tiny_text: Path, text: Path, run: Runner) -> None:
+    """A search that draws its next learning rate between two runs drew the same one for ever."""
+    torch.manual_seed(5)
+    truth = torch.rand(2).tolist()
+    torch.manual_seed(5)
+    first = float(torch.rand(()))
+    run(tiny_text, text)
+    assert [first, float(torch.rand(()))] == truth
+
+
 def test_a_finished_run_holds_no_memory(tiny_text: Path, text: Path, run: Runner) -> None:
     """The next run of a notebook loads its model where the last one's was."""
     run(tiny_text, text)
