@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -101,10 +102,29 @@ def train(config: DPOConfig, loss: Objective, *, resume: bool = False, overwrite
 
     What torch draws for the caller afterwards is what it would have drawn without the run.
     """
-    with _modes_of_a_run(), contextlib.closing(RunLock()) as lock:
+    with _only_run_here(), _modes_of_a_run(), contextlib.closing(RunLock()) as lock:
         result = _train(config, loss, lock, resume, overwrite)
     gc.collect()  # layers that run functions of ours hold themselves, and the model's memory, until Python looks for such rings
     return result
+
+
+_going_on: dict[int, object] = {}  # by process: a forked one has no run of its parent's
+
+
+@contextlib.contextmanager
+def _only_run_here() -> Iterator[None]:
+    """UserError while another thread's run goes on: torch has one random state, and one default dtype, for all of them."""
+    process, this = os.getpid(), object()
+    try:
+        if _going_on.setdefault(process, this) is not this:
+            raise UserError(
+                "wanted one run at a time in a process, as torch draws for all of its threads from one random state, got a second; "
+                "start it after the one that is going on, or in a process of its own"
+            )
+        yield
+    finally:
+        if _going_on.get(process) is this:
+            del _going_on[process]
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import gc
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 import yaml
 
 from fasttrain.errors import UserError
+from fasttrain.train import loop
+from fasttrain.train.job import build_job
 
 Runner = Callable[..., Any]
 
@@ -459,6 +462,22 @@ def test_the_callers_random_draws_go_on(tiny_text: Path, text: Path, run: Runner
     first = float(torch.rand(()))
     run(tiny_text, text)
     assert [first, float(torch.rand(()))] == truth
+
+
+def test_a_second_run_beside_the_first_is_refused(
+    tiny_text: Path, text: Path, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs in two threads drew their adapters and dropout from one random state, and no run was its recipe's."""
+    refused: list[BaseException | None] = []
+
+    def build(*given: Any) -> Any:
+        with ThreadPoolExecutor() as pool:
+            refused.append(pool.submit(run, tiny_text, text, output="second").exception())
+        return build_job(*given)
+
+    monkeypatch.setattr(loop, "build_job", build)
+    assert run(tiny_text, text, output="first").metrics
+    assert isinstance(refused[0], UserError) and "wanted one run at a time in a process" in str(refused[0])
 
 
 def test_a_finished_run_holds_no_memory(tiny_text: Path, text: Path, run: Runner) -> None:
