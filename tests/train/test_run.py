@@ -471,6 +471,7 @@ def test_a_second_run_beside_the_first_is_refused(
     refused: list[BaseException | None] = []
 
     def build(*given: Any) -> Any:
+        monkeypatch.undo()
         with ThreadPoolExecutor() as pool:
             refused.append(pool.submit(run, tiny_text, text, output="second").exception())
         return build_job(*given)
