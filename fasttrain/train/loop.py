@@ -6,6 +6,7 @@ import contextlib
 import gc
 import itertools
 import os
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from fasttrain.data.batch import PackBatch, load_packs, whole
 from fasttrain.data.packs import Order, Pack, Step, plan_step
 from fasttrain.data.prepared import PreparedData
 from fasttrain.environment import collect_facts
-from fasttrain.errors import UserError
+from fasttrain.errors import UserError, is_out_of_memory
 from fasttrain.files import user_path
 from fasttrain.model.load import pick_device, stop_token_ids
 from fasttrain.progress import Progress, say
@@ -102,10 +103,30 @@ def train(config: DPOConfig, loss: Objective, *, resume: bool = False, overwrite
 
     What torch draws for the caller afterwards is what it would have drawn without the run.
     """
-    with _only_run_here(), _modes_of_a_run(), contextlib.closing(RunLock()) as lock:
-        result = _train(config, loss, lock, resume, overwrite)
+    with (
+        _memory_let_go(),
+        _only_run_here(),
+        _modes_of_a_run(),
+        contextlib.closing(RunLock()) as lock,
+    ):
+        return _train(config, loss, lock, resume, overwrite)
+
+
+@contextlib.contextmanager
+def _memory_let_go() -> Iterator[None]:
+    """The caller's next run finds this one's memory free, also after an end that he may answer with one: a notebook keeps the
+    last traceback, and with it all that its frames hold."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt | UserError) or is_out_of_memory(error):
+            kept: BaseException | None = error
+            while kept is not None:
+                traceback.clear_frames(kept.__traceback__)
+                kept = kept.__context__
+            gc.collect()
+        raise
     gc.collect()  # layers that run functions of ours hold themselves, and the model's memory, until Python looks for such rings
-    return result
 
 
 _going_on: dict[int, object] = {}  # by process: a forked one has no run of its parent's

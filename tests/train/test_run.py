@@ -494,6 +494,25 @@ def test_a_finished_run_holds_no_memory(tiny_text: Path, text: Path, run: Runner
         gc.enable()
 
 
+@pytest.mark.parametrize("end", [KeyboardInterrupt, UserError, torch.OutOfMemoryError])
+def test_a_run_that_ends_early_holds_no_memory_though_its_traceback_is_kept(
+    end: type[BaseException], tiny_text: Path, text: Path, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a notebook keeps it in sys.last_value while its user changes a setting and runs the cell again."""
+
+    def ends(*_: Any) -> None:
+        raise end("as told")
+
+    run(tiny_text, text)
+    gc.collect()
+    before = sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+    monkeypatch.setattr(loop, "check_finite", ends)
+    with pytest.raises(end) as kept:
+        run(tiny_text, text)
+    assert sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects()) == before
+    assert kept.traceback
+
+
 @pytest.mark.parametrize("config", ["recipe.yaml", {"model": {"name": "m"}}, None])
 def test_what_is_no_recipe_is_a_users_mistake(config: Any) -> None:
     from fasttrain import train_dpo, train_sft
