@@ -9,6 +9,7 @@ from fasttrain_data.completions import build
 from fasttrain_data.completions.build import complete
 from fasttrain_data.completions.local import LocalSampler, gumbel_sampler, load_sampler
 from fasttrain_data.completions.samples import Drawn, SampleSettings, messages_of, samples_of
+from fasttrain_data.errors import UserError
 from fasttrain_data.image_files import read_image
 from fasttrain_data.records import Question
 
@@ -268,6 +269,21 @@ def test_an_adapter_changes_the_samples_and_their_keys(questions, tiny_llava, ti
     assert [drawn.text for drawn in plain.draw_batch(batch)] != [
         drawn.text for drawn in tuned.draw_batch(batch)
     ]
+
+
+def test_an_adapter_without_some_of_its_weights_is_refused_not_drawn_anew(
+    questions, tiny_llava, tiny_models, tmp_path
+):
+    from safetensors.torch import load_file, save_file
+
+    adapter = tiny_models.build_adapter(tiny_llava, tmp_path / "adapter", b_std=0.5)
+    held = load_file(adapter / "adapter_model.safetensors")
+    save_file(dict(list(held.items())[3:]), adapter / "adapter_model.safetensors")
+    settings = SampleSettings(model=str(tiny_llava), samples=2, max_new_tokens=6)
+    with pytest.raises(
+        UserError, match=r"--adapter: wanted an adapter of this model, got none in .*3 weights"
+    ):
+        load_sampler(settings, adapter=adapter).draw_batch(batch_of(questions, settings))
 
 
 def test_the_weights_are_not_loaded_when_nothing_is_missing(questions, tmp_path, tiny_llava, monkeypatch):

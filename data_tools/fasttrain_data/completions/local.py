@@ -41,6 +41,7 @@ def load_sampler(
     """
     try:
         import fasttrain.model.load as loading
+        from fasttrain.answering.local import find_adapter, load_adapter
         from fasttrain.config import ModelConfig
         from fasttrain.errors import UserError as TrainerError
     except ImportError as error:
@@ -52,18 +53,17 @@ def load_sampler(
         folder = loading.find_folder(config)
         model_config = loading.load_model_config(folder, config)
         processor = loading.load_processor(folder, config, loading.takes_images(model_config))
+        adapter = None if adapter is None else find_adapter(adapter)
     except TrainerError as error:
         told = str(error).replace("model.name:", "--model:").replace(", or model.trust_remote_code", "")
         raise UserError(told) from None
-    if adapter is not None and not (adapter / "adapter_config.json").is_file():
-        raise UserError(f"--adapter: wanted a PEFT folder with adapter_config.json, got {adapter}")
 
     def load() -> Any:
         try:
             model = loading.load_model(folder, config, model_config, loading.pick_device())
+            return model if adapter is None else load_adapter(model, adapter)
         except TrainerError as error:
             raise UserError(str(error).replace("model.name:", "--model:")) from None
-        return model if adapter is None else _with_adapter(model, adapter)
 
     version = version_of(folder, model_config)
     if adapter is not None:
@@ -84,15 +84,6 @@ def bos_of_adapter(adapter: Path | None) -> Any:
         return bos_of_run(adapter)
     except TrainerError:
         return "template"  # and that this is no adapter
-
-
-def _with_adapter(model: Any, adapter: Path) -> Any:
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, adapter).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"--adapter: cannot load {adapter}: {str(error).strip().splitlines()[0]}") from None
 
 
 def version_of(folder: Path, config: Any) -> str:
