@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fasttrain.config import LoraConfig
-from fasttrain.errors import UserError
+from fasttrain.errors import UserError, is_out_of_memory
 from fasttrain.files import user_path
 from fasttrain.model.head import LogprobHead, trunk
 from fasttrain.progress import say
@@ -311,7 +313,8 @@ def read_adapter_config(folder: Path, weights: bool = True) -> Any:
         )
     try:
         config = peft.PeftConfig.from_pretrained(folder)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        _ = list(getattr(config, "modules_to_save", None) or [])  # of names
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"lora.init_from: cannot read {folder / 'adapter_config.json'}: {problem}") from None
     if config.peft_type != "LORA":
@@ -342,19 +345,28 @@ def modules_replaced(adapter: Path | None) -> list[str]:
     return list(read_adapter_config(adapter).modules_to_save or []) if adapter else []
 
 
+@contextlib.contextmanager
+def adapter_mistakes(folder: Path) -> Iterator[None]:
+    """UserError, in one line, for what an adapter's files make peft raise: a setting of a wrong type fails where it is first used."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        plain = isinstance(error, ValueError | RuntimeError | SafetensorError)
+        problem = " ".join(f"{'' if plain else type(error).__name__ + ': '}{error}".split())[:200]
+        raise UserError(f"lora.init_from: {folder} does not fit the model: {problem}") from None
+
+
 def read_adapter(model: Any, folder: Path, config: Any, *, trainable: bool) -> Any:
     """The PeftModel; UserError unless the file has every weight, in the model's shapes: peft draws what is missing."""
     import peft
 
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            adapted = peft.PeftModel.from_pretrained(
-                model, folder, config=config, is_trainable=trainable, autocast_adapter_dtype=False
-            )
-    except (ValueError, RuntimeError, SafetensorError) as error:
-        problem = " ".join(str(error).split())[:200]
-        raise UserError(f"lora.init_from: {folder} does not fit the model: {problem}") from None
+    with adapter_mistakes(folder), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapted = peft.PeftModel.from_pretrained(
+            model, folder, config=config, is_trainable=trainable, autocast_adapter_dtype=False
+        )
     for warning in caught:
         if "missing adapter keys" in str(warning.message):
             missing = re.findall(r"'([^']+)'", str(warning.message))

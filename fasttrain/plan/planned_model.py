@@ -22,6 +22,7 @@ from fasttrain.model.head import install_head
 from fasttrain.model.last_layer import trim_last_layer
 from fasttrain.model.load import load_model_config, model_mistakes, refuse_revision
 from fasttrain.model.lora import (
+    adapter_mistakes,
     adapter_to_train,
     attach_lora,
     choose_trainable,
@@ -154,11 +155,8 @@ def _attach(model: Any, config: DPOConfig) -> Any | None:
         refuse_in_parts(found, user_path(lora.init_from))
     found.base_model_name_or_path = None
     found.init_lora_weights = True  # others want the base's values
-    try:
+    with adapter_mistakes(user_path(lora.init_from)):
         adapted = peft.get_peft_model(model, found, autocast_adapter_dtype=False)
-    except ValueError as error:
-        problem = str(error).splitlines()[0]
-        raise UserError(f"lora.init_from: {lora.init_from} does not fit the model: {problem}") from None
     refuse_head(model, "lora.init_from")
     return adapted
 

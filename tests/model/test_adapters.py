@@ -102,7 +102,7 @@ def test_an_adapter_of_another_model_is_refused_not_drawn_anew(
         train(narrower, start)
 
 
-@pytest.mark.parametrize("damage", ["json", "type", "weights"])
+@pytest.mark.parametrize("damage", ["json", "deep json", "type", "rank", "modules", "weights"])
 def test_a_damaged_adapter_is_one_line(
     tiny_text: Path, adapter: Callable[..., Path], train: Callable[..., Any], damage: str
 ) -> None:
@@ -110,8 +110,13 @@ def test_a_damaged_adapter_is_one_line(
     about, weights = start / "adapter_config.json", start / "adapter_model.safetensors"
     if damage == "json":
         about.write_text("{nope")
-    elif damage == "type":
-        about.write_text(json.dumps(json.loads(about.read_text()) | {"peft_type": "NOPE"}))
+    elif damage == "deep json":
+        about.write_text("[" * 100_000)
+    elif damage != "weights":
+        change = {"type": {"peft_type": "NOPE"}, "rank": {"r": "3"}, "modules": {"modules_to_save": 7}}[
+            damage
+        ]
+        about.write_text(json.dumps(json.loads(about.read_text()) | change))
     else:
         weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UserError, match=r"lora.init_from: "):
