@@ -55,6 +55,7 @@ def find_folder(config: ModelConfig) -> Path:
             kinds = ", ".join(sorted({path.suffix for path in folder.iterdir() if path.suffix})) or "nothing"
             raise UserError(f"model.name: wanted safetensors weights in {folder}, got {kinds}")
         refuse_revision(folder, config)
+        _refuse_adapter(folder, folder)
         return folder
     if config.name.count("/") > 1 or config.name.startswith((".", "/", "~")):
         raise UserError(f"model.name: wanted a model folder or hub id, got {config.name} (no such folder)")
@@ -87,7 +88,17 @@ def _snapshot(config: ModelConfig) -> Path:
         raise UserError(f"model.name: cannot get {config.name} from the hub: {error}") from None
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"model.name: wanted safetensors weights, got none in {config.name}")
+    _refuse_adapter(folder, config.name)
     return folder
+
+
+def _refuse_adapter(folder: Path, name: Path | str) -> None:
+    """UserError for an adapter, or a model with one beside it, which transformers would put into the model unasked."""
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"model.name: wanted a model without an adapter, got {name} with adapter_config.json: name the base model here and the "
+            "adapter as lora.init_from (answering: --adapter), or move the adapter's two files out of a whole model's folder"
+        )
 
 
 def load_model_config(folder: Path, config: ModelConfig, *, trains: bool = True) -> Any:

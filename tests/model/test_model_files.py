@@ -15,7 +15,14 @@ from click.testing import CliRunner
 from fasttrain.cli import cli
 from fasttrain.config import ModelConfig
 from fasttrain.errors import UserError
-from fasttrain.model.load import load_model, load_model_config, load_processor, pick_device, stop_token_ids
+from fasttrain.model.load import (
+    find_folder,
+    load_model,
+    load_model_config,
+    load_processor,
+    pick_device,
+    stop_token_ids,
+)
 
 # a file of the model -> what stands in it, or is changed in it, and what the one line says of it
 DAMAGE: list[tuple[str, bytes | dict[str, Any], str]] = [
@@ -115,6 +122,18 @@ def test_every_command_tells_it(
     assert isinstance(found, UserError)
     assert ("hidden_size" if file == "config.json" else "tokenizer version") in str(found)
     assert "\n" not in str(found)
+
+
+def test_an_adapter_in_the_models_folder_is_refused(
+    tiny_text: Path, tiny_models: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "both"
+    shutil.copytree(tiny_text, folder)
+    tiny_models.build_adapter(tiny_text, folder, b_std=0.5)
+    with pytest.raises(
+        UserError, match=r"model.name: wanted a model without an adapter, got .*both .*lora.init_from"
+    ):
+        find_folder(ModelConfig(name=str(folder)))
 
 
 def test_weights_in_fp8_are_loaded_in_full(tiny_text: Path, tmp_path: Path) -> None:
