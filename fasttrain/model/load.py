@@ -149,6 +149,7 @@ def read_model_config(folder: Path, config: ModelConfig) -> Any:
     with model_mistakes(f"read {folder / 'config.json'}", folder, config):
         found = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         _let_read(found)
+        _drop_implementations(found)
     return found
 
 
@@ -207,6 +208,13 @@ def _let_read(config: Any) -> None:
     if heterogeneous:
         name = "transformers.integrations.heterogeneity.configuration_utils"  # it would warn of what is asked for here
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _drop_implementations(config: Any) -> None:
+    """Forget which attention and experts config.json asks for: ours are chosen here, and a name there may be code on the hub."""
+    for name in ("_attn_implementation", "_experts_implementation"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)  # of its parts too
 
 
 def takes_images(model_config: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from fasttrain.cli import cli
-from fasttrain.config import ModelConfig
+from fasttrain.config import ModelConfig, config_from_dict
 from fasttrain.errors import UserError
 from fasttrain.model.load import (
     find_folder,
@@ -23,6 +23,7 @@ from fasttrain.model.load import (
     pick_device,
     stop_token_ids,
 )
+from fasttrain.plan.planned_model import build_planned_model
 
 # a file of the model -> what stands in it, or is changed in it, and what the one line says of it
 DAMAGE: list[tuple[str, bytes | dict[str, Any], str]] = [
@@ -134,6 +135,17 @@ def test_an_adapter_in_the_models_folder_is_refused(
         UserError, match=r"model.name: wanted a model without an adapter, got .*both .*lora.init_from"
     ):
         find_folder(ModelConfig(name=str(folder)))
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "somebody/kernel"])
+def test_the_attention_that_config_json_names_is_not_asked_for(
+    tiny_text: Path, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "named"
+    shutil.copytree(tiny_text, folder)
+    spoil(folder, "config.json", {"_attn_implementation": name, "experts_implementation": name})
+    config = config_from_dict({"model": {"name": str(folder)}, "data": {"train": "none"}})
+    build_planned_model(config, load_model_config(folder, config.model), torch.float32)
 
 
 def test_weights_in_fp8_are_loaded_in_full(tiny_text: Path, tmp_path: Path) -> None:
