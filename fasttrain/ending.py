@@ -12,6 +12,7 @@ from fasttrain.errors import SharedMistake, UserError, is_out_of_memory
 from fasttrain.progress import close_bars, is_first
 from fasttrain.rank_watch import fail_all, is_consequence, tell_how_to_go_on
 from fasttrain.signals import Terminated, on_sigterm, terminate
+from fasttrain_data.errors import visible
 
 _WITH_RESUME = "; what is done is kept, go on with --resume"
 _AGAIN = "; what is done is kept, the same command goes on with it"
@@ -74,7 +75,7 @@ def run_to_its_end(cli: click.Group) -> None:
 
 
 def _fail(message: str, code: int, shared: bool = False) -> None:
-    text = " ".join(message.split())
+    text = visible(" ".join(message.split()))
     close_bars()
     if not shared:
         fail_all(text, code)  # one of several ranks: ends here

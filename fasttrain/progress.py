@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from fasttrain_data.errors import visible
+
 _PLAIN_EVERY_S = 20.0
 _quiet = False
 _open: list[Progress] = []
@@ -88,6 +90,7 @@ def say(text: str) -> None:
     """One line of account on stderr, above any bar."""
     if _quiet:
         return
+    text = visible(text)
     if on_terminal():
         from tqdm import tqdm
 

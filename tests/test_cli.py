@@ -205,6 +205,10 @@ BAD_DATA: dict[str, tuple[Callable[[], object], str]] = {
     "text named .png": (lambda: change_image(b"text"), r"line 1: images: wanted an image, got .*/0\.png \(not a file"),
     "truncated picture": (lambda: change_image(jpeg()[:-200]), r"line 1: images: wanted an image, got .*/0\.png: broken"),
     "image outside": (lambda: change_row(2, images=["../x.png"]), r"line 2: images: wanted a path inside the image root"),
+    "name that would steer a terminal": (
+        lambda: change_row(2, images=["\x1b]0;title\x07\u202e.png"]),
+        r"line 2: images: wanted an existing image file, got .*/\\x1b]0;title\\x07\\u202e\.png",
+    ),
     "too many images": (
         lambda: change_row(2, images=["images/0.png", "images/0.png"]),
         r"line 2: images: wanted as many images as placeholders in the prompt \(1\), got 2 image\(s\)",

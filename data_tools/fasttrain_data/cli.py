@@ -9,7 +9,7 @@ import signal
 import sys
 from typing import Any, NoReturn
 
-from fasttrain_data.errors import EXIT_MISTAKE, UserError
+from fasttrain_data.errors import EXIT_MISTAKE, UserError, visible
 from fasttrain_data.standard_files import open_standard_files
 
 
@@ -61,5 +61,5 @@ def _run() -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    sys.stderr.write(f"fasttrain-data: {message}\n")
+    sys.stderr.write(f"fasttrain-data: {visible(message)}\n")
     sys.exit(code)

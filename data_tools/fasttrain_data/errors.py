@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 EXIT_OK = 0
 EXIT_MISTAKE = 2
 EXIT_TYPED_FAILURES = 3
+
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class UserError(Exception):
@@ -38,3 +41,8 @@ def shorten(text: str, longest: int = 120) -> str:
     """One line of at most `longest` characters."""
     flat = " ".join(text.split())
     return flat if len(flat) <= longest else flat[: longest - 3] + "..."
+
+
+def visible(text: str) -> str:
+    """Text for a terminal: what would steer it, or turn the direction of reading, as escapes."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)

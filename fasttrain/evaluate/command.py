@@ -11,6 +11,7 @@ import click
 from fasttrain.answering.command import EXIT_TYPED_FAILURES
 from fasttrain.answering.options import AnswerOptions, answering_options
 from fasttrain.errors import UserError
+from fasttrain_data.errors import visible
 
 if TYPE_CHECKING:
     from fasttrain.evaluate.benchmarks import AnswerFile, Benchmark, ReadOptions
@@ -177,7 +178,7 @@ def _answer(
     for path in files:
         click.echo(f"answers: {path}")
     for name, ids in failures.items():
-        click.echo(f"no answer: {len(ids):,} {name}: {', '.join(ids[:5])}", err=True)
+        click.echo(f"no answer: {len(ids):,} {name}: {visible(', '.join(ids[:5]))}", err=True)
     if cut := sum("length" in answer.finish for answer in answers):
         click.echo(f"{cut:,} answers were cut at {max_new_tokens:,} tokens")
     about = {

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fasttrain_data.errors import visible
 from fasttrain_data.records import Status
 
 _LONGEST_DELAY_S = 86_400.0  # a daily quota comes back sooner, and timers overflow at some length
@@ -32,6 +33,7 @@ class CallFailed(Exception):
         stop: bool = False,
         fatal: bool = False,
     ) -> None:
+        message = visible(message)  # perhaps a server's words
         super().__init__(message)
         self.status, self.message = status, message
         self.retry, self.delay_s, self.slow_down = retry, delay_s, slow_down
