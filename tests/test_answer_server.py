@@ -183,3 +183,17 @@ def test_a_server_that_refuses_everything_is_a_mistake(
     )
     assert answer("-a", "runs/x") == 2
     assert "--adapter: wanted with a model in this process" in capsys.readouterr().err
+
+
+def test_a_password_in_the_servers_address_is_sent_and_stands_in_no_file(
+    server: Server, tmp_path: Path, tiny_models: ModuleType, run_command: Callable[..., int]
+) -> None:
+    data, out = tmp_path / "mt_bench", tmp_path / "eval"
+    data.mkdir()
+    rows = [{"question_id": 81, "category": "writing", "turns": ["why?", "so?"]}]
+    tiny_models.write_rows(data / "question.jsonl", rows)
+    address = server.url.replace("//", "//bob:hunter2@")
+    assert run_command("eval", "mt-bench", "-m", "m", "--server", address, "--data", data, "-o", out) == 0
+    assert server.seen[0][1]["Authorization"] == "Basic " + base64.b64encode(b"bob:hunter2").decode()
+    assert json.loads((out / "eval.json").read_text())["server"] == server.url
+    assert not [path for path in out.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]

@@ -159,6 +159,7 @@ def _answer(
     from fasttrain.answering.run import answer_questions
     from fasttrain.evaluate.earlier import bring_back, hash_answers, set_aside
     from fasttrain.files import write_json
+    from fasttrain_data.calls.chat_server import without_credentials
 
     parts = benchmark.read(data, reading)
     questions = [question for part in parts.values() for question in part]
@@ -185,7 +186,7 @@ def _answer(
         "benchmark": benchmark.name,
         "model": shared.model,
         "adapter": str(shared.adapter) if shared.adapter else None,
-        "server": shared.server,
+        "server": without_credentials(shared.server) if shared.server else None,
         "model_id": shared.name(),
         "version": answerer.version,
         "decoding": dataclasses.asdict(decoding),

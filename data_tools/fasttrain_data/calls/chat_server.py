@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from urllib.parse import urlsplit
 
 from fasttrain_data.calls.failures import CallFailed, failure_of, without_key
 from fasttrain_data.errors import UserError
@@ -21,6 +22,12 @@ def chat_url(server: str, option: str = "--server") -> str:
     if base.endswith("/chat/completions"):
         return base
     return f"{base if base.endswith('/v1') else base + '/v1'}/chat/completions"
+
+
+def without_credentials(server: str) -> str:
+    """The address as files may hold it: without the user and password that can stand before its host."""
+    parts = urlsplit(server)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _names_a_host(url: str) -> bool:
