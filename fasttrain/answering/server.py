@@ -31,7 +31,9 @@ class ServerModel:
     @property
     def version(self) -> str:
         """Address and name: what the server runs under the name is its own affair."""
-        return f"{self.url} {self.name}"
+        from fasttrain_data.calls.chat_server import without_credentials
+
+        return f"{without_credentials(self.url)} {self.name}"
 
     def images_of(self, questions: Sequence[Question]) -> list[tuple[str, ...]]:
         hashes = list(image_hashes(questions, self.memo))
