@@ -68,24 +68,38 @@ def refuse_revision(folder: Path, config: ModelConfig) -> None:
 
 
 def _snapshot(config: ModelConfig) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import errors, snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
     if config.trust_remote_code:
         patterns.append("*.py")
     try:
         folder = Path(snapshot_download(config.name, revision=config.revision, allow_patterns=patterns))
-    except HFValidationError:
+    except errors.HFValidationError:
         raise UserError(f"model.name: wanted a model folder or hub id, got {config.name!r}") from None
-    except LocalEntryNotFoundError:
+    except errors.RevisionNotFoundError:
         raise UserError(
-            f"model.name: {config.name} is neither a folder nor in the local cache, and the hub is out of reach"
+            f"model.revision: wanted a branch, tag or commit of {config.name}, got {config.revision}"
         ) from None
-    except HfHubHTTPError as error:
+    except errors.GatedRepoError:
+        raise UserError(
+            f"model.name: the hub gives {config.name} to those only who were granted it: ask on its page, and set HF_TOKEN"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"model.name: the hub has no {config.name}, or it is private and HF_TOKEN is not that of somebody who may read it"
+        ) from None
+    except errors.LocalEntryNotFoundError as error:
+        why = f" ({_in_one_line(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
+        raise UserError(
+            f"model.name: {config.name} is neither a folder nor whole in the local cache, and the hub is out of reach{why}"
+        ) from None
+    except errors.HfHubHTTPError as error:
         raise UserError(f"model.name: the hub refused {config.name}: {str(error).splitlines()[0]}") from None
-    except OSError as error:
-        raise UserError(f"model.name: cannot get {config.name} from the hub: {error}") from None
+    except Exception as error:  # what its HTTP library raises, and what is no JSON
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"model.name: cannot get {config.name} from the hub: {_in_one_line(error)}") from None
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"model.name: wanted safetensors weights, got none in {config.name}")
     _refuse_adapter(folder, config.name)

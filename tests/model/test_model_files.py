@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,6 +124,32 @@ def test_every_command_tells_it(
     assert isinstance(found, UserError)
     assert ("hidden_size" if file == "config.json" else "tokenizer version") in str(found)
     assert "\n" not in str(found)
+
+
+HUB: list[tuple[str, str]] = [
+    ("RevisionNotFoundError", "model.revision: wanted a branch, tag or commit of me/m, got v9"),
+    ("GatedRepoError", "model.name: the hub gives me/m to those only who were granted it"),
+    ("RepositoryNotFoundError", "model.name: the hub has no me/m, or it is private"),
+    ("HfHubHTTPError", "model.name: the hub refused me/m: 418 Client Error$"),
+    ("", "model.name: cannot get me/m from the hub: Server disconnected"),
+]
+
+
+@pytest.mark.parametrize(("kind", "said"), HUB)
+def test_what_the_hub_answers_is_told_by_its_cause(
+    kind: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import errors
+
+    def fail(*arguments: object, **options: object) -> None:
+        if not kind:  # its HTTP library's own, which is no OSError
+            raise type("RemoteProtocolError", (Exception,), {})("Server disconnected")
+        response: Any = SimpleNamespace(headers={}, request=None)
+        raise getattr(errors, kind)("418 Client Error\n\nmore", response=response)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError, match=f"^{said}"):
+        find_folder(ModelConfig(name="me/m", revision="v9"))
 
 
 def test_an_adapter_in_the_models_folder_is_refused(

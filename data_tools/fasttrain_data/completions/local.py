@@ -55,7 +55,8 @@ def load_sampler(
         processor = loading.load_processor(folder, config, loading.takes_images(model_config))
         adapter = None if adapter is None else find_adapter(adapter)
     except TrainerError as error:
-        told = str(error).replace("model.name:", "--model:").replace(", or model.trust_remote_code", "")
+        told = str(error).replace("model.name:", "--model:").replace("model.revision:", "--revision:")
+        told = told.replace(", or model.trust_remote_code", "")
         raise UserError(told) from None
 
     def load() -> Any:
