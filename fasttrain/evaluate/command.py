@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from fasttrain.evaluate.benchmarks import AnswerFile, Benchmark, ReadOptions
 
 NAMES = ("mt-bench", "mm-vet", "llava-bench", "pope", "mmbench", "alpaca-eval")
+# by parameter: the benchmarks that have a use for the option
+_ONLY_FOR = {
+    "judge_model": ("mt-bench", "mm-vet", "llava-bench", "alpaca-eval"),
+    "judge_prompt": ("mm-vet", "alpaca-eval"),
+    "baseline": ("mt-bench", "alpaca-eval"),
+    "category_temperatures": ("mt-bench",),
+}
 
 
 def _judge_options(command: Any) -> Any:
@@ -85,6 +92,7 @@ def eval_command(bench: str, **given: Any) -> int:  # fmt: skip
     from fasttrain.evaluate.benchmarks import NoRightAnswers, ReadOptions, find_benchmark
     from fasttrain.evaluate.judging.options import take_judge_options
 
+    _check_use(bench, given)
     own = {name: given.pop(name) for name in ("data", "out", "answers")}
     limits = {name: given[name] for name in ("in_flight", "rpm", "attempts")}
     judge, dry_run = take_judge_options(given)
@@ -126,6 +134,14 @@ def eval_command(bench: str, **given: Any) -> int:  # fmt: skip
     return _judge(bench, own["data"], answers, own["out"], judge, dry_run) or (
         EXIT_TYPED_FAILURES if failed else 0
     )
+
+
+def _check_use(bench: str, given: dict[str, Any]) -> None:
+    """UserError for an option that this benchmark would pass over."""
+    for name, benches in _ONLY_FOR.items():
+        if given[name] and bench not in benches:
+            option = f"--{name.removesuffix('_model').replace('_', '-')}"
+            raise UserError(f"{option}: wanted with {' or '.join(benches)}, got it with {bench}")
 
 
 def _check_folder(out: Path, bench: str) -> None:

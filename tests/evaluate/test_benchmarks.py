@@ -168,3 +168,18 @@ def test_what_contradicts_itself_is_refused(
     ):
         code, _, err = fasttrain(*words, *more)
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_an_option_that_a_benchmark_has_no_use_for_is_refused(
+    tmp_path: Path, fasttrain: Callable[..., Any]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    words = ("--data", tmp_path, "-o", tmp_path / "e", "--answers", tmp_path / "file")
+    for bench, option, message in (
+        ("mmbench", ("--judge", "x"), "--judge: wanted with mt-bench or mm-vet or llava-bench or alpaca-eval, got it with mmbench"),
+        ("llava-bench", ("--judge-prompt", tmp_path / "file"), "--judge-prompt: wanted with mm-vet or alpaca-eval, got it with llava-bench"),
+        ("mm-vet", ("--baseline", tmp_path / "file"), "--baseline: wanted with mt-bench or alpaca-eval, got it with mm-vet"),
+        ("pope", ("--category-temperatures",), "--category-temperatures: wanted with mt-bench, got it with pope"),
+    ):  # fmt: skip
+        code, _, err = fasttrain("eval", bench, *words, *option)
+        assert code == 2 and message in err and err.count("\n") == 1
