@@ -15,7 +15,9 @@ _THEIRS = {
     "lora.rank": "r lora_r lora_rank",
     "lora.alpha": "lora_alpha",
     "lora.dropout": "lora_dropout",
-    "lora.targets": "target_modules lora_target lora_target_modules lora_target_linear exclude_modules layers_to_transform",
+    "lora.targets": (
+        "target_modules target_parameters lora_target lora_target_modules lora_target_linear exclude_modules layers_to_transform"
+    ),
     "lora.init_from": "adapter_name_or_path adapters lora_model_dir",
     "data.train": "dataset datasets dataset_name train_dataset train_file",
     "data.eval": "eval_dataset val_dataset test_datasets val_size val_set_size split_dataset_ratio",
@@ -64,6 +66,9 @@ OURS = {theirs: ours for ours, names in _THEIRS.items() for theirs in names.spli
 # why, or what instead: theirs
 _NONE_OF_OURS = {
     "the command says it: fasttrain dpo or fasttrain sft": "stage rl rlhf_type do_train do_eval do_predict task_type",
+    "sft learns the answers of the assistant, and no question": (
+        "assistant_only_loss completion_only_loss train_on_prompt train_on_inputs"
+    ),
     "packs have no padding, whatever their lengths": (
         "padding_free packing packing_strategy eval_packing neat_packing sample_packing eval_sample_packing packing_samples "
         "group_by_length length_column_name pad_to_multiple_of pad_to_sequence_len"
@@ -88,7 +93,7 @@ _NONE_OF_OURS = {
     ),
     "adapters are LoRA of one rank on linear layers, nothing else": (
         "use_dora lora_use_dora peft_use_dora pissa_init init_lora_weights lora_bias bias rank_pattern alpha_pattern "
-        "loraplus_lr_ratio lorap_lr_ratio loftq_config target_parameters trainable_token_indices fan_in_fan_out layer_replication"
+        "loraplus_lr_ratio lorap_lr_ratio loftq_config trainable_token_indices fan_in_fan_out layer_replication"
     ),
     "no noise is put on embeddings": "neftune_noise_alpha",
     "images have the size that the processor in the model's folder gives them (preprocessor_config.json)": (

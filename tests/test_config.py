@@ -222,6 +222,8 @@ def test_yaml_merge_keys_work(tmp_path: Path) -> None:
         ("loss_type: ipo\n", "unknown key loss_type; did you mean 'loss.kind'?"),  # not 'loss'
         ("loss: {f_alpha_divergence_coef: 1}\n", "did you mean 'loss.f_alpha'?"),  # not 'f_divergence'
         ("loss: {cpo_alpha: 1}\n", "did you mean 'loss.weights'?"),  # not 'f_alpha'
+        ("lora: {target_parameters: [experts.down_proj]}\n", "did you mean 'lora.targets'?"),
+        ("train: {assistant_only_loss: true}\n", "sft learns the answers of the assistant, and no question"),
         ("lora: {r: 16}\n", "unknown key lora.r; did you mean 'lora.rank'?"),
         (
             "train: {save_steps: 9}\n",
