@@ -315,3 +315,11 @@ def test_margins_that_look_alike_are_counted_together_and_many_are_not_spelled_o
     path = write_rows(tmp_path / "pairs.jsonl", rows)
     assert make_report(path)["margin"]["counts"]["1.23457e+06"] == 2
     assert "(41 different ones from 1 to 1.23457e+06)" in command("stats", path, "--no-files")[1]
+
+
+def test_a_prompt_of_one_answer_is_no_tie(tmp_path, write_rows, command):
+    rows = [annotation([row(5)], [10]), annotation([row(5), row(5)], [10, 40], question="Who?")]
+    tie = report_of(*rows)["yield"][0]
+    assert (tie["prompts"], tie["share"], tie["one_answer"]) == (1, 0.5, 1)
+    code, text, _ = command("stats", write_rows(tmp_path / "a.jsonl", rows), "--no-files")
+    assert code == 0 and re.search(r"tie +1 +50\.0%\n  none +1 +one answer only\n", text)

@@ -94,7 +94,7 @@ def _length(sums: AnnotationSums) -> Report:
 
 
 def _yield(sums: AnnotationSums) -> list[Report]:
-    """Per margin: prompts that give a pair, and how much longer chosen is than the lowest answer then."""
+    """Prompts of one answer and ties; per margin: prompts that give a pair, and how much longer chosen is than the lowest answer then."""
     totals, chars, starts = sums.scores[:, :3].sum(1), sums.chars.astype(np.int64), sums.starts
     prompts = list(itertools.pairwise(starts.tolist()))
     best = np.array([start + int(totals[start:end].argmax()) for start, end in prompts])
@@ -113,12 +113,15 @@ def _yield(sums: AnnotationSums) -> list[Report]:
                 "chars_chosen_minus_lowest": mean,
             }
         )
+    single = np.diff(starts) == 1
+    ties = (spread == 0) & ~single
     return [
         {
             "margin": 0,
-            "prompts": int((spread == 0).sum()),
-            "share": float((spread == 0).mean()),
+            "prompts": int(ties.sum()),
+            "share": float(ties.mean()),
             "ties": True,
+            "one_answer": int(single.sum()),
         },
         *rows,
     ]

@@ -56,6 +56,8 @@ def _annotation_lines(report: Report) -> Iterator[str]:
     for row in report["yield"]:
         if row.get("ties"):
             yield f"  tie    {row['prompts']:>10,} {row['share']:7.1%}"
+            if row["one_answer"]:
+                yield f"  none   {row['one_answer']:>10,}          one answer only"
         else:
             yield f"  {row['margin']:<5}  {row['prompts']:>10,} {row['share']:7.1%} {row['chars_chosen_minus_lowest']:+z14.0f}"
 
