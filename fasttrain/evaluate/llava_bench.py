@@ -18,6 +18,7 @@ from fasttrain.evaluate.benchmarks import (
 from fasttrain.evaluate.judging.outcome import file_name
 
 _ORIGIN = "in huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
+_COCO = "COCO's (images.cocodataset.org/zips/val2014.zip), named without COCO_val2014_"
 
 
 def read(data: Path, options: ReadOptions) -> dict[str, list[Question]]:
@@ -27,7 +28,8 @@ def read(data: Path, options: ReadOptions) -> dict[str, list[Question]]:
     path = find_data_file(data, ("questions.jsonl", "qa90_questions.jsonl"), "the questions", _ORIGIN)
     with mistakes_of_data_tools():
         first = next(iter(read_rows(path)), ("", {}))[1].get("image", "")
-    root = image_folder(path.parent, options.images, ("images", "val2014", "."), str(first), _ORIGIN)
+    origin = _COCO if path.name.startswith("qa90") else _ORIGIN
+    root = image_folder(path.parent, options.images, ("images", "val2014", "."), str(first), origin)
     questions = read_questions(path, root, options.limit)
     return {"": [with_suffix(question, options.suffix or "") for question in questions]}
 

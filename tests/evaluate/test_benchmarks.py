@@ -183,3 +183,11 @@ def test_an_option_that_a_benchmark_has_no_use_for_is_refused(
     ):  # fmt: skip
         code, _, err = fasttrain("eval", bench, *words, *option)
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_the_coco_set_of_llava_bench_wants_cocos_images(
+    shared_data: Path, tmp_path: Path, fasttrain: Callable[..., Any]
+) -> None:
+    words = ("eval", "llava-bench", "-m", "x", "--data", shared_data / "llava", "-o", tmp_path / "e")
+    code, _, err = fasttrain(*words)
+    assert code == 2 and "images.cocodataset.org" in err and "000000441147.jpg first" in err
