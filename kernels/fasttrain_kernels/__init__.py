@@ -11,7 +11,7 @@ from .linear_logprob import (
     linear_logprob_ref,
     with_unit_gradient,
 )
-from .preference_kinds import COUPLE_PAIRS, F_DIVERGENCES, KINDS, REFERENCE_FREE
+from .preference_kinds import COUPLE_PAIRS, F_DIVERGENCES, KINDS, REFERENCE_FREE, TAKE_F_DIVERGENCE
 from .preference_loss import PreferenceLoss, preference_loss, preference_loss_ref
 from .sequence_logprob import pair_sums, preference_logps, sequence_sums, wpo_weights
 from .shared_prefix import SharedPrefixLayout
@@ -30,6 +30,7 @@ __all__ = [
     "F_DIVERGENCES",
     "KINDS",
     "REFERENCE_FREE",
+    "TAKE_F_DIVERGENCE",
     "AttentionCase",
     "FusedLinearPreferenceLoss",
     "LinearLogprob",

@@ -22,6 +22,8 @@ def test_the_page_names_every_kind_and_imports_what_the_package_has(repository: 
             if name in ("import", "from", "class"):
                 break
             assert hasattr(fasttrain_kernels, name), name
+    for name in re.findall(r"`([A-Z]+_[A-Z_]+)`", text):
+        assert name in fasttrain_kernels.__all__
 
 
 def test_the_trl_lines_on_the_page_are_the_examples(repository: Path) -> None:
