@@ -176,6 +176,8 @@ def _evaluation(raw: dict[str, Any], where: str, folder: Path) -> Evaluation:
             raise UserError(f"{where}.questions: {error}") from None
     if given.benchmark:
         _check_benchmark(given.benchmark, given.options, where)
+    if given.questions and given.data is not None:
+        raise UserError(f"{where}.data: wanted only beside benchmark, got {str(given.data)!r}")
     if given.benchmark and given.data is None:
         raise UserError(f"{where}.data: wanted the benchmark's folder, got nothing")
     if given.steer is not None and (not isinstance(given.steer, str) or given.questions is None):
@@ -286,6 +288,8 @@ def _mapping(raw: dict[str, Any], key: str, kind: type, optional: bool = False) 
 
 
 def _check_keys(raw: dict[str, Any], known: Iterable[str], where: str) -> None:
+    names = list(known)
     for key in raw:
-        if key not in known:
-            raise UserError(f"unknown key {where}{key}" + did_you_mean(str(key), list(known)))
+        if key not in names:
+            hint = did_you_mean(str(key), names) or f"; wanted one of {', '.join(names)}"
+            raise UserError(f"unknown key {where}{key}{hint}")

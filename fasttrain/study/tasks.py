@@ -176,12 +176,14 @@ def _evaluations(
             inputs.append(asked_questions(study, name, run))
             command: list[Any] = ["fasttrain", "answer", *inputs, "-o", output]
             command += [*answerer, "--image-root", _root(evaluation)]
-            if evaluation.max_new_tokens:
-                command += ["--max-new-tokens", evaluation.max_new_tokens]
         else:
             output = folder / RESULTS
             command = ["fasttrain", "eval", evaluation.benchmark, *answerer]
             command += ["--data", evaluation.data, "-o", folder]
+            if evaluation.image_root:
+                command += ["--images", evaluation.image_root]
+        if evaluation.max_new_tokens:
+            command += ["--max-new-tokens", evaluation.max_new_tokens]
         yield _task(study, "evaluate", subject, [*command, *evaluation.options], output, inputs, after)
 
 

@@ -135,6 +135,20 @@ def test_what_a_recipe_lets_run_in_training_its_answers_and_benchmarks_are_let_r
     assert trusting() == every
 
 
+def test_a_benchmark_is_asked_with_the_images_and_the_length_that_stand_beside_it(
+    study_file: Any, tmp_path: Path
+) -> None:
+    pope = {
+        "benchmark": "pope",
+        "data": ".",
+        "image_root": ".",
+        "max_new_tokens": 9,
+        "options": ["--limit", 2],
+    }
+    words = next(task.command for task in tasks_of(load_study(study_file(evaluate={"pope": pope}))))
+    assert words[-6:] == ("--images", str(tmp_path), "--max-new-tokens", "9", "--limit", "2")
+
+
 def test_trainings_start_by_the_studys_launcher_and_nothing_else_does(study_file: Any) -> None:
     launcher = "torchrun --nproc_per_node=4 -m fasttrain"
     for task in tasks_of(load_study(study_file(launcher=launcher))):
@@ -184,11 +198,16 @@ def test_a_launcher_that_is_not_there_is_named_before_anything_runs(study_file: 
             {"evaluate": {"x": {"questions": "q.jsonl", "max_new_tokens": "5"}}},
             "max_new_tokens: wanted a whole number",
         ),
+        ({"evaluate": {"x": {"questions": "q.jsonl", "data": "."}}}, "x.data: wanted only beside benchmark"),
         ({"settings": {"all": {"train.lr": 1}}}, "unknown key train.lr"),
         ({"settings": {"dop": {}}}, "unknown key settings.dop; did you mean 'dpo'"),
         ({"launcher": "torchrun -m train"}, "launcher: wanted a command that ends in fasttrain, as torchrun"),
         ({"launcher": "a 'b"}, "launcher: wanted a command, got .* quotation"),
         ({"watts": "many"}, "watts: wanted a number"),
+        (
+            {"seed": 1},
+            "unknown key seed; wanted one of output, recipe, models, answers, runs, evaluate, pair",
+        ),
         ({"outptu": "x"}, "unknown key outptu; did you mean 'output'"),
     ],
 )
