@@ -14,9 +14,8 @@ from fasttrain import __version__
 from fasttrain.config import ModelConfig, load_config
 from fasttrain.errors import UserError
 from fasttrain.files import atomic_folder, remove_dead
+from fasttrain.model.folder import card_line, find_folder
 from fasttrain.model.load import (
-    card_line,
-    find_folder,
     load_model,
     load_model_config,
     load_processor,

@@ -25,6 +25,7 @@ from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError, is_out_of_memory
 from fasttrain.files import HashMemo, cache_root
 from fasttrain.model import load as loading
+from fasttrain.model.folder import find_folder
 from fasttrain.model.lora import modules_replaced, read_adapter, read_adapter_config
 from fasttrain.model.positions import rope_types, trained_positions, why_too_long
 from fasttrain.plan.device_memory import device_memory
@@ -53,7 +54,7 @@ class LocalModel:
         self.config, self.adapter = config, find_adapter(adapter) if adapter is not None else None
         self.rows, self.tokens = rows, tokens
         self.device = loading.pick_device()
-        self.folder = loading.find_folder(config)
+        self.folder = find_folder(config)
         self.model_config = loading.load_model_config(self.folder, config, trains=False)
         self.takes_images = loading.takes_images(self.model_config)
         self.processor = loading.load_processor(self.folder, config, self.takes_images)

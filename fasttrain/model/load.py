@@ -16,11 +16,10 @@ import torch
 
 from fasttrain.config import DPOConfig, ModelConfig
 from fasttrain.errors import UserError, is_out_of_memory
-from fasttrain.files import user_path
 from fasttrain.model.file_layout import whole_shapes
+from fasttrain.model.folder import in_one_line
 from fasttrain.model.lora import PROJECTORS
 from fasttrain.model.no_videos import PIXTRAL, pixtral_processor, processor_name, without_videos
-from fasttrain.settings import require
 
 WEIGHTS = ("*.safetensors",)
 _WIDENED = ("fp8", "mxfp4")  # what a model's files may hold and transformers can load in full
@@ -38,81 +37,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def card_line(name: str) -> str:
-    """A model card's line about its base model, for a hub id: the hub refuses an upload whose card names a folder there."""
-    return "" if user_path(name).is_dir() else f"base_model: {name}\n"
-
-
-def find_folder(config: ModelConfig) -> Path:
-    """The local folder of the model: as given, or the hub snapshot, downloaded if needed."""
-    folder = user_path(config.name)
-    if folder.exists():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"model.name: wanted a model folder with config.json, got {folder}")
-        if not any(folder.glob("*.safetensors")):
-            kinds = ", ".join(sorted({path.suffix for path in folder.iterdir() if path.suffix})) or "nothing"
-            raise UserError(f"model.name: wanted safetensors weights in {folder}, got {kinds}")
-        refuse_revision(folder, config)
-        _refuse_adapter(folder, folder)
-        return folder
-    if config.name.count("/") > 1 or config.name.startswith((".", "/", "~")):
-        raise UserError(f"model.name: wanted a model folder or hub id, got {config.name} (no such folder)")
-    return _snapshot(config)
-
-
-def refuse_revision(folder: Path, config: ModelConfig) -> None:
-    """UserError for a revision of a model that is a folder: it has none."""
-    require(config.revision is None, "model.revision", f"null with the folder {folder}", config.revision)
-
-
-def _snapshot(config: ModelConfig) -> Path:
-    from huggingface_hub import errors, snapshot_download
-
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-    if config.trust_remote_code:
-        patterns.append("*.py")
-    try:
-        folder = Path(snapshot_download(config.name, revision=config.revision, allow_patterns=patterns))
-    except errors.HFValidationError:
-        raise UserError(f"model.name: wanted a model folder or hub id, got {config.name!r}") from None
-    except errors.RevisionNotFoundError:
-        raise UserError(
-            f"model.revision: wanted a branch, tag or commit of {config.name}, got {config.revision}"
-        ) from None
-    except errors.GatedRepoError:
-        raise UserError(
-            f"model.name: the hub gives {config.name} to those only who were granted it: ask on its page, and set HF_TOKEN"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"model.name: the hub has no {config.name}, or it is private and HF_TOKEN is not that of somebody who may read it"
-        ) from None
-    except errors.LocalEntryNotFoundError as error:
-        why = f" ({_in_one_line(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
-        raise UserError(
-            f"model.name: {config.name} is neither a folder nor whole in the local cache, and the hub is out of reach{why}"
-        ) from None
-    except errors.HfHubHTTPError as error:
-        raise UserError(f"model.name: the hub refused {config.name}: {str(error).splitlines()[0]}") from None
-    except Exception as error:  # what its HTTP library raises, and what is no JSON
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"model.name: cannot get {config.name} from the hub: {_in_one_line(error)}") from None
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"model.name: wanted safetensors weights, got none in {config.name}")
-    _refuse_adapter(folder, config.name)
-    return folder
-
-
-def _refuse_adapter(folder: Path, name: Path | str) -> None:
-    """UserError for an adapter, or a model with one beside it, which transformers would put into the model unasked."""
-    if (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"model.name: wanted a model without an adapter, got {name} with adapter_config.json: name the base model here and the "
-            "adapter as lora.init_from (answering: --adapter), or move the adapter's two files out of a whole model's folder"
-        )
 
 
 def load_model_config(folder: Path, config: ModelConfig, *, trains: bool = True) -> Any:
@@ -194,15 +118,7 @@ def model_mistakes(doing: str, folder: Path | str, config: ModelConfig) -> Itera
         if is_out_of_memory(error):
             raise
         refuse_own_code(error, folder, config)
-        raise UserError(f"model.name: cannot {doing}: {_in_one_line(error)}") from None
-
-
-def _in_one_line(error: Exception) -> str:
-    """An exception's text; with its type where the text alone is hardly one, like a KeyError's."""
-    text = " ".join(str(error).split())
-    if not text or isinstance(error, LookupError | TypeError | AttributeError | ArithmeticError):
-        text = f"{type(error).__name__}: {text}"
-    return text if len(text) <= 300 else text[:297] + "..."
+        raise UserError(f"model.name: cannot {doing}: {in_one_line(error)}") from None
 
 
 def refuse_own_code(error: Exception, folder: Path | str, config: ModelConfig) -> None:
@@ -392,7 +308,7 @@ def _generation_stops(path: Path) -> list[int]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"model.name: cannot read {path}: {_in_one_line(error)}") from None
+        raise UserError(f"model.name: cannot read {path}: {in_one_line(error)}") from None
     if not isinstance(settings, dict):
         raise UserError(f"model.name: {path}: wanted a JSON object, got {type(settings).__name__}")
     stops = settings.get("eos_token_id")

@@ -15,12 +15,13 @@ from fasttrain.errors import UserError
 from fasttrain.files import user_path
 from fasttrain.model.attention import silence_dropout
 from fasttrain.model.flops import ModelShape, measure_shape
+from fasttrain.model.folder import refuse_revision
 from fasttrain.model.fused_layers import fuse_layers
 from fasttrain.model.fused_lora import fuse_lora
 from fasttrain.model.fused_rotary import fuse_rotary
 from fasttrain.model.head import install_head
 from fasttrain.model.last_layer import trim_last_layer
-from fasttrain.model.load import load_model_config, model_mistakes, refuse_revision
+from fasttrain.model.load import load_model_config, model_mistakes
 from fasttrain.model.lora import (
     adapter_mistakes,
     adapter_to_train,

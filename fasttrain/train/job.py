@@ -27,11 +27,11 @@ from fasttrain.model.attention import attention_facts, check_attention, silence_
 from fasttrain.model.compiled_layers import compile_layers
 from fasttrain.model.families import FamilyInputs, sees_prompts_whole
 from fasttrain.model.flops import ModelShape, measure_shape
+from fasttrain.model.folder import find_folder
 from fasttrain.model.fused_layers import fuse_layers
 from fasttrain.model.fused_lora import fuse_lora
 from fasttrain.model.fused_rotary import fuse_rotary
 from fasttrain.model.load import (
-    find_folder,
     load_model,
     load_model_config,
     load_processor,

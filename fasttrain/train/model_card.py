@@ -15,7 +15,7 @@ import torch
 
 from fasttrain import __version__
 from fasttrain.files import hash_file, user_path
-from fasttrain.model.load import card_line
+from fasttrain.model.folder import card_line
 from fasttrain.run_lines import read_steps
 from fasttrain.train.job import Job
 

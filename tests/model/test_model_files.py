@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from fasttrain.cli import cli
 from fasttrain.config import ModelConfig, config_from_dict
 from fasttrain.errors import UserError
+from fasttrain.model.folder import find_folder
 from fasttrain.model.load import (
-    find_folder,
     load_model,
     load_model_config,
     load_processor,

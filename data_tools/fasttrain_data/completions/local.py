@@ -44,13 +44,14 @@ def load_sampler(
         from fasttrain.answering.local import find_adapter, load_adapter
         from fasttrain.config import ModelConfig
         from fasttrain.errors import UserError as TrainerError
+        from fasttrain.model.folder import find_folder
     except ImportError as error:
         raise UserError(
             f"sampling with a local model needs torch ({error}); use --server for a model elsewhere"
         ) from None
     try:
         config = ModelConfig(name=settings.model, revision=revision, dtype=dtype)
-        folder = loading.find_folder(config)
+        folder = find_folder(config)
         model_config = loading.load_model_config(folder, config)
         processor = loading.load_processor(folder, config, loading.takes_images(model_config))
         adapter = None if adapter is None else find_adapter(adapter)
