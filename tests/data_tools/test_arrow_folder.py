@@ -34,3 +34,12 @@ def test_a_folder_of_splits_and_one_without_any_rows_are_told(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: wanted a folder with Parquet files or written by datasets"):
         import_pairs(tmp_path / "empty", tmp_path / "pairs.jsonl")
+
+
+@pytest.mark.parametrize("state", ['{"_data_files": [{"filename": "%s"}]}', "[" * 100_000])
+def test_a_state_that_leads_out_of_the_folder_or_nests_without_end_is_one_line(folder, tmp_path, state):
+    (folder / "data.arrow").rename(tmp_path / "other.arrow")
+    for name in ("../other.arrow", str(tmp_path / "other.arrow")):
+        (folder / "state.json").write_text(state.replace("%s", name))
+        with pytest.raises(UserError, match="state.json"):
+            import_pairs(folder, tmp_path / "pairs.jsonl")

@@ -24,10 +24,13 @@ def arrow_table(path: Path) -> Any:
         raise UserError(f"{path}: wanted one split of this datasets folder{example}, got all of it")
     try:
         names = [entry["filename"] for entry in json.loads((path / "state.json").read_text())["_data_files"]]
-    except (OSError, KeyError, TypeError, ValueError):
+        elsewhere = [name for name in names if Path(name).name != name]
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):
         raise UserError(
             f"{path}: wanted a folder written by datasets' save_to_disk, got no valid state.json"
         ) from None
+    if elsewhere:
+        raise UserError(f"{path / 'state.json'}: wanted names of files in its folder, got {elsewhere[0]}")
     try:
         tables = [pa.ipc.open_stream(pa.memory_map(str(path / name))).read_all() for name in names]
         table = pa.concat_tables(tables) if tables else pa.table({})
