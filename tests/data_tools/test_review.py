@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -209,6 +210,29 @@ def test_beyond_this_machine_only_under_a_token(pairs, serve):
     for given in ({"Authorization": "Bearer sesame"}, {"Cookie": "fasttrain_review=sesame"}):
         assert fetch(url + "next?rater=a", **given)[0] == 200
     assert fetch(url + "judge", {}, Cookie="fasttrain_review=sesame", Origin="http://evil.example")[0] == 403
+
+
+def test_a_token_of_any_characters_signs_in_by_the_address_that_is_printed(pairs, serve):
+    server = serve(Review(pairs, 5, 0), pairs.parent, token="q/3+Zk&;=ü ==")
+    opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    with opener.open(server.url, timeout=10) as page:  # redirected, with the cookie
+        assert page.status == 200
+
+
+def test_a_request_that_is_no_judgement_or_comes_from_nobody_leaves_no_traceback(pairs, serve, capsys):
+    server = serve(Review(pairs, 5, 0), pairs.parent)
+    for body, told in ((b"[" * 9_000, 9_000), (b"{}", -1)):
+        head = (
+            f"POST /judge HTTP/1.0\r\nHost: 127.0.0.1:{server.server_port}\r\nContent-Length: {told}\r\n\r\n"
+        )
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as client:
+            client.sendall(head.encode() + body)
+            assert client.recv(12) == b"HTTP/1.0 400"
+    try:
+        raise BrokenPipeError
+    except BrokenPipeError:
+        server.handle_error(None, ("127.0.0.1", 1))
+    assert capsys.readouterr().err == ""
 
 
 def test_kappa_is_cohens():

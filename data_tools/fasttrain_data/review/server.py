@@ -5,13 +5,14 @@ from __future__ import annotations
 import hmac
 import json
 import socket
+import sys
 from collections.abc import Callable
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote, unquote
 
 from fasttrain_data.errors import UserError
 from fasttrain_data.image_files import BadImage, mime_type
@@ -58,7 +59,14 @@ class ReviewServer(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         shown = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{shown}:{self.server_port}/" + (f"?token={self.token}" if self.token else "")
+        return f"http://{shown}:{self.server_port}/" + (
+            f"?token={quote(self.token, safe='')}" if self.token else ""
+        )
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """No traceback for a browser that went away; it may have while it was told of another mistake."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Refused(Exception):
@@ -102,9 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(refused.code, refused.text.encode(), "text/plain; charset=utf-8")
         except UserError as mistake:
             self._send(400, str(mistake).encode(), "text/plain; charset=utf-8")
-        except ConnectionError:
-            self.close_connection = True
-        except TimeoutError:  # of the connection
+        except (ConnectionError, TimeoutError):  # of the connection
             raise
         except OSError as error:  # a full disk: images that cannot be read are refused
             told = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
@@ -147,8 +153,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> dict[str, Any]:
         try:
-            body = json.loads(self.rfile.read(min(int(self.headers.get("Content-Length") or 0), 10_000)))
-        except ValueError:
+            length = int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(min(max(length, 0), 10_000)))
+        except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict):
             raise _Refused(400, "wanted a JSON object")
@@ -171,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
             cookies.load(self.headers.get("Cookie") or "")
         except CookieError:
             cookies.clear()
-        held = cookies[_COOKIE].value if _COOKIE in cookies else ""
+        held = unquote(cookies[_COOKIE].value) if _COOKIE in cookies else ""
         bearer = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if not any(
             hmac.compare_digest(given.encode(), self.server.token.encode()) for given in (held, bearer)
@@ -183,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         return token is not None and given is not None and hmac.compare_digest(given.encode(), token.encode())
 
     def _cookie(self) -> str:
-        return f"{_COOKIE}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
+        return f"{_COOKIE}={quote(self.server.token or '', safe='')}; HttpOnly; SameSite=Strict; Path=/"
 
     def _json(self, value: Any) -> None:
         self._send(200, json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"), "application/json")
