@@ -6,6 +6,7 @@ Every figure is read from the run's own files; what is an estimate says so, with
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from fasttrain import __version__
 from fasttrain.files import hash_file, user_path
 from fasttrain.model.folder import card_line
+from fasttrain.pages import inert
 from fasttrain.run_lines import read_steps
 from fasttrain.train.job import Job
 
@@ -58,7 +60,7 @@ def model_card(job: Job, folder: Path) -> str:
 tags: [{job.loss.command}, fasttrain{", lora" if adapter else ""}]
 ---
 
-# {folder.name}
+# {inert(folder.name)}
 
 A {kind} trained with {job.loss.title} by fasttrain {__version__} from `{config.model.name}`.
 """,
@@ -85,7 +87,7 @@ def _data(job: Job) -> Iterator[str]:
         yield f"* `{path.name}`{digest}"
     facts = _provenance(job)
     for label, values in facts.items():
-        shown = ", ".join(f"{value} ({count:,})" for value, count in values.most_common(6))
+        shown = ", ".join(f"{inert(value)} ({count:,})" for value, count in values.most_common(6))
         yield f"* {label}: {shown}{', ...' if len(values) > 6 else ''}"
     if not facts:
         yield "* The rows do not say where they came from, who graded them or by which rule they were made."
@@ -202,7 +204,9 @@ def _usage(job: Job) -> str:
     name = job.config.model.name
     if job.adapted is not None:
         head.insert(0, "from peft import PeftModel")
-        load = [f'model = PeftModel.from_pretrained({auto}.from_pretrained("{name}"), "final")']
+        load = [
+            f'model = PeftModel.from_pretrained({auto}.from_pretrained({json.dumps(name, ensure_ascii=False)}), "final")'
+        ]
     else:
         load = [f'model = {auto}.from_pretrained("final")']
     added = "" if job.config.model.bos == "tokenizer" else ", add_special_tokens=False"

@@ -54,9 +54,15 @@ def test_several_losses_and_full_fine_tuning_are_named_as_they_are(card: Any) ->
 def test_what_the_rows_say_of_themselves_is_counted_and_their_terms_are_told(card: Any) -> None:
     rule = {"score": "hcc", "margin": 2.0}
     text, _ = card(
-        "made.jsonl", source="SciGraphQA\n# a heading", annotator_version="judge-1", rule=rule, flipped=True
+        "made.jsonl",
+        source="SciGraphQA\n# a [link](x) <img>",
+        annotator_version="judge-1",
+        rule=rule,
+        flipped=True,
     )
-    assert "* source: SciGraphQA # a heading (8)" in text  # one line, whatever a row holds
+    assert (
+        r"* source: SciGraphQA \# a \[link\](x) \<img\> (8)" in text
+    )  # text in one line, whatever a row holds
     assert "* graded by: judge-1 (8)" in text
     assert "* rule: score hcc, margin 2.0 (8)" in text
     assert "* labels: swapped on purpose (8)" in text
