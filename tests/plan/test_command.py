@@ -63,6 +63,19 @@ def test_the_page_about_plans_shows_what_is_printed_today(
         )  # other versions count a little else
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipes_head_has_the_rows_of_the_page_about_plans(recipe: Path) -> None:
+    """In its order and words; the slow test above compares the page with what is printed."""
+    page, head = ((path.read_text(encoding="utf-8")) for path in (FOLDER.parent / "docs" / "plan.md", recipe))
+    labels = [
+        [re.split(r"  +|\d", line.lstrip("# "))[0] for line in text.splitlines() if re.match(prefix, line)]
+        for text, prefix in ((page, " {2,}[a-zA-Z]"), (head, "# {5,}[a-zA-Z]"))
+    ]
+    assert labels[0] == labels[1]
+    tables = [re.search(r"data +[\d,]+ (pairs .*)", text) for text in (page, head)]
+    assert tables[0] and tables[1] and tables[0][1] == tables[1][1]
+
+
 def _shrunk(name: str) -> dict[str, Any]:
     """A known model with its family and few, narrow layers."""
     sizes = json.loads(json.dumps(KNOWN[name]))
