@@ -253,8 +253,13 @@ def _open_parquet(path: Path) -> ArrowRows:
 
 
 def _open_datasets_folder(path: Path) -> ArrowRows:
-    from fasttrain_data.formats.arrow_folder import arrow_table
+    from fasttrain_data.formats.arrow_folder import arrow_table, is_arrow_folder
 
+    if not is_arrow_folder(path) and (shards := sorted(path.rglob("*.parquet"))):
+        raise UserError(
+            f"{path}: wanted a folder written by datasets' save_to_disk, got {len(shards)} Parquet files; "
+            f"name those of a split in a list, as [{shards[0]}]"
+        )
     with mistakes_of_data_tools():
         return ArrowRows(arrow_table(path), path, str(path))
 

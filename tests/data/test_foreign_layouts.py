@@ -153,6 +153,17 @@ def test_every_layout_means_the_same_pair(layout: str, form: str, tmp_path: Path
     assert len(source) == 1 and source.passed_over == []
 
 
+def test_a_folder_of_parquet_files_is_answered_with_their_names(tmp_path: Path) -> None:
+    """They may be of several splits."""
+    (tmp_path / "data").mkdir()
+    for split in ("test", "train"):
+        pq.write_table(pa.Table.from_pylist([{"prompt": "p"}]), tmp_path / "data" / f"{split}-0.parquet")
+    with pytest.raises(
+        UserError, match=r"got 2 Parquet files; name those of a split in a list, as \[.*test-0"
+    ):
+        open_source(tmp_path)
+
+
 def test_the_line_of_a_row_in_our_own_layout_is_not_lost_to_its_other_columns(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n" + json.dumps(LAYOUTS["trl with other columns"]))
