@@ -7,6 +7,8 @@ import re
 from itertools import combinations, permutations
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fasttrain_data.records import ATTRIBUTES, Annotation
@@ -268,6 +270,18 @@ def test_pairs_of_any_layout_are_described(tmp_path, write_rows, command, shared
         "stats", shared_data / "llamafactory_demo" / "dpo_en_demo_first150.json", "--no-files"
     )
     assert (code, "150 pairs of" in stdout) == (0, True)
+
+
+def test_a_folder_that_import_reads_is_described(tmp_path, command, monkeypatch):
+    row = {"prompt": "Why?", "chosen": "xx", "rejected": "y"}
+    (tmp_path / "set").mkdir()
+    for name in ("a", "b"):
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / "set" / f"{name}.parquet")
+    monkeypatch.chdir(tmp_path / "set")
+    for name in (tmp_path / "set", "."):
+        code, stdout, _ = command("stats", name)
+        assert (code, "2 pairs of" in stdout) == (0, True)
+    assert (tmp_path / "set.stats" / "index.html").is_file()
 
 
 def test_a_file_of_neither_kind_is_refused(tmp_path, write_rows, command):

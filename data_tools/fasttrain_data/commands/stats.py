@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from fasttrain_data.commands.options import ANY_PATH, EXISTING_FILE
+from fasttrain_data.commands.options import ANY_PATH, UserPath
 
 
 @click.command("stats", short_help="Describe annotations or pairs.")
-@click.argument("file", type=EXISTING_FILE)
+@click.argument("file", type=UserPath(exists=True))
 @click.option(
     "-o", "--out", "folder", type=ANY_PATH, help="Folder for plots, page and stats.json. Default: FILE.stats."
 )
@@ -32,5 +32,6 @@ def stats_command(file: Path, folder: Path | None, no_files: bool) -> None:
     if not no_files:
         from fasttrain_data.stats.page import write_report
 
-        page = write_report(report, file.name, folder or file.with_name(f"{file.stem}.stats"))[0]
+        named = file if file.name.strip(".") else file.resolve()  # `.` has no name
+        page = write_report(report, named.name, folder or named.with_name(f"{named.stem}.stats"))[0]
         click.echo(f"page: {page}")

@@ -20,7 +20,7 @@ def make_report(path: Path) -> dict[str, Any]:
     from fasttrain_data.formats.detect import first_keys
     from fasttrain_data.stats.pair_report import pair_report
 
-    if path.suffix != ".parquet":
+    if path.is_file() and path.suffix != ".parquet":
         first = next(iter(read_rows(path)), None)
         if first is None:
             raise UserError(f"{path}: wanted annotations or pairs, got an empty file")
