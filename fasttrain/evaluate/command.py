@@ -24,6 +24,18 @@ _ONLY_FOR = {
     "baseline": ("mt-bench", "alpaca-eval"),
     "category_temperatures": ("mt-bench",),
 }
+_LIMITS = {"in_flight", "rpm", "attempts"}  # of calls, to a server that answers or one that judges
+_TO_ANSWER = {field.name for field in dataclasses.fields(AnswerOptions)} - _LIMITS
+_TO_ANSWER |= {"prompt_suffix", "max_new_tokens", "category_temperatures"}
+_TO_JUDGE = {
+    "judge_dry_run",
+    "judge_prompt",
+    "judge_temperature",
+    "judge_tokens",
+    "judge_seed",
+    "baseline",
+    "max_cost",
+}
 
 
 def _judge_options(command: Any) -> Any:
@@ -94,7 +106,7 @@ def eval_command(bench: str, **given: Any) -> int:  # fmt: skip
 
     _check_use(bench, given)
     own = {name: given.pop(name) for name in ("data", "out", "answers")}
-    limits = {name: given[name] for name in ("in_flight", "rpm", "attempts")}
+    limits = {name: given[name] for name in _LIMITS}
     judge, dry_run = take_judge_options(given)
     reading = ReadOptions(
         images=given.pop("images"),
@@ -107,8 +119,6 @@ def eval_command(bench: str, **given: Any) -> int:  # fmt: skip
     benchmark = find_benchmark(bench)
     _check_folder(own["out"], bench)
     if own["answers"]:
-        if given["model"] is not None:
-            raise UserError("--answers and -m: wanted one of them, got both")
         files, failed = _given_answers(benchmark, own["data"], own["answers"]), False
     else:
         if given["model"] is None:
@@ -137,11 +147,19 @@ def eval_command(bench: str, **given: Any) -> int:  # fmt: skip
 
 
 def _check_use(bench: str, given: dict[str, Any]) -> None:
-    """UserError for an option that this benchmark would pass over."""
+    """UserError for an option that would be passed over: by this benchmark, by answers that are there, or for want of a judge."""
     for name, benches in _ONLY_FOR.items():
         if given[name] and bench not in benches:
             option = f"--{name.removesuffix('_model').replace('_', '-')}"
             raise UserError(f"{option}: wanted with {' or '.join(benches)}, got it with {bench}")
+    context = click.get_current_context()
+    for option in context.command.params:
+        if context.get_parameter_source(option.name or "") is not click.core.ParameterSource.COMMANDLINE:
+            continue
+        if given["answers"] and option.name in _TO_ANSWER:
+            raise UserError(f"--answers and {option.opts[0]}: wanted one of them, got both")
+        if given["judge_model"] is None and option.name in _TO_JUDGE:
+            raise UserError(f"{option.opts[0]}: wanted with --judge, got it alone")
 
 
 def _check_folder(out: Path, bench: str) -> None:

@@ -161,6 +161,15 @@ def test_what_contradicts_itself_is_refused(
     for more, message in (
         ((), "-m: wanted a model (or --answers FILE), got none"),
         (("-m", "x", "--answers", tmp_path / "a.jsonl"), "--answers and -m: wanted one of them, got both"),
+        (("-a", "x", "--answers", tmp_path / "a.jsonl"), "--answers and -a: wanted one of them, got both"),
+        (
+            ("--temperature", "0", "--answers", tmp_path / "a.jsonl"),
+            "--answers and --temperature: wanted one",
+        ),
+        (
+            ("--max-cost", "1", "--answers", tmp_path / "a.jsonl"),
+            "--max-cost: wanted with --judge, got it alone",
+        ),
         (("--answers", tmp_path / "none"), "--answers: wanted a file, got nothing"),
         (("--answers", f"random={tmp_path / 'a.jsonl'}"), "--answers: wanted adversarial=FILE, got random="),
         (("--answers", tmp_path / "a.jsonl") * 2, "--answers: wanted one file for adversarial"),
