@@ -38,6 +38,11 @@ class Spill:
     def close(self) -> None:
         self.database.close()
 
+    def __del__(self) -> None:
+        """Python 3.13 warns of databases that end with whoever opened them."""
+        if "database" in vars(self):
+            self.close()
+
 
 class OffsetIndex(Spill):
     """Key (hex) -> byte offset; a later offset replaces an earlier one."""

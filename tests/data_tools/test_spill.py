@@ -1,7 +1,12 @@
 """Keys that are kept on disk instead of in memory."""
 
+import sqlite3
 import subprocess
 import sys
+
+import pytest
+
+from fasttrain_data.spill import SeenKeys
 
 _FILL = """
 import hashlib, resource
@@ -20,3 +25,12 @@ def test_a_disk_without_room_is_told_and_names_the_setting():
     done = subprocess.run([sys.executable, "-c", _FILL], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("no room for temporary files (")
     assert "SQLITE_TMPDIR" in done.stdout
+
+
+def test_a_spill_that_nobody_closed_closes_its_database():
+    """Python 3.13 warns of one that is left open, and warnings are errors in this suite."""
+    seen = SeenKeys()
+    database = seen.database
+    del seen
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        database.execute("SELECT 1")
