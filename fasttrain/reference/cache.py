@@ -54,7 +54,7 @@ class ReferenceCache:
     def _open(self) -> sqlite3.Connection:
         if self._connection is None or self._owner != os.getpid():
             self._inherited.append(self._connection)  # a fork's connection is not this process's to close
-            self._connection = sqlite3.connect(self.path, timeout=120)
+            self._connection = sqlite3.connect(self.path, timeout=120, check_same_thread=False)
             self._owner = os.getpid()
         return self._connection
 
@@ -139,3 +139,7 @@ class ReferenceCache:
         if self._connection is not None and self._owner == os.getpid():
             self._connection.close()
         self._connection = None
+
+    def __del__(self) -> None:
+        """Python 3.13 warns of databases that end with whoever opened them, as with a cache that is damaged."""
+        self.close()

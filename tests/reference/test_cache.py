@@ -42,6 +42,13 @@ def test_first_value_stays(tmp_path: Path) -> None:
     np.testing.assert_array_equal(cache.get([key])[key], np.ones(3))
 
 
+def test_a_cache_that_nobody_closed_closes_its_database(tmp_path: Path) -> None:
+    """As a damaged one, which is never anybody's: Python 3.13 warns of what is left open, and warnings are errors in this suite."""
+    database = ReferenceCache(tmp_path / "a.sqlite", {})._open()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        database.execute("SELECT 1")
+
+
 @pytest.mark.parametrize("column", ["logp", "checksum", "key"])
 def test_a_flipped_bit_is_an_error_or_a_miss_never_a_number(tmp_path: Path, column: str) -> None:
     path = tmp_path / "a.sqlite"
