@@ -44,7 +44,7 @@ def collect_facts() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [*(Path(program).name for program in sys.argv[:1]), *sys.argv[1:]],
         "commit": _commit(),
         "cpu": _cpu_name(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -139,6 +139,14 @@ def test_usage_errors_point_at_the_help_of_their_command(fasttrain: Any) -> None
     assert mistake(fasttrain("dopo")).endswith("(see fasttrain --help)")
 
 
+def test_a_program_that_has_no_arguments_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program with Python inside may leave sys.argv empty: a run ended as it wrote environment.json."""
+    from fasttrain.environment import collect_facts
+
+    monkeypatch.setattr(sys, "argv", [])
+    assert collect_facts()["command"] == []
+
+
 def test_env_names_versions_and_backends(fasttrain: Any) -> None:
     facts = json.loads(fasttrain("env", "--json").out)
     assert facts["versions"]["torch"] and facts["head_backend"]
