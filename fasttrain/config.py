@@ -72,7 +72,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DPOConfig:
     """Read a recipe and apply `key.sub=value` overrides (values are YAML); UserError names the first mistake."""
     path = Path(path)
     raw = read_yaml_mapping(path)
-    settings = [_read_override(override) for override in overrides]
+    settings = _read_overrides(overrides)
     try:
         return _with_settings(raw, settings)
     except UserError as error:
@@ -111,7 +111,7 @@ def read_yaml_mapping(path: Path, what: str = "recipe") -> dict[str, Any]:
 
 def config_from_dict(raw: dict[str, Any], overrides: Sequence[str] = ()) -> DPOConfig:
     """A checked DPOConfig from nested plain values, or path objects for text, plus `key=value` overrides."""
-    return _with_settings(raw, [_read_override(override) for override in overrides])
+    return _with_settings(raw, _read_overrides(overrides))
 
 
 def _with_settings(raw: dict[str, Any], settings: Sequence[tuple[list[str], Any]]) -> DPOConfig:
@@ -138,6 +138,12 @@ def _read_yaml(text: str) -> Any:
         raise ValueError("nested too deeply") from None
     except AttributeError:  # PyYAML's, for `!!timestamp 5`
         raise ValueError("a value does not fit its !!tag") from None
+
+
+def _read_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
+    if isinstance(overrides, str):
+        raise UserError(f"overrides: wanted a list of key=value, got {overrides!r}")
+    return [_read_override(override) for override in overrides]
 
 
 def _read_override(override: str) -> tuple[list[str], Any]:

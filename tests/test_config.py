@@ -168,6 +168,12 @@ def test_an_override_is_read_as_yaml_and_typed(override: str, value: Any, tmp_pa
     assert read == value and type(read) is type(value)
 
 
+def test_overrides_that_are_no_list_are_refused_as_a_whole() -> None:
+    """One in its string was refused by its first letter."""
+    with pytest.raises(UserError, match=r"^overrides: wanted a list of key=value, got 'train.seed=3'$"):
+        config_from_dict({}, "train.seed=3")
+
+
 def test_the_last_override_wins_and_the_recipe_gives_way(tmp_path: Path) -> None:
     config = recipe("train: {seed: 1}\n", tmp_path, "train.seed=2", "train.seed=3", "train.epochs=1")
     assert (config.train.seed, config.train.epochs) == (3, 1)
