@@ -70,7 +70,10 @@ from fasttrain.train.watch import Watcher
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished (or, after SIGTERM, cleanly stopped) run."""
+    """A finished (or, after SIGTERM, cleanly stopped) run: its folder, the lines of its metrics.jsonl, and final/ in it.
+
+    `adapter` is there once the last step is done; with `lora: null` it is the whole model.
+    """
 
     folder: Path
     metrics: list[dict[str, Any]]
