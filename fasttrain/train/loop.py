@@ -6,6 +6,7 @@ import contextlib
 import gc
 import itertools
 import os
+import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -119,12 +120,13 @@ def train(config: DPOConfig, loss: Objective, *, resume: bool = False, overwrite
 def _memory_let_go() -> Iterator[None]:
     """The caller's next run finds this one's memory free, also after an end that he may answer with one: a notebook keeps the
     last traceback, and with it all that its frames hold."""
+    handled = sys.exception()  # the caller's own, in which the run began
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt | UserError) or is_out_of_memory(error):
             kept: BaseException | None = error
-            while kept is not None:
+            while kept is not None and kept is not handled:
                 traceback.clear_frames(kept.__traceback__)
                 kept = kept.__context__
             gc.collect()

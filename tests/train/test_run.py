@@ -6,6 +6,7 @@ import contextlib
 import gc
 import itertools
 import json
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -511,6 +512,19 @@ def test_a_run_that_ends_early_holds_no_memory_though_its_traceback_is_kept(
         run(tiny_text, text)
     assert sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects()) == before
     assert kept.traceback
+
+
+def test_a_refused_run_leaves_the_traceback_that_its_caller_is_handling(run: Runner, tmp_path: Path) -> None:
+    def fails(kept: str) -> None:
+        raise ValueError("the caller's")
+
+    try:
+        fails("as it was")
+    except ValueError as own:
+        with pytest.raises(UserError):
+            run(tmp_path / "none", tmp_path / "none.jsonl")
+        *_, (frame, _) = traceback.walk_tb(own.__traceback__)
+        assert frame.f_locals == {"kept": "as it was"}
 
 
 @pytest.mark.parametrize("config", ["recipe.yaml", {"model": {"name": "m"}}, None])
