@@ -157,6 +157,12 @@ def build_job(config: DPOConfig, loss: Objective | None = None, began: Began | N
     # rounding differs between ways to attend, by more than a first step's check allows for
     if pick_dtype(config.model.dtype, read.device) != torch.float32:
         identity["attention"] = attention_facts(policy)["attention_backend"] if policy.shared else "unshared"
+    backend = torch.backends.cuda if read.device.type == "cuda" else torch.backends.mkldnn
+    if (precision := backend.matmul.fp32_precision) not in (
+        "none",
+        "ieee",
+    ):  # the caller's: TF32 or bf16 inside
+        identity["fp32_products"] = precision
     digest = identity_hash(identity)
     return Job(
         config=config,

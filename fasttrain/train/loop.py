@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
-import os
-import sys
-import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -22,13 +18,14 @@ from fasttrain.data.batch import PackBatch, load_packs, whole
 from fasttrain.data.packs import Order, Pack, Step, plan_step
 from fasttrain.data.prepared import PreparedData
 from fasttrain.environment import collect_facts
-from fasttrain.errors import UserError, is_out_of_memory
+from fasttrain.errors import UserError
 from fasttrain.files import user_path
-from fasttrain.model.load import pick_device, stop_token_ids
+from fasttrain.model.load import stop_token_ids
 from fasttrain.progress import Progress, say
 from fasttrain.ranks import ranks
 from fasttrain.run_lines import read_steps
 from fasttrain.signals import on_sigterm
+from fasttrain.train.caller import memory_let_go, modes_of_a_run, only_run_here
 from fasttrain.train.checkpoint import (
     delete_old,
     latest_checkpoint,
@@ -108,67 +105,12 @@ def train(config: DPOConfig, loss: Objective, *, resume: bool = False, overwrite
     What torch draws for the caller afterwards is what it would have drawn without the run.
     """
     with (
-        _memory_let_go(),
-        _only_run_here(),
-        _modes_of_a_run(),
+        memory_let_go(),
+        only_run_here(),
+        modes_of_a_run(),
         contextlib.closing(RunLock()) as lock,
     ):
         return _train(config, loss, lock, resume, overwrite)
-
-
-@contextlib.contextmanager
-def _memory_let_go() -> Iterator[None]:
-    """The caller's next run finds this one's memory free, also after an end that he may answer with one: a notebook keeps the
-    last traceback, and with it all that its frames hold."""
-    handled = sys.exception()  # the caller's own, in which the run began
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, KeyboardInterrupt | UserError) or is_out_of_memory(error):
-            kept: BaseException | None = error
-            while kept is not None and kept is not handled:
-                traceback.clear_frames(kept.__traceback__)
-                kept = kept.__context__
-            gc.collect()
-        raise
-    gc.collect()  # layers that run functions of ours hold themselves, and the model's memory, until Python looks for such rings
-
-
-_going_on: dict[int, object] = {}  # by process: a forked one has no run of its parent's
-
-
-@contextlib.contextmanager
-def _only_run_here() -> Iterator[None]:
-    """UserError while another thread's run goes on: torch has one random state, and one default dtype, for all of them."""
-    process, this = os.getpid(), object()
-    try:
-        if _going_on.setdefault(process, this) is not this:
-            raise UserError(
-                "wanted one run at a time in a process, as torch draws for all of its threads from one random state, got a second; "
-                "start it after the one that is going on, or in a process of its own"
-            )
-        yield
-    finally:
-        if _going_on.get(process) is this:
-            del _going_on[process]
-
-
-@contextlib.contextmanager
-def _modes_of_a_run() -> Iterator[None]:
-    """What torch is told in every run: reference log-probs computed in a caller's autocast would be cached for all runs."""
-    dtype, elsewhere = torch.get_default_dtype(), torch.get_default_device().type != "cpu"
-    torch.set_default_dtype(torch.float32)
-    try:
-        with (
-            torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []),
-            torch.device("cpu") if elsewhere else contextlib.nullcontext(),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(pick_device().type, enabled=False),
-        ):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
 
 
 def _train(config: DPOConfig, loss: Objective, lock: RunLock, resume: bool, overwrite: bool) -> RunResult:

@@ -217,6 +217,14 @@ def test_a_second_run_computes_no_reference_and_other_models_do(
         tmp_path / "template", template=tiny_models.CHATML.replace("<|im_start|>", "<s>")
     )
     assert computed(model=template) == total  # same weights, another chat template
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"
+        assert (computed(), computed()) == (total, 0)
+    finally:
+        matmul.fp32_precision = before
+    assert computed() == 0
 
 
 @pytest.mark.parametrize(
