@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 _STYLE = """
 :root{color-scheme:light dark;--text:#222;--quiet:#555;--back:#fff;--card:#f4f4f4;--line:#ddd;--strong:#888;
@@ -94,6 +97,15 @@ def folded(title: str, inside: str) -> str:
 def picture(content: bytes, alt: str, kind: str = "image/png") -> str:
     source = base64.b64encode(content).decode()
     return f'<img alt="{html.escape(alt)}" src="data:{kind};base64,{source}">'
+
+
+def plot_png(figure: Any, dpi: int) -> bytes:
+    """A matplotlib figure as PNG; letters of a name that its font lacks are boxes, told in no warning: tables have the name."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph ")
+        figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
 
 
 def figure(content: bytes, title: str, caption: str = "") -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
-from fasttrain.pages import Table
+from fasttrain.pages import Table, plot_png
 from fasttrain.report.panels import COLOURS, shown
 from fasttrain.report.runs import Run
 
@@ -67,9 +66,7 @@ def anatomy_png(runs: Sequence[Run]) -> bytes | None:
     figure = Figure(figsize=(9.5, tall * len(halves)), layout="constrained")
     for axis, (title, bars, first) in zip(figure.subplots(len(halves), squeeze=False)[:, 0], halves):
         _bars(axis, title, bars, first)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
+    return plot_png(figure, dpi=100)
 
 
 def _bars(axis: Any, title: str, bars: list[tuple[str, dict[str, float]]], first: int) -> None:

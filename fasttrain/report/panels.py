@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fasttrain.pages import plot_png
 from fasttrain.report.runs import Run
 
 # Wong (2011), told apart by colour-blind readers.
@@ -193,9 +193,7 @@ def panel_png(panel: Panel, runs: Sequence[Run]) -> bytes:
         figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     elif labels:
         axis.legend(fontsize=8, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
+    return plot_png(figure, dpi=100)
 
 
 def _draw(axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, style: str, label: str) -> None:

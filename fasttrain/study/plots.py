@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from typing import Any
 
+from fasttrain.pages import plot_png
 from fasttrain.study.results import Results, Row
 from fasttrain.study.run import Run
 from fasttrain.study.scores import Score
@@ -73,9 +73,7 @@ def _png(draw: Callable[..., None], *arguments: Any) -> bytes:
     rows = len(arguments[0]) if isinstance(arguments[0], list) else 10
     figure = Figure(figsize=(7.5, max(2.4, 0.34 * rows + 0.9)), layout="constrained")
     draw(figure, *arguments)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return plot_png(figure, dpi=110)
 
 
 def _bars(figure: Any, rows: list[Row], name: str, measure: str) -> None:

@@ -143,6 +143,14 @@ def test_several_runs_stand_side_by_side_with_what_differs(
     assert "<h1>a / beta half</h1>" in page
 
 
+def test_names_in_letters_that_the_plots_font_lacks_are_told_in_no_warning(
+    make_run: Callable[..., Path], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    runs = read_runs([f"\u7532={make_run('a')}", f"\u4e59={make_run('b')}"])
+    assert "<h1>\u7532 / \u4e59</h1>" in write_report(runs, tmp_path / "both").read_text()
+    assert not [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)]
+
+
 def test_a_run_under_way_and_a_torn_last_line_are_told(make_run: Callable[..., Path]) -> None:
     folder = make_run(lines=SHORT)
     with (folder / "metrics.jsonl").open("a") as file:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import Any
 
 from fasttrain.evaluate.comparing.analysis import Comparison, ScoreRow
 from fasttrain.evaluate.comparing.benchmarks import BENCHMARKS
 from fasttrain.evaluate.comparing.tables import number
+from fasttrain.pages import plot_png
 
 # Wong (2011), told apart by colour-blind readers.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
@@ -34,9 +34,7 @@ def comparison_png(comparison: Comparison) -> bytes:
             continue
         rows = {row.model: row for row in comparison.scores if row.benchmark == names[place]}
         _draw(axis, names[place], comparison.models, rows, first=place % columns == 0)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return plot_png(figure, dpi=110)
 
 
 def _draw(axis: Any, name: str, models: tuple[str, ...], rows: dict[str, ScoreRow], *, first: bool) -> None:
