@@ -44,6 +44,8 @@ class Handler(BaseHTTPRequestHandler):
         raw = json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(raw)))
+        if status == 301:
+            self.send_header("Location", "https://elsewhere.example/v1")
         if status == 429:
             self.send_header("Retry-After", "0.05")
         self.end_headers()
@@ -197,3 +199,15 @@ def test_a_password_in_the_servers_address_is_sent_and_stands_in_no_file(
     assert server.seen[0][1]["Authorization"] == "Basic " + base64.b64encode(b"bob:hunter2").decode()
     assert json.loads((out / "eval.json").read_text())["server"] == server.url
     assert not [path for path in out.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
+
+
+def test_an_address_that_leads_elsewhere_is_told_once_and_not_followed(
+    server: Server, answer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.plan = lambda body, attempt: (301, {})
+    assert answer("--in-flight", 1) == 2
+    assert (
+        "the server's own address, got one that leads to https://elsewhere.example/v1"
+        in capsys.readouterr().err
+    )
+    assert len(server.seen) == 1

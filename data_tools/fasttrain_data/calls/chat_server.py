@@ -58,6 +58,10 @@ def post_chat(client: Any, url: str, body: dict[str, Any], key: str | None) -> d
         raise CallFailed(
             "server_error", without_key(f"connection failed: {error}", key), retry=True
         ) from None
+    if response.has_redirect_location:
+        place = without_key(without_credentials(response.headers["location"]), key)
+        told = f"{response.status_code}: wanted the server's own address, got one that leads to {place}"
+        raise CallFailed("refused_request", told, fatal=True)
     text = without_key(response.text, key)  # before it is cut: of a key cut in two a part would stay
     if response.status_code != 200:
         message, code = _error_of(text)
