@@ -153,13 +153,13 @@ def _check_use(bench: str, given: dict[str, Any]) -> None:
             option = f"--{name.removesuffix('_model').replace('_', '-')}"
             raise UserError(f"{option}: wanted with {' or '.join(benches)}, got it with {bench}")
     context = click.get_current_context()
-    for option in context.command.params:
-        if context.get_parameter_source(option.name or "") is not click.core.ParameterSource.COMMANDLINE:
+    for parameter in context.command.params:
+        if context.get_parameter_source(parameter.name or "") is not click.core.ParameterSource.COMMANDLINE:
             continue
-        if given["answers"] and option.name in _TO_ANSWER:
-            raise UserError(f"--answers and {option.opts[0]}: wanted one of them, got both")
-        if given["judge_model"] is None and option.name in _TO_JUDGE:
-            raise UserError(f"{option.opts[0]}: wanted with --judge, got it alone")
+        if given["answers"] and parameter.name in _TO_ANSWER:
+            raise UserError(f"--answers and {parameter.opts[0]}: wanted one of them, got both")
+        if given["judge_model"] is None and parameter.name in _TO_JUDGE:
+            raise UserError(f"{parameter.opts[0]}: wanted with --judge, got it alone")
 
 
 def _check_folder(out: Path, bench: str) -> None:
