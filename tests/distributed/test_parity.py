@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -13,13 +12,6 @@ from typing import Any
 import pytest
 
 from fasttrain.train.loop import train_dpo
-
-_spec = importlib.util.spec_from_file_location(
-    "tiny_families", Path(__file__).parent.parent / "tiny_families.py"
-)
-assert _spec is not None and _spec.loader is not None
-tiny_families = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tiny_families)
 
 pytestmark = pytest.mark.forks
 # Tiny weights too are held in parts: DeepSpeed keeps those below 100,000 elements whole.
@@ -137,8 +129,8 @@ def test_ranks_that_tokenize_as_steps_ask_take_the_same_steps(
     ],
 )
 def test_other_families_take_the_steps_of_one_process(
-    family: str, stage: str, more: list[str], tiny_models: ModuleType, recipes: Callable[..., Any], run_ranks: Callable[..., Any],
-    deepspeed_config: Callable[..., str], tmp_path: Path,
+    family: str, stage: str, more: list[str], tiny_models: ModuleType, tiny_families: ModuleType,
+    recipes: Callable[..., Any], run_ranks: Callable[..., Any], deepspeed_config: Callable[..., str], tmp_path: Path,
 ) -> None:  # fmt: skip
     """Mllama runs other layers with images than without: only where ranks need not run the same modules."""
     # one process runs fused norms, ZeRO-3 transformers' own: steps of the usual size would amplify the rounding
@@ -158,7 +150,11 @@ def test_other_families_take_the_steps_of_one_process(
 
 @pytest.mark.slow
 def test_experts_load_under_zero_3_whichever_way_they_lie_in_their_files(
-    tiny_models: ModuleType, recipes: Callable[..., Any], run_ranks: Callable[..., Any], tmp_path: Path
+    tiny_models: ModuleType,
+    tiny_families: ModuleType,
+    recipes: Callable[..., Any],
+    run_ranks: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     """Qwen3-VL-MoE's, as its publisher has them and as transformers saves them; of a part no shape told which."""
     from safetensors.torch import load_file, save_file

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,19 +15,16 @@ import torch
 from fasttrain.ranks import full_shape, ranks
 from fasttrain.train.loop import train_dpo
 
-_spec = importlib.util.spec_from_file_location(
-    "tiny_families", Path(__file__).parent.parent / "tiny_families.py"
-)
-assert _spec is not None and _spec.loader is not None
-tiny_families = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tiny_families)
-
 pytestmark = pytest.mark.forks
 
 
 @pytest.mark.slow
 def test_layers_that_run_once_for_every_image_are_refused_under_zero_3(
-    tiny_models: ModuleType, recipes: Callable[..., Any], run_ranks: Callable[..., Any], tmp_path: Path
+    tiny_models: ModuleType,
+    tiny_families: ModuleType,
+    recipes: Callable[..., Any],
+    run_ranks: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     """PaddleOCR-VL's projector: ranks with other numbers of images gathered its weights another number of times, and hung."""
     name = f"model.name={tiny_families.save(tiny_models, tmp_path / 'model', 'PaddleOCR-VL')}"
