@@ -29,14 +29,20 @@ def test_a_model_that_cannot_answer_is_a_mistake_in_one_line(
 ) -> None:  # fmt: skip
     from safetensors.torch import load_file, save_file
 
-    for name in ("nan", "grid"):
+    for name in ("nan", "grid", "gap"):
         shutil.copytree(tiny_llava, tmp_path / name)
     weights = load_file(tmp_path / "nan" / "model.safetensors")
     weights[next(key for key in weights if key.endswith("layers.1.mlp.up_proj.weight"))].fill_(float("nan"))
     save_file(weights, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
+    del weights[next(key for key in weights if key.endswith("layers.1.mlp.up_proj.weight"))]
+    save_file(weights, tmp_path / "gap" / "model.safetensors", {"format": "pt"})
     settings = tmp_path / "grid" / "processor_config.json"
     settings.write_text(settings.read_text().replace('"patch_size": 7', '"patch_size": 14'))
-    for name, message in (("nan", "its logits are not numbers"), ("grid", "another number of image tokens")):
+    for name, message in (
+        ("nan", "its logits are not numbers"),
+        ("grid", "another number of image tokens"),
+        ("gap", "wanted every weight in"),
+    ):
         words = ("answer", "-m", tmp_path / name, picture_questions, "-o", tmp_path / f"{name}.jsonl")
         assert run_command(*words, "--max-new-tokens", 3) == 2
         assert (

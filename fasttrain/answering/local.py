@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ from fasttrain.answering.decoding import Decoding
 from fasttrain.answering.generator import Generator
 from fasttrain.answering.generic import GenericGenerator
 from fasttrain.answering.kv_cache import cache_bytes_per_token
+from fasttrain.answering.options import by_options
 from fasttrain.answering.questions import Question, image_hashes
 from fasttrain.answering.run import Done, Failed
 from fasttrain.config import ModelConfig
@@ -76,11 +76,11 @@ class LocalModel:
 
     @cached_property
     def generator(self) -> Generator | GenericGenerator:
-        with _of_adapter():
+        with by_options():
             replaced = modules_replaced(self.adapter)
-        model = loading.load_model(
-            self.folder, self.config, self.model_config, self.device, replaced=replaced
-        )
+            model = loading.load_model(
+                self.folder, self.config, self.model_config, self.device, replaced=replaced
+            )
         tokens, rows = (
             len(getattr(self.processor, "tokenizer", self.processor)),
             len(model.get_input_embeddings().weight),
@@ -220,18 +220,9 @@ def bos_of_run(adapter: Path) -> str:
 
 def load_adapter(model: Any, folder: Path) -> Any:
     """The model with the adapter's layers in place; UserError unless it has every weight, in the model's shapes."""
-    with _of_adapter():
+    with by_options():
         adapted = read_adapter(model, folder, read_adapter_config(folder), trainable=False)
         return adapted.get_base_model().eval()
-
-
-@contextlib.contextmanager
-def _of_adapter() -> Iterator[None]:
-    """Mistakes of an adapter told as those of the option that named it."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace("lora.init_from:", "--adapter:")) from None
 
 
 def _free_memory(device: torch.device) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -44,6 +45,11 @@ _LIMITS = (
     click.option("--attempts", type=click.IntRange(1), default=5, show_default=True, help="Requests for one answer, at most."),
 )  # fmt: skip
 
+_OPTIONS = {
+    "model.name:": "--model:", "model.revision:": "--revision:", "model.quantize:": "--quantize:",
+    "model.trust_remote_code": "--trust-remote-code", "lora.init_from:": "--adapter:",
+}  # fmt: skip
+
 
 def answering_options(command: Command) -> Command:
     """Adds the options that `AnswerOptions` holds, but for the limits of calls to a server."""
@@ -57,6 +63,18 @@ def call_limit_options(command: Command) -> Command:
     for option in reversed(_LIMITS):
         command = option(command)
     return command
+
+
+@contextlib.contextmanager
+def by_options() -> Iterator[None]:
+    """Mistakes of a recipe's settings told as those of the options that stand for them here."""
+    try:
+        yield
+    except UserError as error:
+        told = str(error)
+        for setting, option in _OPTIONS.items():
+            told = told.replace(setting, option, 1)
+        raise UserError(told) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,17 +119,13 @@ class AnswerOptions:
         from fasttrain.answering.local import LocalModel, bos_of_run
         from fasttrain.config import ModelConfig
 
-        try:
+        with by_options():
             bos: Any = self.bos or (bos_of_run(self.adapter) if self.adapter is not None else "template")
             config = ModelConfig(
                 name=self.model, revision=self.revision, dtype=self.dtype, quantize=self.quantize, bos=bos,
                 trust_remote_code=self.trust_remote_code,
             )  # fmt: skip
             return LocalModel(config, self.adapter, rows=self.batch_size, tokens=self.tokens_per_batch)
-        except UserError as error:
-            told = str(error).replace("model.name:", "--model:", 1)
-            told = told.replace("model.revision:", "--revision:", 1)
-            raise UserError(told.replace("model.trust_remote_code", "--trust-remote-code", 1)) from None
 
     def _server(self) -> Answerer:
         from fasttrain.answering.server import ServerModel
