@@ -113,7 +113,7 @@ def _pair(annotations: Path, output: Path, options: dict[str, Any]) -> None:
     chosen, rejected = counts.chosen_chars / counts.pairs, counts.rejected_chars / counts.pairs
     click.echo(
         f"mean margin {counts.margin_sum / counts.pairs:.2f}; mean length chosen {chosen:.0f}, "
-        f"rejected {rejected:.0f} characters (chosen - rejected {chosen - rejected:+.0f})"
+        f"rejected {rejected:.0f} characters (chosen - rejected {chosen - rejected:+z.0f})"
     )
     if counts.held_out:
         click.echo(f"{held_out_path(output)}: {counts.held_out:,} pairs")

@@ -58,7 +58,7 @@ def _correlation(figure: Any, report: Report) -> None:
     axis.set(xticks=range(5), yticks=range(5), xticklabels=_SHORT, yticklabels=ATTRIBUTES)
     for row, column in np.ndindex(matrix.shape):
         colour = "white" if abs(matrix[row, column]) > 0.7 else "black"
-        axis.text(column, row, f"{matrix[row, column]:.2f}", ha="center", va="center", color=colour)
+        axis.text(column, row, f"{matrix[row, column]:z.2f}", ha="center", va="center", color=colour)
     figure.colorbar(image)
     axis.set_title("correlation between attributes")
 

@@ -50,7 +50,7 @@ def _annotation_lines(report: Report) -> Iterator[str]:
     yield from _agreement_lines(report["agreement"])
     yield "place in list   score against the call's mean   share of best"
     for row in report["position"]:
-        yield f"  {row['position']:<13}{row['mean_minus_call_mean']:+12.3f} {row['share_best']:24.1%}"
+        yield f"  {row['position']:<13}{row['mean_minus_call_mean']:+z12.3f} {row['share_best']:24.1%}"
     yield ""
     yield "margin   prompts with a pair      chosen - lowest, characters"
     for row in report["yield"]:
@@ -96,7 +96,7 @@ def _pair_lines(report: Report) -> Iterator[str]:
     length = report["length"]
     yield (
         f"mean length: chosen {length['mean_chars_chosen']:.0f}, rejected {length['mean_chars_rejected']:.0f} characters; "
-        f"chosen - rejected {length['mean_chosen_minus_rejected']:+.0f} (median {length['median_chosen_minus_rejected']:+.0f})"
+        f"chosen - rejected {length['mean_chosen_minus_rejected']:+z.0f} (median {length['median_chosen_minus_rejected']:+z.0f})"
     )
     yield f"chosen is longer in {length['share_chosen_longer']:.1%}, shorter in {length['share_chosen_shorter']:.1%}"
     if "margin" in report:
