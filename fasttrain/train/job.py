@@ -227,6 +227,8 @@ class _Loaded(NamedTuple):
 def _read(config: DPOConfig, objective: Objective, today: date) -> _Read:
     torch.manual_seed(config.train.seed)
     device = pick_device()
+    if device.type == "cpu" and torch.backends.mps.is_available():
+        say("note: Apple's GPU is not used: fasttrain trains on CUDA devices and CPUs")
     folder = find_folder(config.model)
     model_config = load_model_config(folder, config.model)
     check_attention(config.model.attention, model_config, device, pick_dtype(config.model.dtype, device))

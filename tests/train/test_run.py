@@ -463,6 +463,14 @@ def test_the_callers_default_device_changes_nothing(tiny_llava: Path, vision: Pa
     assert [line["loss"] for line in ours] == [line["loss"] for line in truth]
 
 
+def test_a_gpu_that_is_passed_over_is_told(
+    tiny_text: Path, text: Path, run: Runner, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    run(tiny_text, text)
+    assert "note: Apple's GPU is not used" in capfd.readouterr().err
+
+
 def test_the_callers_random_draws_go_on(tiny_text: Path, text: Path, run: Runner) -> None:
     """A search that draws its next learning rate between two runs drew the same one for ever."""
     torch.manual_seed(5)
