@@ -68,10 +68,16 @@ class Watch:
 
 
 def split_eval(paths: str | list[str] | None) -> tuple[list[str], list[Path]]:
-    """Pair files, and benchmark folders, of `data.eval`."""
+    """Pair files, and benchmark folders, of `data.eval`; UserError for a folder that is neither."""
     given = [paths] if isinstance(paths, str) else paths or []
     folders = [path for path in given if benchmark_of(user_path(path)) is not None]
-    return [path for path in given if path not in folders], [user_path(path) for path in folders]
+    pair_files = [path for path in given if path not in folders]
+    for path in map(user_path, pair_files):
+        if path.is_dir() and not any(any(path.rglob(name)) for name in ("state.json", "*.parquet")):
+            raise UserError(
+                f"data.eval: wanted pair files, a folder of datasets, or one with POPE's coco_pope_*.json or MMBench's .tsv, got {path}"
+            )
+    return pair_files, [user_path(path) for path in folders]
 
 
 def open_watches(folders: Sequence[Path], data: DataConfig, memo: HashMemo) -> list[Watch]:

@@ -155,6 +155,10 @@ def test_mistakes_in_a_watched_folder_stop_before_training(
         UserError, match=r"coco_pope_random.json line \d: image: wanted an existing image file"
     ):
         train_dpo(recipe("run", watch=[str(pope)]))
+    with pytest.raises(
+        UserError, match=r"data.eval: wanted .* or one with POPE's coco_pope_\*\.json or .*val2014"
+    ):
+        train_dpo(recipe("run", watch=[str(pope / "val2014")]))
     with pytest.raises(UserError, match=r"data.eval_questions: wanted at least 1"):
         recipe("run", "data.eval_questions=0")
     for setting in ("data.eval_questions=3", "data.eval_prompt_suffix=Answer."):
