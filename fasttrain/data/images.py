@@ -88,7 +88,7 @@ def open_image(content: bytes) -> Image:
     """Decode to RGB, upright; ValueError says what is wrong with the bytes."""
     from PIL.Image import Transpose
 
-    with _opened(io.BytesIO(content)) as image:
+    with opened(io.BytesIO(content)) as image:
         image.load()  # before it is asked how it lies: some versions of Pillow turn a TIFF here
         turn = _TURNS.get(_orientation(image))
         upright = to_rgb(image if turn is None else image.transpose(Transpose[turn]))
@@ -131,14 +131,14 @@ def to_rgb(image: Image) -> Image:
 def check_header(ref: ImageRef) -> None:
     """Cheap check that an image can probably be opened: header only. ValueError or OSError if not."""
     if ref.content is not None:
-        with _opened(io.BytesIO(ref.content)):
+        with opened(io.BytesIO(ref.content)):
             return
-    with ref._file().open("rb") as file, _opened(file):
+    with ref._file().open("rb") as file, opened(file):
         return
 
 
 @contextlib.contextmanager
-def _opened(file: Any) -> Iterator[Image]:
+def opened(file: Any) -> Iterator[Image]:
     """A lazily opened image of sane size; what PIL raises for damage, here or in the block, becomes a ValueError.
 
     Its decoders raise what they like: zlib's, struct's and their own errors, and KeyError and the like from damaged tables.
@@ -189,7 +189,7 @@ def image_size(ref: ImageRef) -> tuple[int, int]:
         file: Any = io.BytesIO(ref.content)
     else:
         file = ref._file().open("rb")
-    with file, _opened(file) as image:
+    with file, opened(file) as image:
         # of a TIFF: some versions of Pillow turn its size, and not yet its pixels, when they open it
         tags = getattr(image, "tag_v2", None)
         width, height = image.size if tags is None else (tags[_WIDTH], tags[_LENGTH])

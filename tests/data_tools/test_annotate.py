@@ -174,7 +174,7 @@ def test_bad_images_are_typed_without_a_call(completions, annotate, tmp_path):
         assert code == 3
         assert Counter(row["status"] for row in rows) == {"bad_image": 4, "ok": 2}
         assert len(double.calls) == 2
-        assert "not an image" in rows[0]["detail"]
+        assert "not a file of type PNG" in rows[0]["detail"]
         assert "no such file" in rows[1]["detail"]
 
 

@@ -130,14 +130,27 @@ def test_greys_of_16_bits_are_seen_as_greys(questions, tmp_path, tiny_llava):
 
 
 def test_an_image_on_which_pillow_fails_in_a_way_of_its_own_is_a_bad_image(tmp_path, monkeypatch):
-    def fail(file):
+    def fail(file, formats):
         raise struct.error("unpack requires a buffer of 2 bytes")
 
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png", exif=b"II*\0")
     assert read_image(tmp_path / "x.png").mime_type == "image/png"  # nobody asks how it lies
     monkeypatch.setattr(Image, "open", fail)
-    with pytest.raises(BadImage, match="not an image"):
+    with pytest.raises(BadImage, match=r"x\.png: broken image: unpack requires a buffer of 2 bytes"):
         read_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "wanted"),
+    [
+        ((8, 8), "EPS", "not a file of type PNG, JPEG"),
+        ((401, 2), "PNG", "one side more than 200 times the other"),
+    ],
+)
+def test_an_image_that_training_would_refuse_is_refused_here(tmp_path, size, kind, wanted):
+    Image.new("RGB", size).save(tmp_path / "x.img", kind)
+    with pytest.raises(BadImage, match=wanted):
+        read_image(tmp_path / "x.img")
 
 
 def test_a_model_trained_again_into_its_folder_is_another_model(tmp_path, monkeypatch):
