@@ -51,6 +51,9 @@ def export_command(pairs: Path, output: Path, target: str, **options: Any) -> No
     show_default=True,
     help="annotations keeps every scored answer, to be paired by any rule (HelpSteer, mllm-dpo).",
 )
+@click.option(
+    "--split", help="Which of a folder's splits to read, by the names of its files: train, test, train_prefs."
+)
 @image_root_option
 def import_command(source: Path, output: Path, **options: Any) -> None:
     """Read SOURCE (a file, or a folder of Parquet shards or of datasets) in another project's layout.
@@ -59,6 +62,8 @@ def import_command(source: Path, output: Path, **options: Any) -> None:
     foreign_logps and never used as reference.
 
     Example: fasttrain-data import RLAIF-V.parquet -o pairs.jsonl
+
+    Example: fasttrain-data import ultrafeedback_binarized --split train_prefs -o pairs.jsonl
     """
     from fasttrain_data.formats.bring_in import import_pairs
 

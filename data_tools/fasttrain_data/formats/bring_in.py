@@ -27,8 +27,9 @@ def import_pairs(
     form: str | None = None,
     into: Literal["pairs", "annotations"] = "pairs",
     image_root: Path | None = None,
+    split: str | None = None,
 ) -> Account:
-    """Write pairs.jsonl (TRL vision rows) or annotations.jsonl from a preference file.
+    """Write pairs.jsonl (TRL vision rows) or annotations.jsonl from a preference file, or a split of a folder.
 
     Embedded images are written to a folder beside the output. Annotations come from HelpSteer (all answers of a
     prompt) and mllm-dpo (the two of a pair); other layouts hold no five scores.
@@ -38,9 +39,9 @@ def import_pairs(
     store = ImageStore(names, output)
     with account_of(output) as account, whole_rows(output) as write:
         if into == "annotations":
-            rows = _annotations(source, form or detect_format(source), store)
+            rows = _annotations(source, form or detect_format(source, split), split, store)
         else:
-            rows = _pairs(source, form, store, account)
+            rows = _pairs(source, form, split, store, account)
         for row in rows:
             write(row)
             account.keep(source.name)
@@ -52,19 +53,24 @@ def import_pairs(
     return account
 
 
-def _pairs(source: Path, form: str | None, store: ImageStore, account: Account) -> Iterator[Row]:
-    for row in read_pairs(source, form, lambda where, reason: account.drop(source.name, reason, where)):
+def _pairs(
+    source: Path, form: str | None, split: str | None, store: ImageStore, account: Account
+) -> Iterator[Row]:
+    def skipped(where: str, reason: str) -> None:
+        account.drop(source.name, reason, where)
+
+    for row in read_pairs(source, form, skipped, split=split):
         place = Place(str(source), f"pair {row['id']}")
         yield {**row, "images": store.named(row["images"], place)}
 
 
-def _annotations(source: Path, form: str | None, store: ImageStore) -> Iterator[Row]:
+def _annotations(source: Path, form: str | None, split: str | None, store: ImageStore) -> Iterator[Row]:
     if form == "helpsteer":
-        yield from helpsteer_annotations(iterate_rows(source))
+        yield from helpsteer_annotations(iterate_rows(source, split=split))
         return
     if form != "mllm-dpo":
         raise UserError(f"{source}: wanted helpsteer or mllm-dpo for --into annotations, got {form}")
-    for row in read_pairs(source, form):
+    for row in read_pairs(source, form, split=split):
         place = Place(str(source), f"pair {row['id']}")
         prompt = [part for part in row["prompt"][0]["content"] if part["type"] == "text"]
         question = text_of({"content": prompt})

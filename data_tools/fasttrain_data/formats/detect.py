@@ -49,20 +49,20 @@ FORMATS: dict[str, Callable[[Row], bool]] = {
 }
 
 
-def first_keys(path: Path) -> str:
+def first_keys(path: Path, split: str | None = None) -> str:
     """What a file that is of no known layout holds, for a message."""
-    for _, place, row in iterate_rows(path):
+    for _, place, row in iterate_rows(path, split=split):
         return f"keys {', '.join(row) or 'none'} in {place}"
     return "no rows"
 
 
-def detect_format(source: Path | str | Row) -> str | None:
-    """The layout of a record, or of the first record of a file; None if it is none we know.
+def detect_format(source: Path | str | Row, split: str | None = None) -> str | None:
+    """The layout of a record, or of the first record of a file (a folder's split); None if it is none we know.
 
     "trl" covers TRL's explicit and implicit prompts and the short form with plain strings.
     """
     if isinstance(source, dict):
         return next((name for name, matches in FORMATS.items() if matches(source)), None)
-    for _, _, row in iterate_rows(Path(source)):
+    for _, _, row in iterate_rows(Path(source), split=split):
         return detect_format(row)
     return None

@@ -52,24 +52,26 @@ def read_pairs(
     form: str | None = None,
     skipped: Skipped | None = None,
     bad: Callable[[BadRow], object] | None = None,
+    split: str | None = None,
 ) -> Iterator[Row]:
     """TRL vision rows of a preference file, streamed; see the package's docstring for their keys.
 
-    form: a name from FORMATS; None lets the first row decide. BadRow (file, place, field, wanted, got) for the
+    form: a name from FORMATS; None lets the first row decide. split: which of a folder's several, UserError if it is
+    not named. BadRow (file, place, field, wanted, got) for the
     first row that is wrong, unless `bad` takes it and reading goes on. Records that hold no preference (ties, one answer only) are passed over and told to
     `skipped(where, reason)`. Scored candidates become pairs by the paper's rule (HelpSteer: margin 2 on
     helpfulness + correctness + coherence) or best against worst mean rating (VLFeedback).
     """
     path = Path(path)
-    form = form or detect_format(path)
+    form = form or detect_format(path, split)
     if form is None:
         raise UserError(
-            f"{path}: wanted a preference file of one of: {', '.join(FORMATS)}; got {shorten(first_keys(path))}"
+            f"{path}: wanted a preference file of one of: {', '.join(FORMATS)}; got {shorten(first_keys(path, split))}"
         )
     if form not in FORMATS:
         raise UserError(f"--format: wanted one of {', '.join(FORMATS)}, got {form!r}")
     tell = skipped or (lambda where, reason: None)
-    rows = iterate_rows(path, bad)
+    rows = iterate_rows(path, bad, split)
     if form == "helpsteer":
         yield from read_helpsteer(rows, tell, bad)
         return

@@ -8,26 +8,27 @@ from typing import Any
 
 from fasttrain_data.errors import BadRow, UserError
 from fasttrain_data.formats.arrow_folder import arrow_table, is_arrow_folder
+from fasttrain_data.formats.splits import parquet_files
 from fasttrain_data.jsonl import Row, read_rows
 
 _BATCH = 64  # rows with embedded images are large
 
 
-def iterate_rows(path: Path, bad: Callable[[BadRow], object] | None = None) -> Iterator[tuple[str, str, Row]]:
+def iterate_rows(
+    path: Path, bad: Callable[[BadRow], object] | None = None, split: str | None = None
+) -> Iterator[tuple[str, str, Row]]:
     """(file, place, row), streamed; UserError for a file that cannot be read as one of them.
 
-    A line that is no JSON object goes to `bad`, if that is given.
+    A line that is no JSON object goes to `bad`, if that is given. split: which of a folder's.
     """
+    if split is not None and not path.is_dir():
+        raise UserError(f"--split: wanted a folder of several splits, got {path}")
     if path.is_dir() and is_arrow_folder(path):
-        yield from _numbered(path, arrow_table(path).to_batches(max_chunksize=_BATCH))
+        folder = path if split is None else path / split
+        yield from _numbered(folder, arrow_table(folder).to_batches(max_chunksize=_BATCH))
     elif path.is_dir():
-        shards = sorted(path.rglob("*.parquet"))
-        if not shards:
-            raise UserError(
-                f"{path}: wanted a folder with Parquet files or written by datasets' save_to_disk, got neither"
-            )
-        for shard in shards:
-            yield from _parquet_rows(shard)
+        for file in parquet_files(path, split):
+            yield from _parquet_rows(file)
     elif path.suffix == ".parquet":
         yield from _parquet_rows(path)
     else:
