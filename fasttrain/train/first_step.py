@@ -16,6 +16,7 @@ from fasttrain.progress import say
 from fasttrain.ranks import ranks
 from fasttrain.train.engine import Engine
 from fasttrain.train.job import Job
+from fasttrain.train.open_images import open_images
 from fasttrain.train.step import StepResult
 from fasttrain_kernels import sequence_sums
 
@@ -81,9 +82,14 @@ def check_routing(weight: float, policy: Policy) -> None:
 
 
 def _telling_pieces(job: Job) -> tuple[Piece, ...]:
-    """The telling group whole, and one pair of the group with the longest sequence, if that is another."""
-    telling = _telling_group(job)
-    longest = job.train.longest_sequence()
+    """The telling group whole, and one pair of the group with the longest sequence, if that is another.
+
+    Their images are opened: groups with a broken one are dropped, or refused, as everywhere.
+    """
+    broken = 1
+    while broken:
+        telling, longest = _telling_group(job), job.train.longest_sequence()
+        broken = open_images(job, job.train, {telling, longest})
     pieces = [Piece(telling, tuple(range(len(job.train.lengths(telling)) - 1)))]
     if longest != telling:
         pieces.append(

@@ -99,6 +99,18 @@ def test_broken_images_are_left_out_before_training(
     assert all("png: broken image" in entry["reason"] for entry in entries)
 
 
+def test_a_broken_image_of_the_group_that_shows_whether_prompts_can_be_shared_is_left_out(
+    config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fasttrain import train_dpo
+    from fasttrain.train import first_step
+
+    monkeypatch.setattr(first_step, "VERIFIED", set())
+    cut(tmp_path / "train", *(f"{number}.png" for number in range(5)))  # of all groups but one
+    (step, _) = train_dpo(config()).metrics
+    assert step["pairs"] == 1
+
+
 @pytest.mark.parametrize("where", ["train", "eval"])
 @pytest.mark.parametrize("method", ["dpo", "sft", "dry run"])
 def test_data_of_broken_images_only_are_the_users_mistake(
