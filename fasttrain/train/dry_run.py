@@ -19,7 +19,7 @@ from fasttrain.plan.work import pack_layout
 from fasttrain.ranks import full_shape, ranks
 from fasttrain.reference.fill import missing_completions
 from fasttrain.train.engine import make_engine
-from fasttrain.train.first_step import check_sharing
+from fasttrain.train.first_step import check_sharing, try_group
 from fasttrain.train.job import Job, build_job
 from fasttrain.train.objective import Objective
 from fasttrain.train.open_images import open_images
@@ -38,12 +38,13 @@ def dry_run(config: DPOConfig, loss: Objective, *, resume: bool, overwrite: bool
         for data in job.datasets:
             job.tokenize_all(data)
         check_sharing(job)
+        tried = try_group(job)
         for data in job.datasets:
             open_images(job, data, range(len(data)))
-        return "\n".join(_report(job))
+        return "\n".join(_report(job, *tried))
 
 
-def _report(job: Job) -> Iterator[str]:
+def _report(job: Job, tried: str, log_prob: float) -> Iterator[str]:
     config, account = job.config, job.train.account
     yield f"model       {config.model.name}: {_count(job)}, {job.policy.model.dtype}, on {job.device}"
     yield f"data        {account.rows:,} rows: {account.pairs:,} {job.loss.unit} in {account.groups:,} groups, {account.images:,} images"
@@ -87,6 +88,7 @@ def _report(job: Job) -> Iterator[str]:
         yield _cached(job)
     largest = max(_tokens(job, pack) for step in steps for pack in step.packs)
     yield _memory(job, largest)
+    yield f"log-probs   {log_prob:.2f} nats a token, in the mean over the answers of {tried}"
     yield from _example(job, numbers[0])
     yield "nothing was trained"
 

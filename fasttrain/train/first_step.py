@@ -66,6 +66,20 @@ def check_sharing(job: Job) -> None:
         )
 
 
+@torch.no_grad()
+def try_group(job: Job) -> tuple[str, float]:
+    """Run a group through the model as a step would: where it stands, and its answers' mean log-prob per token.
+
+    UserError for what a first step would stop at: image features that do not fit, log-probs that are no numbers.
+    """
+    telling = _telling_pieces(job)[0]
+    sums, lengths_S = _sums_of(job, (telling,), job.policy.shared)
+    where, mean = job.train.where(telling.group), float(sums.sum() / lengths_S.sum())
+    if not math.isfinite(mean):
+        raise UserError(f"model.name: wanted finite log-probs of the answers of {where}, got {mean}")
+    return where, mean
+
+
 def check_routing(weight: float, policy: Policy) -> None:
     """UserError if the recipe adds a load-balancing loss that the model does not have; a note if it leaves one out."""
     if weight and policy.top_k is None:

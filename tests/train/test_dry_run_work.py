@@ -1,9 +1,11 @@
-"""What --dry-run says a step costs is what metrics.jsonl counts for one."""
+"""What --dry-run says of a step, its cost and its answers' log-probs, is what a step has; what would stop one is refused."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ import pytest
 
 from fasttrain.config import config_from_dict
 from fasttrain.data.packs import plan_step
+from fasttrain.errors import UserError
 from fasttrain.plan.histogram import of_prepared
 from fasttrain.plan.work import _count
-from fasttrain.train.dry_run import _work
+from fasttrain.train.dry_run import _work, dry_run
 from fasttrain.train.job import build_job
 from fasttrain.train.loop import train_dpo
+from fasttrain.train.losses import PairLoss
 
 
 @pytest.mark.parametrize(
@@ -56,3 +60,41 @@ def test_a_dry_run_counts_the_work_of_a_step_as_training_does(
     assert tokens == logged["tokens"]
     assert flops == pytest.approx(logged["tflops"] * 1e12 * logged["step_s"], rel=1e-6)
     assert counts == ([tokens], [flops])  # what plan counts of it
+
+
+@pytest.fixture
+def one_pair(tiny_llava: Path, vision_pairs: Callable[..., Path], tmp_path: Path) -> Callable[[Path], Any]:
+    def config(model: Path) -> Any:
+        return config_from_dict(
+            {
+                "model": {"name": str(model)}, "lora": {"rank": 4, "alpha": 8},
+                "data": {"train": str(vision_pairs(tmp_path, 1)), "workers": 0},
+                "train": {"output": str(tmp_path / "run"), "pairs_per_step": 1, "max_steps": 1},
+            }
+        )  # fmt: skip
+
+    return config
+
+
+def test_a_dry_run_says_how_likely_the_model_finds_answers(
+    one_pair: Callable[[Path], Any], tiny_llava: Path
+) -> None:
+    config = one_pair(tiny_llava)
+    told = dry_run(config, PairLoss(config.loss), resume=False, overwrite=False)
+    (found,) = re.findall(r"log-probs +(-\d+\.\d\d) nats a token, in the mean over the answers of ", told)
+    step = next(entry for entry in train_dpo(config).metrics if "logps/chosen" in entry)
+    mean = sum(step[f"logps/{side}"] for side in ("chosen", "rejected")) / sum(
+        step[f"lengths/{side}"] for side in ("chosen", "rejected")
+    )
+    assert float(found) == pytest.approx(mean, abs=0.006)
+
+
+def test_a_dry_run_refuses_a_processor_that_a_first_step_would_refuse(
+    one_pair: Callable[[Path], Any], tiny_llava: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_llava, tmp_path / "model")
+    settings = json.loads((model / "processor_config.json").read_text())
+    (model / "processor_config.json").write_text(json.dumps(settings | {"num_additional_image_tokens": 3}))
+    config = one_pair(model)
+    with pytest.raises(UserError, match="makes another number of features"):
+        dry_run(config, PairLoss(config.loss), resume=False, overwrite=False)
