@@ -218,6 +218,11 @@ def load_model(
         raise UserError(
             f"model.name: wanted every weight in {folder}, got none for {names[0]} ({len(names)} in all)"
         )
+    for name in patch_embeddings(model):
+        if not (weight := model.get_parameter(f"{name}.weight")).is_floating_point():
+            raise UserError(
+                f"model.name: wanted {name}, to whose type pixels are cast, unquantised in {folder}, got {weight.dtype}"
+            )
     for module in model.modules():
         # bitsandbytes repacks nf4 weights for another CPU kernel in evaluation mode only; reference and policy must be
         # computed by the same one
@@ -250,7 +255,8 @@ def _takes_sdpa(loader: Any, model_config: Any, own: Any) -> bool:
 def _quantization(
     loader: Any, config: ModelConfig, model_config: Any, dtype: torch.dtype, replaced: Sequence[str]
 ) -> Any:
-    """What bitsandbytes shall quantise, None for nothing: all linears but the ones that transformers leaves out, and what is replaced."""
+    """What bitsandbytes shall quantise, None for nothing: all linears but the ones that transformers leaves out, `patch_embeddings`, and
+    what is replaced."""
     if config.quantize is None:
         return None
     try:
@@ -264,11 +270,12 @@ def _quantization(
 
     names = [*replaced, *(PROJECTORS if config.train_projector else ())]
     left_out = None  # as transformers says
-    if names:
+    if names or takes_images(model_config):
         with torch.device("meta"):
             model = loader.from_config(
                 copy.deepcopy(model_config), dtype=dtype, trust_remote_code=config.trust_remote_code
             )
+        names += patch_embeddings(model)
         left_out = get_keys_to_not_convert(model) + [rf"(?:.*\.)?{re.escape(name)}" for name in names]
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -277,6 +284,17 @@ def _quantization(
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=True,
     )
+
+
+def patch_embeddings(model: Any) -> list[str]:
+    """Names of the linears that take an image's patches: transformers casts pixels to their weights' type, of quantised ones to uint8."""
+    return [
+        f"{name}.{child}"
+        for name, module in model.named_modules()
+        if re.search("(Patch|Vision)Embed", type(module).__name__)
+        for child, linear in module.named_children()
+        if isinstance(linear, torch.nn.Linear)
+    ]
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from fasttrain.model.fused_lora import fuse_lora
 from fasttrain.model.fused_rotary import fuse_rotary
 from fasttrain.model.head import install_head
 from fasttrain.model.last_layer import trim_last_layer
-from fasttrain.model.load import load_model_config, model_mistakes
+from fasttrain.model.load import load_model_config, model_mistakes, patch_embeddings
 from fasttrain.model.lora import (
     adapter_mistakes,
     adapter_to_train,
@@ -197,13 +197,15 @@ def count_weights(model: Any, quantize: str | None) -> Weights:
 
 
 def _quantised(model: Any) -> set[int]:
-    """Parameters that bitsandbytes quantises: every linear's weight but the head's, what trains, and what an adapter has a copy of."""
-    head = model.get_output_embeddings()
+    """Parameters that bitsandbytes quantises: every linear's weight but the head's, those that take patches, what trains, and what an
+    adapter has a copy of."""
+    head, patches = model.get_output_embeddings(), patch_embeddings(model)
     return {
         id(module.weight)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and module is not head
+        and name not in patches
         and not any(part in name for part in ("lora_", "original_module", "modules_to_save"))
         and not module.weight.requires_grad
     }

@@ -37,8 +37,8 @@ def model_identity(
     }
     if config.trust_remote_code and (code := sorted(folder.glob("*.py"))):
         identity["code"] = {path.name: memo(path) for path in code}
-    if config.quantize and config.train_projector:
-        identity["quantised"] = "all but the projector"
+    if config.quantize and hasattr(model_config, "vision_config"):
+        identity["quantised"] = "all but patch embeddings" + " and projector" * config.train_projector
     if adapter is not None:
         names = ("adapter_model.safetensors", "adapter_config.json")
         try:
