@@ -17,6 +17,7 @@ from fasttrain.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
     from torch import Tensor
 
     ImageInputs = dict[str, Tensor]
@@ -138,7 +139,7 @@ def check_header(ref: ImageRef) -> None:
 
 
 @contextlib.contextmanager
-def opened(file: Any) -> Iterator[Image]:
+def opened(file: Any) -> Iterator[ImageFile]:
     """A lazily opened image of sane size; what PIL raises for damage, here or in the block, becomes a ValueError.
 
     Its decoders raise what they like: zlib's, struct's and their own errors, and KeyError and the like from damaged tables.
