@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import json
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ from fasttrain.config import DPOConfig, ModelConfig
 from fasttrain.errors import UserError, is_out_of_memory
 from fasttrain.model.file_layout import whole_shapes
 from fasttrain.model.folder import in_one_line
-from fasttrain.model.lora import PROJECTORS
 from fasttrain.model.no_videos import PIXTRAL, pixtral_processor, processor_name, without_videos
+from fasttrain.model.quantised import check_quantised, nf4_settings
 
 WEIGHTS = ("*.safetensors",)
 _WIDENED = ("fp8", "mxfp4")  # what a model's files may hold and transformers can load in full
@@ -202,7 +200,9 @@ def load_model(
                 config=model_config,
                 dtype=dtype,
                 attn_implementation=attention,
-                quantization_config=_quantization(loader, config, model_config, dtype, replaced),
+                quantization_config=nf4_settings(
+                    loader, config, model_config, takes_images(model_config), dtype, replaced
+                ),
                 device_map=None
                 if zero3
                 else {"": device}
@@ -218,11 +218,7 @@ def load_model(
         raise UserError(
             f"model.name: wanted every weight in {folder}, got none for {names[0]} ({len(names)} in all)"
         )
-    for name in patch_embeddings(model):
-        if not (weight := model.get_parameter(f"{name}.weight")).is_floating_point():
-            raise UserError(
-                f"model.name: wanted {name}, to whose type pixels are cast, unquantised in {folder}, got {weight.dtype}"
-            )
+    check_quantised(model, folder, config.quantize is not None)
     for module in model.modules():
         # bitsandbytes repacks nf4 weights for another CPU kernel in evaluation mode only; reference and policy must be
         # computed by the same one
@@ -250,51 +246,6 @@ def _takes_sdpa(loader: Any, model_config: Any, own: Any) -> bool:
         *(AutoModel._model_mapping.get(type(part), None) for part in parts),
     ]
     return all(getattr(found, "_supports_sdpa", True) for found in classes)
-
-
-def _quantization(
-    loader: Any, config: ModelConfig, model_config: Any, dtype: torch.dtype, replaced: Sequence[str]
-) -> Any:
-    """What bitsandbytes shall quantise, None for nothing: all linears but the ones that transformers leaves out, `patch_embeddings`, and
-    what is replaced."""
-    if config.quantize is None:
-        return None
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise UserError(
-            f"model.quantize: {config.quantize} needs bitsandbytes: pip install 'fasttrain-dpo[quant]'"
-        ) from None
-    from transformers import BitsAndBytesConfig
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    names = [*replaced, *(PROJECTORS if config.train_projector else ())]
-    left_out = None  # as transformers says
-    if names or takes_images(model_config):
-        with torch.device("meta"):
-            model = loader.from_config(
-                copy.deepcopy(model_config), dtype=dtype, trust_remote_code=config.trust_remote_code
-            )
-        names += patch_embeddings(model)
-        left_out = get_keys_to_not_convert(model) + [rf"(?:.*\.)?{re.escape(name)}" for name in names]
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        llm_int8_skip_modules=left_out,  # for all its name of 4 bits too
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_use_double_quant=True,
-    )
-
-
-def patch_embeddings(model: Any) -> list[str]:
-    """Names of the linears that take an image's patches: transformers casts pixels to their weights' type, of quantised ones to uint8."""
-    return [
-        f"{name}.{child}"
-        for name, module in model.named_modules()
-        if re.search("(Patch|Vision)Embed", type(module).__name__)
-        for child, linear in module.named_children()
-        if isinstance(linear, torch.nn.Linear)
-    ]
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from fasttrain.model.fused_lora import fuse_lora
 from fasttrain.model.fused_rotary import fuse_rotary
 from fasttrain.model.head import install_head
 from fasttrain.model.last_layer import trim_last_layer
-from fasttrain.model.load import load_model_config, model_mistakes, patch_embeddings
+from fasttrain.model.load import load_model_config, model_mistakes
 from fasttrain.model.lora import (
     adapter_mistakes,
     adapter_to_train,
@@ -33,6 +33,7 @@ from fasttrain.model.lora import (
     refuse_head,
     refuse_in_parts,
 )
+from fasttrain.model.quantised import is_quantised, patch_embeddings
 from fasttrain.plan.known_models import known_config
 from fasttrain.plan.passes import use_planned_attention
 from fasttrain.plan.tracker import unique_parameters
@@ -203,7 +204,7 @@ def _quantised(model: Any) -> set[int]:
     return {
         id(module.weight)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if is_quantised(module)
         and module is not head
         and name not in patches
         and not any(part in name for part in ("lora_", "original_module", "modules_to_save"))

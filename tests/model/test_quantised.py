@@ -1,4 +1,4 @@
-"""nf4 leaves the linears that take an image's patches whole: pixels are cast to their weights' type, which would be uint8."""
+"""nf4: linears that take an image's patches stay whole, as pixels are cast to their weights' type; what stays whole besides is told."""
 
 from __future__ import annotations
 
@@ -54,3 +54,33 @@ def test_files_that_hold_such_a_linear_quantised_are_refused(
         UserError, match=r"wanted model\.visual\.embeddings\.patch_embedding, .* got torch\.uint8"
     ):
         load_model(folder, config, load_model_config(folder, config), torch.device("cpu"))
+
+
+def test_a_model_without_linears_of_the_plain_class_is_not_quantised(
+    tiny_models: ModuleType, tmp_path: Path
+) -> None:
+    from transformers import FalconConfig, FalconForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+    FalconForCausalLM(FalconConfig(**sizes)).save_pretrained(tmp_path)
+    config = ModelConfig(name=str(tmp_path), quantize="nf4")
+    with pytest.raises(UserError, match=r"wanted null for FalconForCausalLM, which has no linear"):
+        load_model(tmp_path, config, load_model_config(tmp_path, config), torch.device("cpu"))
+
+
+def test_experts_that_stay_whole_are_told(
+    tiny_models: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 40}  # fmt: skip
+    MixtralForCausalLM(MixtralConfig(**sizes, intermediate_size=64, num_local_experts=4)).save_pretrained(
+        tmp_path
+    )
+    config = ModelConfig(name=str(tmp_path), quantize="nf4")
+    load_model(tmp_path, config, load_model_config(tmp_path, config), torch.device("cpu"))
+    experts = 4 * 3 * 64 * 64 + 4 * 64  # and their router
+    assert (
+        f"note: model.quantize: {4 * 64 * 64:,} weights are quantised, {experts + 3 * 64:,} beside the embeddings stay whole"
+        in capsys.readouterr().err
+    )
