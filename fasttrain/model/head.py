@@ -40,7 +40,8 @@ class LogprobHead(nn.Linear):
             return nn.functional.linear(hidden, self.weight, self.bias)
         function = linear_logprob_and_unit if unit else linear_logprob
         return function(
-            hidden, self.weight, target_N, bias=self.bias, logit_scale=self.logit_scale, softcap=self.softcap,
+            # Mamba's last norm leaves fp32
+            hidden.to(self.weight.dtype), self.weight, target_N, bias=self.bias, logit_scale=self.logit_scale, softcap=self.softcap,
             validate=False,  # ids come from the model's own tokenizer, whose size was checked; asking would wait for the device
             **wants,
         )  # fmt: skip
