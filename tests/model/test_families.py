@@ -325,6 +325,27 @@ def test_sharing_prompts_gives_the_losses_of_ordinary_sequences(
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=5e-5)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_hidden_states_of_fp32_meet_a_head_of_bf16(
+    build: Callable[[str], Path], text_pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Mamba keeps its residual stream in fp32 and hands it to the head so, whatever type its weights have."""
+    from fasttrain import train_dpo
+    from fasttrain.config import config_from_dict
+
+    raw = {
+        "model": {"name": str(build("Mamba"))},
+        "lora": {"rank": 4},
+        "data": {"train": str(text_pairs(tmp_path / "pairs.jsonl", 4))},
+        "train": {"output": str(tmp_path / "run"), "max_steps": 1, "pairs_per_step": 4},
+        "track": [],
+    }  # fmt: skip
+    (whole,) = train_dpo(config_from_dict(raw)).metrics
+    (half,) = train_dpo(config_from_dict(raw, ["model.dtype=bfloat16"]), overwrite=True).metrics
+    assert half["logps/chosen"] == pytest.approx(whole["logps/chosen"], rel=0.01)
+    assert half["grad_norm"] == pytest.approx(whole["grad_norm"], rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
