@@ -23,11 +23,13 @@ _MOST_PROGRAMS = 65535  # along the second and third axis of CUDA's grids
 
 
 class Launch(NamedTuple):
-    """A kernel's name, the devices of its tensors, and the one made current for it, if any."""
+    """A kernel's name, the devices of its tensors, the one made current for it, if any, and what Triton compiles it anew for:
+    of an integer whether it is 1 and whether 16 divides it."""
 
     kernel: str
     devices: set[str]
     current: torch.device | None
+    variant: tuple[Any, ...]
 
 
 class FakeFlash(FlashKernel):
@@ -77,7 +79,12 @@ def note_launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
                 mangle_type(x)  # TypeError for what Triton takes for no number
         assert max(grid[1:], default=1) <= _MOST_PROGRAMS, (self.fn.__name__, grid)
         devices = {str(x.device) for x in args if isinstance(x, Tensor)}
-        launches.append(Launch(self.fn.__name__, devices, current[-1] if current else None))
+        variant = tuple(
+            (parameter.name, x == 1, x % 16 == 0)
+            for parameter, x in zip(self.params, args)
+            if isinstance(x, int) and not parameter.do_not_specialize
+        )
+        launches.append(Launch(self.fn.__name__, devices, current[-1] if current else None, variant))
 
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
     monkeypatch.setattr(torch.cuda, "device_of", device_of)

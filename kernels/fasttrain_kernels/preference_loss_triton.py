@@ -194,7 +194,7 @@ def _one_kind(
     return loss, da, db
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def preference_kernel(
     a_ptr, b_ptr, x_ptr, y_ptr, lc_ptr, lr_ptr, weight_ptr, sft_ptr, mean_length_ptr,
     loss_ptr, mean_ptr, da_ptr, db_ptr, dsft_ptr, reward_a_ptr, reward_b_ptr,

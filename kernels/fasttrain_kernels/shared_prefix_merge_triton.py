@@ -15,7 +15,8 @@ from .backends import device_of
 _ELEMENTS = 2048
 
 
-@triton.jit
+# what differs from pack to pack: Triton would compile anew where it is 1, and where 16 divides it
+@triton.jit(do_not_specialize=["start", "lse_head", "part_lse_head"])
 def merge_kernel(
     out_ptr, lse_ptr, part_ptr, part_lse_ptr, index_ptr, start, heads, size,
     out_row, out_head, lse_row, lse_head, part_row, part_head, part_lse_row, part_lse_head,

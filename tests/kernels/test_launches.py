@@ -105,6 +105,22 @@ def test_parts_of_attention_are_merged_on_their_device(launched: list[Any]) -> N
     check(launched, "merge_kernel")
 
 
+def test_packs_of_all_sizes_run_what_was_compiled_for_one(launched: list[Any]) -> None:
+    for prompt, answers, pairs in ((1, [1, 1], 2), (16, [16, 32], 16), (33, [5, 7], 3), (17, [15, 6, 9], 5)):
+        layout = SharedPrefixLayout.from_groups([(prompt, answers)])
+        q, k, v = (there(1, heads, layout.tokens, 64, dtype=torch.bfloat16) for heads in (4, 2, 2))
+        x, sizes = there(1, layout.tokens, 64), there(1, layout.tokens, 16)
+        shared_prefix_attention(q, k, v, layout)
+        swiglu(rms_norm(x, there(64), 1e-6), x)
+        rotary(x.view(1, -1, 4, 16).transpose(1, 2), sizes[:, None], sizes[:, None])
+        linear_logprob(there(sum(answers), 64), there(9000, 64), there(sum(answers), dtype=torch.int64), validate=False)
+        preference_loss(*(there(pairs) for _ in range(4)))
+    columns = {"fold_kernel": 2}  # a tile's, and those of the last
+    for kernel in {launch.kernel for launch in launched}:
+        variants = {launch.variant for launch in launched if launch.kernel == kernel}
+        assert len(variants) == columns.get(kernel, 1), (kernel, variants)
+
+
 def test_passes_of_a_layer_are_launched_with_tensors_of_one_device(launched: list[Any]) -> None:
     half = torch.bfloat16
     x, up = (there(1, 9, 64, dtype=half, grad=True) for _ in range(2))
