@@ -7,7 +7,7 @@ import re
 import runpy
 import shutil
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from fasttrain import UserError
 from fasttrain.answering.decoding import Decoding
 from fasttrain.answering.generator import Generator
 from fasttrain.answering.generic import GenericGenerator
-from fasttrain.answering.local import LocalModel
+from fasttrain.answering.local import LocalModel, batch_budget
 from fasttrain.answering.questions import Question, read_questions
 from fasttrain.answering.run import Failed
 from fasttrain.config import ModelConfig
@@ -342,6 +342,24 @@ def test_running_out_of_memory_halves_the_batch_for_good_and_changes_no_answer(
     monkeypatch.setattr(model.generator, "answer", lambda *_: run_out())
     with pytest.raises(UserError, match=r"text.jsonl line \d: one question of \d+ tokens .* does not fit"):
         answers_of(model, questions, Decoding(max_new_tokens=6))
+
+
+def test_a_batch_may_fill_the_memory_that_torch_holds_unused_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In training that is nearly all of what a benchmark's questions can have."""
+    from transformers import LlamaConfig
+
+    for name, told in (
+        ("mem_get_info", (1 << 20, 80 << 30)),
+        ("memory_reserved", 70 << 30),
+        ("memory_allocated", 30 << 30),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda device, told=told: told)
+    config = LlamaConfig(hidden_size=5120, num_hidden_layers=40, num_attention_heads=40)
+    model = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, config=config)
+    a_token = 2 * 40 * 5120 * 2
+    assert batch_budget(model).tokens == (((40 << 30) + (1 << 20)) * 7 // 10) // a_token
 
 
 def test_a_model_with_a_table_of_positions_stops_at_its_end(tmp_path: Path, tiny_models: ModuleType) -> None:

@@ -28,7 +28,7 @@ from fasttrain.model import load as loading
 from fasttrain.model.folder import find_folder
 from fasttrain.model.lora import modules_replaced, read_adapter, read_adapter_config
 from fasttrain.model.positions import rope_types, trained_positions, why_too_long
-from fasttrain.plan.device_memory import device_memory
+from fasttrain.plan.device_memory import device_memory, free_memory
 from fasttrain.progress import say
 from fasttrain.reference.key import identity_hash, model_identity
 
@@ -165,7 +165,9 @@ def answer_in_batches(
 def batch_budget(model: Any, rows: int | None = None, tokens: int | None = None) -> Budget:
     """The bounds of a batch as given, or what the keys and values of its tokens may take of the free memory."""
     if tokens is None:
-        free = _free_memory(model.device) * 0.7
+        # of a CPU's memory a quarter, whatever others use of it now
+        on_gpu = model.device.type == "cuda"
+        free = (free_memory(model.device) if on_gpu else device_memory(model.device) / 4) * 0.7
         tokens = max(1, int(free // cache_bytes_per_token(model.config.get_text_config(), model.dtype)))
     return Budget(rows or _MOST_ROWS, tokens)
 
@@ -223,9 +225,3 @@ def load_adapter(model: Any, folder: Path) -> Any:
     with by_options():
         adapted = read_adapter(model, folder, read_adapter_config(folder), trainable=False)
         return adapted.get_base_model().eval()
-
-
-def _free_memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return device_memory(device) / 4

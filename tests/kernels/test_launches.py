@@ -113,7 +113,9 @@ def test_packs_of_all_sizes_run_what_was_compiled_for_one(launched: list[Any]) -
         shared_prefix_attention(q, k, v, layout)
         swiglu(rms_norm(x, there(64), 1e-6), x)
         rotary(x.view(1, -1, 4, 16).transpose(1, 2), sizes[:, None], sizes[:, None])
-        linear_logprob(there(sum(answers), 64), there(9000, 64), there(sum(answers), dtype=torch.int64), validate=False)
+        linear_logprob(
+            there(sum(answers), 64), there(9000, 64), there(sum(answers), dtype=torch.int64), validate=False
+        )
         preference_loss(*(there(pairs) for _ in range(4)))
     columns = {"fold_kernel": 2}  # a tile's, and those of the last
     for kernel in {launch.kernel for launch in launched}:
