@@ -5,6 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+_NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate",
+    "CUDA error: out of memory",
+    "[CUDA]: out of memory",
+    "_STATUS_ALLOC_FAILED",
+)
+
 
 class UserError(Exception):
     """A mistake in command, recipe, data or files: shown as one line, exit code 2."""
@@ -15,8 +22,9 @@ class SharedMistake(UserError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: of a device, or of the machine, which torch's allocator tells as a plain RuntimeError."""
-    told = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
+    """Whether memory ran out: of a device, or of the machine. Torch's allocator on the CPU, the driver, Triton where it loads a
+    kernel, and cuBLAS and cuDNN where they begin tell that as a plain RuntimeError."""
+    told = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 

@@ -500,6 +500,28 @@ def test_a_machine_without_memory_is_one_line(project: Path, fasttrain: Any) -> 
     assert last.startswith("fasttrain: error: out of memory: ") and "lower train.tokens_per_pack" in last
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_a_gpu_without_memory_is_one_line_whoever_tells_it(
+    project: Path, fasttrain: Any, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    from fasttrain.train import loop
+
+    def fail(*given: object) -> None:
+        raise RuntimeError(told)
+
+    monkeypatch.setattr(loop, "build_job", fail)
+    answer = fasttrain("dpo", "-c", project)
+    assert answer.code == 1 and "Traceback" not in answer.err
+    assert answer.err.splitlines()[-1].startswith(f"fasttrain: error: out of memory: {told.splitlines()[0]}")
+
+
 @pytest.mark.parametrize("key", ["train.output", "data.train", "model.name", "reference.cache"])
 def test_a_name_that_no_disk_can_hold_is_the_users_mistake(project: Path, fasttrain: Any, key: str) -> None:
     answer = fasttrain("dpo", "-c", project, "-s", f"{key}={'x' * 300}")
