@@ -112,12 +112,7 @@ def start_ranks() -> Ranks:
         return _here
     cuda = torch.cuda.is_available()
     if cuda:
-        local, devices = _from_environment("LOCAL_RANK", 0), torch.cuda.device_count()
-        if local >= devices:
-            raise UserError(
-                f"LOCAL_RANK: wanted below {devices}, as each process has a GPU of its own and {devices} are here, got {local}"
-            )
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(_own_gpu(torch.cuda.device_count()))
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not torch.distributed.is_initialized():
@@ -132,6 +127,22 @@ def start_ranks() -> Ranks:
     if not _here.main:
         be_quiet()
     return _here
+
+
+def _own_gpu(devices: int) -> int:
+    """Which of the GPUs that are here is this process's; UserError where it is not said, or has none."""
+    local = _from_environment("LOCAL_RANK", 0)
+    if local >= devices:
+        raise UserError(
+            f"LOCAL_RANK: wanted below {devices}, as each process has a GPU of its own and {devices} are here, got {local}; let every "
+            "process see all GPUs of its machine (CUDA_VISIBLE_DEVICES), and start no more of them than it has"
+        )
+    if devices > 1 and not os.environ.get("LOCAL_RANK"):
+        raise UserError(
+            f"LOCAL_RANK: wanted a number in the environment that says which of the {devices} GPUs here is this process's, got none: "
+            "start with torchrun, or set it (under srun to SLURM_LOCALID)"
+        )
+    return local
 
 
 def _meet(backend: str, size: int) -> None:

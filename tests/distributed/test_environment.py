@@ -10,7 +10,7 @@ import pytest
 
 from fasttrain.ending import _fail
 from fasttrain.errors import UserError
-from fasttrain.ranks import launched, start_ranks
+from fasttrain.ranks import _own_gpu, launched, start_ranks
 from fasttrain.train.zero_engine import alone_as_a_rank
 
 NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -47,6 +47,32 @@ def test_ranks_that_could_not_meet_are_told(said: dict[str, str], message: str) 
     os.environ.update(said)
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         launched()
+
+
+@pytest.mark.parametrize(
+    ("said", "devices", "message"),
+    [
+        ({}, 8, "which of the 8 GPUs here is this process's, got none: start with torchrun, or set it"),
+        (
+            {"LOCAL_RANK": "3"},
+            1,
+            "wanted below 1, as each process has a GPU of its own and 1 are here, got 3; let every",
+        ),
+    ],
+)
+def test_a_rank_without_a_gpu_of_its_own_is_told_before_it_takes_anothers(
+    said: dict[str, str], devices: int, message: str
+) -> None:
+    """All ranks would have loaded their models on the first GPU, and NCCL would have refused to sum gradients there."""
+    os.environ.update(said)
+    with pytest.raises(UserError, match=f"^LOCAL_RANK: .*{re.escape(message)}"):
+        _own_gpu(devices)
+
+
+@pytest.mark.parametrize(("said", "devices"), [({}, 1), ({"LOCAL_RANK": "0"}, 8)])
+def test_a_rank_may_see_one_gpu_only(said: dict[str, str], devices: int) -> None:
+    os.environ.update(said)
+    assert _own_gpu(devices) == 0
 
 
 def test_a_port_that_another_run_has_is_the_machines_failure() -> None:
