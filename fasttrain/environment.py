@@ -38,7 +38,8 @@ def collect_facts() -> dict[str, Any]:
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     head = backend_for(torch.empty(0, device=device))
     # what recipes get that leave the type to us, at the head size of most models
-    case = AttentionCase(device, torch.bfloat16 if cuda else torch.float32, 128)
+    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    case = AttentionCase(device, torch.bfloat16 if native else torch.float32, 128)
     attention, attention_reason = choose_attention(case)
     cannot = {name: why_not_attention(name, case) for name in ATTENTION_BACKENDS}
     return {

@@ -65,7 +65,8 @@ class ModelConfig:
     name: str = setting("", "Hub id or folder of a language or vision-language model (docs/models.md).")
     revision: str | None = setting(None, "Hub revision: branch, tag or commit.")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "Weight type; auto is bfloat16 on CUDA and float32 on CPU."
+        "auto",
+        "Weight type; auto is bfloat16 on GPUs that compute in it (compute capability 8.0 on), else float32.",
     )
     attention: Literal["auto", "flash", "flex", "sdpa"] = setting(
         "auto",

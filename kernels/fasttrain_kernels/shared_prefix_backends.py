@@ -102,6 +102,11 @@ def _why_not_flex(case: AttentionCase, elsewhere: bool) -> str | None:
         return (
             f"FlexAttention wants float16, bfloat16 or float32, got {str(case.dtype).removeprefix('torch.')}"
         )
+    # torch's compiler passes bfloat16 over there, and the whole matrix of scores would be made
+    if case.dtype == torch.bfloat16 and not elsewhere:
+        capability = torch.cuda.get_device_capability(case.device)
+        if capability < (8, 0):
+            return f"FlexAttention wants compute capability 8.0 or more for bfloat16, got {capability[0]}.{capability[1]}"
     return None
 
 

@@ -81,6 +81,21 @@ def test_a_kernel_without_a_backward_for_softcaps_runs_them_without_gradients_on
     assert choose_attention(bent._replace(softcap=False))[0] == "flash"
 
 
+def test_a_gpu_without_bfloat16_is_not_given_to_a_compiler_that_passes_it_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    backend, why = choose_attention(AttentionCase(CUDA, torch.bfloat16, 128))
+    assert (
+        backend == "sdpa"
+        and "FlexAttention wants compute capability 8.0 or more for bfloat16, got 7.5" in why
+    )
+    assert [
+        choose_attention(AttentionCase(CUDA, dtype, 128))[0] for dtype in (torch.float32, torch.float16)
+    ] == ["flex"] * 2
+
+
 def test_the_backend_named_for_a_tensor_is_that_of_the_dtype_autocast_rounds_it_to(hopper: None) -> None:
     pytest.importorskip("triton")
     with FakeTensorMode():

@@ -11,6 +11,7 @@ import torch
 
 from fasttrain.errors import UserError
 from fasttrain.model.attention import attention_facts, check_attention
+from fasttrain.model.load import pick_dtype
 from fasttrain_kernels.shared_prefix_flash import Flash2
 
 CUDA = torch.device("cuda", 0)
@@ -53,6 +54,18 @@ def test_a_backend_that_cannot_run_a_model_is_a_users_mistake_in_one_line(
     assert message.startswith("model.attention: wanted a backend that can run here, got flash: ")
     assert message.endswith(said)
     check_attention("auto", config(**entries), CUDA, dtype, bidirectional)
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_gpu_is_left_to_float32_where_it_has_no_bfloat16(
+    native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A T4: torch emulates bfloat16 there, its compiler leaves such code as it is."""
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native
+    )
+    assert pick_dtype("auto", CUDA) == dtype
+    assert pick_dtype("bfloat16", CUDA) == torch.bfloat16
 
 
 def test_a_runs_facts_name_the_backend_of_its_passes(ampere: None) -> None:
