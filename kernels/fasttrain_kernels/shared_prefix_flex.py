@@ -29,12 +29,38 @@ def flex(
     bend = None if scores.softcap is None else _softcap(scores.softcap)
     out = compiled()(
         q, k, v, score_mod=bend, block_mask=mask, scale=scores.scale, enable_gqa=q.shape[1] != k.shape[1],
-        return_aux=None if sinks is None else AuxRequest(lse=True),
+        return_aux=None if sinks is None else AuxRequest(lse=True), kernel_options=kernel_options(q),
     )  # fmt: skip
     if sinks is not None:
         out, aux = out
         out = (out * torch.sigmoid(aux.lse - sinks[:, None])[..., None]).to(q.dtype)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+# Bytes of shared memory that a block of an A100 has, for which torch chooses tiles; those of GeForce and RTX cards, A10 and
+# L40S have 99 KiB, a T4's 64
+_AMPLE, _LITTLE = 160 << 10, 96 << 10
+
+
+def kernel_options(q: Tensor) -> dict[str, int | bool] | None:
+    """Smaller tiles than torch's own where a block has too little shared memory for those; None elsewhere.
+
+    With heads of 128 in 16 bits torch's fit into 99 KiB by 3 KiB, of which what our mask reads takes 4: nothing is compiled then.
+    """
+    if q.device.type != "cuda":
+        return None
+    shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+    size, narrow = q.shape[-1], q.dtype.itemsize == 2
+    if shared >= _AMPLE:
+        return None
+    if shared >= _LITTLE and size <= 128:
+        return {"fwd_num_stages": 2 if narrow else 1}
+    # the kernel for few queries would take these tiles without the checks of bounds that they need
+    small: dict[str, int | bool] = {"FORCE_USE_FLEX_ATTENTION": True, "fwd_BLOCK_M": 32, "fwd_num_stages": 1}
+    small["fwd_BLOCK_N"] = 32 if narrow else 16
+    if narrow and size <= 256:  # beside that torch's are the smallest there are
+        small |= {f"bwd_BLOCK_{name}": 32 for name in ("M1", "N1", "M2", "N2")} | {"bwd_num_stages": 1}
+    return small
 
 
 @functools.cache

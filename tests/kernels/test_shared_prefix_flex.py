@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn.attention import flex_attention as torch_flex
 
 from fasttrain_kernels import SharedPrefixLayout, shared_prefix_attention, shared_prefix_attention_ref
 from fasttrain_kernels import shared_prefix_flex as flex_module
-from fasttrain_kernels.shared_prefix_flex import block_mask, flex
+from fasttrain_kernels.shared_prefix_flex import block_mask, flex, kernel_options
 from fasttrain_kernels.shared_prefix_parts import Scores
 
 CPU = torch.device("cpu")
@@ -52,6 +53,47 @@ def test_a_block_mask_is_made_once_per_pack_and_window() -> None:
     layout = SharedPrefixLayout.from_groups([(300, [40, 41])])
     assert block_mask(layout, None, CPU) is block_mask(layout, None, CPU) is block_mask(layout, 341, CPU)
     assert block_mask(layout, 340, CPU) is not block_mask(layout, None, CPU)
+
+
+@pytest.mark.parametrize(
+    ("kib", "dtype", "size", "wanted"),
+    [
+        (227, torch.bfloat16, 128, None),
+        (163, torch.bfloat16, 256, None),
+        (99, torch.bfloat16, 128, {"fwd_num_stages": 2}),
+        (99, torch.float32, 128, {"fwd_num_stages": 1}),
+        (
+            99,
+            torch.bfloat16,
+            256,
+            {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32, "bwd_BLOCK_M1": 32, "bwd_BLOCK_N2": 32},
+        ),
+        (64, torch.float32, 128, {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 16, "FORCE_USE_FLEX_ATTENTION": True}),
+    ],
+)
+def test_tiles_are_smaller_where_a_block_has_too_little_shared_memory_for_torchs(
+    kib: int, dtype: torch.dtype, size: int, wanted: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An RTX 4090's 99 KiB did not hold what torch compiled for heads of 128."""
+    there = SimpleNamespace(shared_memory_per_block_optin=kib << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: there)
+    q: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(1, 4, 7, size))
+    options = kernel_options(q)
+    assert (options is None) is (wanted is None) and (wanted or {}).items() <= (options or {}).items()
+
+
+def test_the_tiles_reach_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        given.update(options)
+        return q
+
+    monkeypatch.setattr(flex_module, "compiled", lambda: attend)
+    monkeypatch.setattr(flex_module, "kernel_options", lambda q: {"fwd_num_stages": 2})
+    q = torch.ones(1, 2, 7, 16)
+    flex(q, q, q, SharedPrefixLayout.from_groups([(3, [4])]), Scores(1.0), None, None)
+    assert given["kernel_options"] == {"fwd_num_stages": 2}
 
 
 def heads_of(tokens: int, heads: int, size: int, seed: int) -> Tensor:
