@@ -49,7 +49,8 @@ def kernel_options(q: Tensor) -> dict[str, int | bool] | None:
     """
     if q.device.type != "cuda":
         return None
-    shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+    # AMD's GPUs do not say: torch chooses for them in another way
+    shared = getattr(torch.cuda.get_device_properties(q.device), "shared_memory_per_block_optin", _AMPLE)
     size, narrow = q.shape[-1], q.dtype.itemsize == 2
     if shared >= _AMPLE:
         return None
