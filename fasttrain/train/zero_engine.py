@@ -16,6 +16,7 @@ from fasttrain.config import DPOConfig
 from fasttrain.data.batch import PackBatch
 from fasttrain.errors import UserError
 from fasttrain.model.checkpointing import checkpoint_decoder
+from fasttrain.model.lora import language_model
 from fasttrain.model.policy import Policy
 from fasttrain.plan.memory import REDUCE_BUCKET
 from fasttrain.ranks import full_shape, launched, ranks
@@ -97,10 +98,13 @@ class ZeroEngine:
 
     @contextlib.contextmanager
     def within_a_pass(self) -> Iterator[None]:
-        """Have weights gathered that a module reads of another (Gemma 4 of its embeddings), as DeepSpeed does in the policy's own
-        passes; for no other model, as what is gathered so is never let go."""
-        reads = self.stage == 3 and self.policy.embeddings_of_layers is not None
-        modules = list(self.policy.modules()) if reads else []
+        """Have weights gathered that a module reads of another, as DeepSpeed does in the policy's own passes: in towers and projectors
+        (positions, a pooling attention's output); in the decoder and the head for Gemma 4 alone, as what is read of them between
+        modules is never let go."""
+        modules = list(self.policy.modules()) if self.stage == 3 else []
+        if self.policy.embeddings_of_layers is None:
+            decoder = {*language_model(self.policy.model).modules(), self.policy.head}
+            modules = [module for module in modules if module not in decoder]
         for module in modules:
             module._parameters._in_forward = True  # type: ignore[attr-defined]
         try:

@@ -123,6 +123,8 @@ def test_ranks_that_tokenize_as_steps_ask_take_the_same_steps(
         ("Qwen2.5-VL", "3", []),
         # a weight of the embeddings read outside of them
         ("Gemma 4", "3", []),
+        # positions of the tower read by the module around them, already where the ranks' images are checked
+        ("GLM-4.1V", "3", []),
         # features of several layers of the tower; ranks with images beside ranks without
         ("Qwen3-VL", "2", ["model.train_projector=true", "train.pairs_per_step=2", "train.max_steps=9"]),
         ("Mllama", "null", []),
