@@ -221,6 +221,9 @@ def load_model(
             f"model.name: wanted every weight in {folder}, got none for {names[0]} ({len(names)} in all)"
         )
     check_quantised(model, folder, config.quantize is not None)
+    if zero3 and (renamed := getattr(model, "_weight_conversions", None)):
+        # transformers keeps them all under ZeRO-3, and what it saves would get names that old versions gave
+        model._weight_conversions = [conversion for conversion in renamed if conversion.was_used()]
     for module in model.modules():
         # bitsandbytes repacks nf4 weights for another CPU kernel in evaluation mode only; reference and policy must be
         # computed by the same one

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fasttrain.config import config_from_dict
 from fasttrain.merge import merge
@@ -123,6 +124,20 @@ def test_no_rank_holds_the_model_while_it_is_loaded_saved_and_written(
         assert torch.dist(ours[name], value) < 0.02 * torch.dist(value, base[name]), name
     merge(two, tmp_path / "merged")
     assert all(torch.equal(load(tmp_path / "merged")[name], value) for name, value in ours.items())
+
+
+def test_a_model_saved_from_zero_3_has_the_names_of_its_files(
+    recipes: Callable[..., Any], tiny_llava: Path, run_ranks: Callable[..., Any]
+) -> None:
+    """transformers keeps every renaming that it knows there, also of versions that doubled a part of the names."""
+    config = recipes("full", "zero", "distributed.zero_stage=3", "train.max_steps=1", "data.eval=null")
+    ended = run_ranks(lambda: train_dpo(config), size=1)
+    assert ended.codes == [0], ended.stderr
+    base, ours = (
+        load_file(folder / "model.safetensors")
+        for folder in (tiny_llava, Path(config.train.output) / "final")
+    )
+    assert ours.keys() == base.keys()
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
