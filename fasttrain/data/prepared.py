@@ -341,6 +341,11 @@ class PreparedData:
     def image_count(self, number: int) -> int:
         return int(self._images[number])
 
+    @property
+    def images_in_part(self) -> bool:
+        """Whether some groups have images and some have none."""
+        return bool(self._images.any() and not self._images.all())
+
     def drop(self, number: int, reason: str) -> None:
         """Leave a group out after all (its image turned out broken); its number stays, with no pairs."""
         pairs = self.pair_count(number)

@@ -60,6 +60,7 @@ from fasttrain.threads import one_thread
 from fasttrain.train.engine import partitioned_loading
 from fasttrain.train.job_checks import (
     check_blank,
+    check_image_experts,
     check_image_token,
     check_recipe,
     check_same_everywhere,
@@ -291,6 +292,7 @@ def _load(config: DPOConfig, read: _Read) -> _Loaded:
     datasets = read.datasets or _finish(read.preparing, chat)
     if policy.blank is not None:
         check_blank(model, datasets[0].account.images)
+        check_image_experts(model, config, datasets)
     policy.set_shared(may_share(config, model, chat, datasets))
     return _Loaded(policy, adapted, identity, datasets)
 

@@ -111,6 +111,20 @@ def check_blank(model: Any, images: int) -> None:
         )
 
 
+def check_image_experts(model: Any, config: DPOConfig, datasets: list[PreparedData]) -> None:
+    """Refuse Ernie 4.5 VL's experts for the tokens of images under ZeRO where passes have none: a rank would wait for the others'."""
+    experts = [weight for name, weight in model.named_parameters() if ".vision_moe." in name]
+    stage = config.distributed.zero_stage
+    if ranks().size == 1 or not experts or (stage != 3 and not any(w.requires_grad for w in experts)):
+        return
+    if any(d.images_in_part or (d.account.images and not config.train.share_prefix) for d in datasets):
+        raise UserError(
+            f"distributed.zero_stage: wanted null, or 2 with an adapter beside the experts, for {type(model).__name__}, whose experts for "
+            f"images run in passes with images only, where all ranks must run the same, got {stage} and passes of both kinds; or give "
+            "every prompt an image and leave train.share_prefix true"
+        )
+
+
 def warn_of_unread_columns(data: PreparedData, takes_images: bool) -> None:
     """Name a key that seems to hold images or a system turn and is not read: extra keys are allowed, a run without them is not meant."""
     for source in data.files.sources:
