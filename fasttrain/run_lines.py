@@ -8,14 +8,21 @@ from typing import Any
 
 from fasttrain.errors import UserError
 
+_LARGEST = 1e300  # no axis spans more: nan, infinity and what is close to it are no numbers
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value that JSON gave can be counted with and drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
+
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
     """The lines, none where there is no file; UserError for one that names no step, or that `read_lines` refuses."""
     lines = read_lines(path) if path.exists() else []
     for number, line in enumerate(lines, start=1):
         step = line.get("step")
-        if not isinstance(step, int | float) or isinstance(step, bool):
-            raise UserError(f"{path} line {number}: step: wanted a number, got {step!r}")
+        if not is_number(step):
+            raise UserError(f"{path} line {number}: step: wanted a number, got {str(step)[:60]!r}")
     return lines
 
 

@@ -35,7 +35,8 @@ def write_report(runs: Sequence[Run], folder: Path, *, examples: int = 6) -> Pat
         write_atomic(plots / "anatomy.png", anatomy)
     title = runs[0].name if len(runs) == 1 else " / ".join(run.name for run in runs)
     path = folder / "report.html"
-    write_atomic(path, page(title, _parts(runs, drawn, anatomy, examples)))
+    text = page(title, _parts(runs, drawn, anatomy, examples))
+    write_atomic(path, text.encode(errors="replace"))  # a folder's name need not be text
     return path
 
 

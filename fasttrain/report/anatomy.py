@@ -8,6 +8,7 @@ from typing import Any
 from fasttrain.pages import Table, plot_png
 from fasttrain.report.panels import COLOURS, shown
 from fasttrain.report.runs import Run
+from fasttrain.run_lines import is_number
 
 TIMES = {
     "data_s": "waiting for data",
@@ -26,11 +27,11 @@ NOTE = (
 
 def composition(run: Run) -> tuple[dict[str, float], dict[str, float]]:
     """Mean seconds and mean tokens of a logged step, by part; empty where the run has not recorded them."""
-    lines = [line for line in run.metrics if all(name in line for name in ("step_s", *TIMES))]
+    lines = [line for line in run.metrics if all(is_number(line.get(name)) for name in ("step_s", *TIMES))]
     times = {word: _mean(lines, name) for name, word in TIMES.items()} if lines else {}
     if times:
         times[REST] = max(0.0, _mean(lines, "step_s") - sum(times.values()))
-    counted = [line for line in run.metrics if all(name in line for name in TOKENS)]
+    counted = [line for line in run.metrics if all(is_number(line.get(name)) for name in TOKENS)]
     tokens = {word: _mean(counted, name) for name, word in TOKENS.items()} if counted else {}
     return times, tokens
 

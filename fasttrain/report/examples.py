@@ -38,7 +38,8 @@ class PairReader:
         read = read_example if run.unit == "examples" else read_pair
         self._left_out = run.left_out
         self._by_image = run.config.get("data.group_by") == "image"
-        self._files = PairFiles([str(path) for path in paths], run.config.get("data.image_root"), read)
+        root = run.config.get("data.image_root")
+        self._files = PairFiles([str(path) for path in paths], None if root is None else str(root), read)
 
     def __len__(self) -> int:
         return len(self._files)

@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from fasttrain.config import read_yaml_mapping
 from fasttrain.errors import UserError
-from fasttrain.run_lines import read_lines, read_steps
+from fasttrain.run_lines import is_number, read_lines, read_steps
 
 Line = dict[str, Any]
-_LARGEST = 1e300  # no axis spans more: nan, infinity and what is close to it are left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,7 @@ class Run:
         points = [
             (float(line["step"]), float(line[name]))
             for line in self.metrics
-            if _is_number(line.get(name)) and abs(line[name]) < _LARGEST
+            if is_number(line.get(name))
         ]
         return [step for step, _ in points], [value for _, value in points]
 
@@ -85,16 +83,17 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     metrics = read_steps(path)
     if not metrics:
         raise UserError(f"{path}: wanted logged steps, got none yet")
-    recipe, notes = "", []
+    recipe, config, notes = "", {}, []
     if (folder / "config.yaml").is_file():
+        config = read_yaml_mapping(folder / "config.yaml")
         recipe = (folder / "config.yaml").read_text(encoding="utf-8")
     else:
         notes.append("config.yaml is missing: the recipe is not known")
-    environment = _read_object(folder / "environment.json")
+    environment = _read_facts(folder / "environment.json")
     if not environment:
         notes.append("environment.json is missing: versions and devices are not known")
     wanted = environment.get("steps")
-    if _is_number(wanted) and metrics[-1]["step"] < wanted:
+    if is_number(wanted) and metrics[-1]["step"] < wanted:
         notes.append(f"the run stands at step {metrics[-1]['step']:,} of {wanted:,}")
     skipped = folder / "skipped.jsonl"
     left_out = read_lines(skipped) if skipped.is_file() else []
@@ -102,7 +101,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         name=name or folder.resolve().name,
         folder=folder,
         metrics=metrics,
-        config=_flatten(_read_yaml(folder / "config.yaml", recipe)),
+        config=_flatten(config),
         environment=environment,
         skipped=Counter(str(line.get("reason")) for line in left_out),
         recipe=recipe,
@@ -119,9 +118,9 @@ def _read_changes(path: Path) -> list[Line] | None:
     lines = read_lines(path)
     for number, line in enumerate(lines, start=1):
         pairs = line.get("pairs")
-        whole = _is_number(line.get("step")) and _is_number(line.get("epoch")) and isinstance(pairs, list)
+        whole = is_number(line.get("step")) and is_number(line.get("epoch")) and isinstance(pairs, list)
         if not whole or not all(
-            isinstance(pair, list) and len(pair) == 4 and all(map(_is_number, pair)) for pair in pairs or []
+            isinstance(pair, list) and len(pair) == 4 and all(map(is_number, pair)) for pair in pairs or []
         ):
             raise UserError(
                 f"{path} line {number}: wanted step, epoch and pairs of four numbers, got {str(line)[:60]!r}"
@@ -129,21 +128,20 @@ def _read_changes(path: Path) -> list[Line] | None:
     return lines
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_facts(path: Path) -> dict[str, Any]:
+    """What environment.json holds, {} where there is none; UserError where it tells the counts of the data in no numbers."""
     if not path.is_file():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except (json.JSONDecodeError, RecursionError):
         raise UserError(f"{path}: wanted a JSON object, got something else") from None
-    return value if isinstance(value, dict) else {}
-
-
-def _read_yaml(path: Path, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: wanted YAML, got {' '.join(str(error).split())[:120]}") from None
+    facts = value if isinstance(value, dict) else {}
+    data = facts.get("data", {})
+    parts = data.values() if isinstance(data, dict) else [data]
+    if not all(isinstance(part, dict) and all(map(is_number, part.values())) for part in parts):
+        raise UserError(f"{path}: data: wanted numbers by part of the data, got {str(data)[:60]!r}")
+    return facts
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -153,7 +151,3 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat.update(_flatten(value, f"{prefix}{key}."))
     return flat
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

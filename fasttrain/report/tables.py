@@ -39,7 +39,7 @@ def summary(runs: Sequence[Run]) -> Table:
         ("peak memory, GB", lambda run: _number(_scaled(run.last("peak_bytes"), 1e-9), ",.2f")),
     ]
     rows = [(title, *(show(run) for run in runs)) for title, show in lines]
-    sources = {source for run in runs if (source := run.environment.get("mfu_peak_source"))}
+    sources = {str(source) for run in runs if (source := run.environment.get("mfu_peak_source"))}
     note = "; ".join(sorted(f"Model FLOPs utilisation (MFU) is against {source}" for source in sources))
     return Table(
         title="Summary",

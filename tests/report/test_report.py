@@ -248,8 +248,27 @@ def test_an_image_that_is_gone_is_told_beside_its_pair(make_run: Callable[..., P
             lambda f: (f / "metrics.jsonl").write_text('{"loss": 1}\n'),
             "metrics.jsonl line 1: step: wanted a number",
         ),
-        (lambda f: (f / "config.yaml").write_text("a: [1"), "config.yaml: wanted YAML"),
+        (
+            lambda f: (f / "metrics.jsonl").write_text(f'{{"step": 1{400 * "0"}}}\n'),
+            "metrics.jsonl line 1: step: wanted a number",
+        ),
+        (
+            lambda f: (f / "pair_changes.jsonl").write_text(
+                '{"step": 1, "epoch": 1, "pairs": [[NaN, 0, 0, 0]]}\n'
+            ),
+            "pair_changes.jsonl line 1: wanted step, epoch and pairs of four numbers",
+        ),
+        (lambda f: (f / "config.yaml").write_text("a: [1"), "config.yaml: not valid YAML"),
+        (lambda f: (f / "config.yaml").write_bytes(b"\xff\xfe"), "config.yaml: the recipe is not UTF-8"),
         (lambda f: (f / "environment.json").write_text("{"), "environment.json: wanted a JSON object"),
+        (
+            lambda f: (f / "environment.json").write_text('{"data": null}'),
+            "environment.json: data: wanted numbers",
+        ),
+        (
+            lambda f: (f / "environment.json").write_text('{"data": {"train": {"rows": "9"}}}'),
+            "environment.json: data: wanted numbers",
+        ),
     ],
 )
 def test_a_broken_run_folder_is_named_in_one_line(
@@ -457,3 +476,13 @@ def test_losses_too_large_to_draw_are_left_out_as_those_that_are_no_numbers(
     run = read_run(make_run(lines=lines))
     assert run.series("loss") == ([1, 5, 6], [0.7, 3e38, 0.5])
     assert write_report([run], tmp_path / "out").is_file()
+
+
+def test_facts_that_nobody_would_write_into_a_run_folder_still_make_a_page(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_run("no text \udcff", lines=[step | {"tokens_images": "many"} for step in SHORT])
+    facts = {"mfu_peak_source": ["a", "list"], "cpu": "\ud800"}
+    (folder / "environment.json").write_text(json.dumps(facts))
+    (folder / "config.yaml").write_text(f"data: {{train: {tmp_path / 'pairs.jsonl'}, image_root: -1}}")
+    assert "no text ?" in write_report([read_run(folder)], folder).read_text(encoding="utf-8")
