@@ -42,9 +42,7 @@ class Run:
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """Steps and values of a metric, where it is a number that can be drawn."""
         points = [
-            (float(line["step"]), float(line[name]))
-            for line in self.metrics
-            if is_number(line.get(name))
+            (float(line["step"]), float(line[name])) for line in self.metrics if is_number(line.get(name))
         ]
         return [step for step, _ in points], [value for _, value in points]
 
