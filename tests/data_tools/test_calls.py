@@ -151,6 +151,32 @@ def test_the_servers_delay_is_kept_by_all_calls():
     assert sum(slept) == pytest.approx(31.5)
 
 
+def test_a_long_wait_that_the_server_asks_for_is_told_once(capsys):
+    now = [0.0]
+
+    class Clock(Dispatcher):
+        def _take_results(self, timeout_s):
+            if not self._running and timeout_s:
+                now[0] += timeout_s
+                return
+            super()._take_results(timeout_s)
+
+    failed = set()
+
+    def work(job):
+        if job not in failed:
+            failed.add(job)
+            raise CallFailed("server_error", "503: asleep", retry=True, delay_s=7200.0)
+        return job
+
+    done = []
+    Clock(work, lambda job, result: done.append(result), CallLimits(), clock=lambda: now[0]).run(
+        iter(range(3))
+    )
+    assert sorted(done) == [0, 1, 2]
+    assert capsys.readouterr().err == "waiting 7,200 s, as the server says (server_error: 503: asleep)\n"
+
+
 def test_a_daily_quota_stops_new_calls_and_keeps_what_is_in_flight():
     def work(job):
         if job == 7:

@@ -76,6 +76,7 @@ class Dispatcher(Generic[JobType]):
         self._jitter = random.Random(0)
         self._stopping = threading.Event()
         self._interrupted = False
+        self._told_until_s = 0.0
         self.stopped: CallFailed | None = None
 
     def stop(self) -> None:
@@ -196,6 +197,10 @@ class Dispatcher(Generic[JobType]):
         if delay_s is None:
             backoff_s = min(self._limits.backoff_s * 2 ** (waiting.attempt - 1), _LONGEST_BACKOFF_S)
             delay_s = backoff_s * self._jitter.uniform(0.75, 1.25)
+        elif delay_s >= _LONGEST_BACKOFF_S and now_s >= self._told_until_s:
+            self._told_until_s = now_s + delay_s
+            words = f"{failure.status}: {failure.message}"
+            print(f"waiting {delay_s:,.0f} s, as the server says ({words})", file=sys.stderr)
         if failure.slow_down:
             if now_s >= self._limiter.paused_until_s:  # once for all calls that ran into the same limit
                 self._width = max(1.0, self._width / 2)
