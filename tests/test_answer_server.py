@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import threading
 from collections import Counter
@@ -211,3 +212,66 @@ def test_an_address_that_leads_elsewhere_is_told_once_and_not_followed(
         in capsys.readouterr().err
     )
     assert len(server.seen) == 1
+
+
+def test_a_server_that_repeats_what_it_was_sent_brings_no_key_into_messages(
+    server: Server, questions: Path, tmp_path: Path, run_command: Callable[..., int],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-a/b+c==")
+    basic = base64.b64encode(b"bob:hunter/2").decode()
+    for address in (server.url, server.url.replace("//", "//bob:hunter%2F2@")):
+        for repeat in (
+            lambda sent: (400, {"error": {"message": f"bad: {sent}"}}),
+            lambda sent: (200, {"no choices": sent.replace("/", r"\/").replace("+", r"\u002b")}),
+            lambda sent: (400, {"error": f"{'x' * 280}{sent} is no hunter/2"}),
+        ):
+            server.plan = lambda body, attempt: repeat(server.seen[-1][1]["Authorization"])  # noqa: B023
+            out = ("-o", tmp_path / "a.jsonl", "--attempts", 1, "--in-flight", 1)
+            assert run_command("answer", "-m", "m", "--server", address, questions, *out) == 3
+            err = capsys.readouterr().err
+            assert "[key]" in err or "x" * 280 in err
+            assert not any(part in err for part in ("sk-a", "b+c", "2b", basic[:6], "hunter"))
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [("bomb", "malformed: wanted a reply of at most 67,108,864 bytes"), ("drip", "timeout: no whole reply")],
+)
+def test_a_reply_without_end_is_cut_off(
+    how: str, told: str, server: Server, questions: Path, tmp_path: Path, run_command: Callable[..., int],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    import zlib
+
+    def send(self: Handler) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Encoding", "gzip" if how == "bomb" else "identity")
+        self.end_headers()
+        pack = zlib.compressobj(9, zlib.DEFLATED, 31)
+        with contextlib.suppress(OSError):
+            for _ in range(5):
+                self.wfile.write(pack.compress(bytes(1 << 24)) if how == "bomb" else b" ")
+                self.wfile.write(pack.flush(zlib.Z_SYNC_FLUSH) if how == "bomb" else b" ")
+            while how == "drip" and not over.wait(0.01):
+                self.wfile.write(b" ")
+        self.close_connection = True
+
+    over = threading.Event()
+    monkeypatch.setattr(Handler, "do_POST", send)
+    options = (
+        "--attempts",
+        1,
+        "--timeout",
+        60 if how == "bomb" else 0.3,
+        "--limit",
+        1,
+        "-o",
+        tmp_path / "a.jsonl",
+    )
+    try:
+        assert run_command("answer", "-m", "m", "--server", server.url, questions, *options) == 3
+    finally:
+        over.set()
+    assert told in capsys.readouterr().err

@@ -119,6 +119,9 @@ def whole_number(value: Any) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
-def without_key(text: str, key: str | None) -> str:
-    """The text with the API key blotted out, whatever wrote it there."""
-    return text.replace(key, "[key]") if key else text
+def without_key(text: str, *keys: str | None) -> str:
+    """The text with API keys and passwords blotted out, whatever wrote them there: as they are, or as JSON and addresses escape them."""
+    for key in filter(None, keys):
+        characters = [rf"(?:\\*{re.escape(c)}|(?i:\\+u{ord(c):04x}|%{ord(c):02x}))" for c in key]
+        text = re.sub("".join(characters), "[key]", text)
+    return text
