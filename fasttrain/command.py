@@ -108,5 +108,5 @@ def _plain_weights(config: DPOConfig) -> bool:
                 return False
             path = Path(found)
         return "quantization_config" not in json.loads(path.read_bytes())
-    except (OSError, ValueError):  # told when the model is looked for
+    except (OSError, ValueError, TypeError, RecursionError):  # told when the model is looked for
         return False

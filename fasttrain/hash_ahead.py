@@ -34,7 +34,7 @@ def hash_ahead(config: DPOConfig) -> None:
         files = [file.resolve() for file in _files(config)]
         if sum(file.stat().st_size for file in files) < _WORTH:
             return
-    except OSError:  # told when the files are opened
+    except (OSError, RuntimeError):  # told when the files are opened; links in a circle are a RuntimeError
         return
     process = multiprocessing.get_context("fork").Process(target=_hash, args=(files,), daemon=True)
     process.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 from fasttrain.config import ModelConfig
@@ -24,12 +25,26 @@ def find_folder(config: ModelConfig) -> Path:
         if not any(folder.glob("*.safetensors")):
             kinds = ", ".join(sorted({path.suffix for path in folder.iterdir() if path.suffix})) or "nothing"
             raise UserError(f"model.name: wanted safetensors weights in {folder}, got {kinds}")
+        _refuse_odd_files(folder)
         refuse_revision(folder, config)
         _refuse_adapter(folder, folder)
         return folder
     if config.name.count("/") > 1 or config.name.startswith((".", "/", "~")):
         raise UserError(f"model.name: wanted a model folder or hub id, got {config.name} (no such folder)")
     return _snapshot(config)
+
+
+def _refuse_odd_files(folder: Path) -> None:
+    """UserError for a pipe or device among the files, whose reading may never end, and a link that leads to itself."""
+    for path in sorted(folder.iterdir()):
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:  # a link to nothing: told if it is looked for
+            continue
+        except OSError as error:
+            raise UserError(f"model.name: cannot read {path}: {error.strerror}") from None
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise UserError(f"model.name: wanted files in {folder}, got a pipe, socket or device: {path}")
 
 
 def refuse_revision(folder: Path, config: ModelConfig) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from fasttrain.config import DPOConfig, ModelConfig
 from fasttrain.errors import UserError, is_out_of_memory
@@ -20,6 +21,14 @@ from fasttrain.model.no_videos import PIXTRAL, pixtral_processor, processor_name
 from fasttrain.model.quantised import check_quantised, nf4_settings
 
 WEIGHTS = ("*.safetensors",)
+_LAYERS = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "depth",
+)  # as configurations call their number
+_DEEP = 300  # layers: fewer are built in seconds
 _WIDENED = ("fp8", "mxfp4")  # what a model's files may hold and transformers can load in full
 
 
@@ -54,8 +63,39 @@ def load_model_config(folder: Path, config: ModelConfig, *, trains: bool = True)
             "model.name: wanted a causal language model or a vision-language model around one, got model type "
             f"{found.model_type!r}"
         )
+    _check_layers(found, folder)
     _widen_stored(found, folder, trains)
     return found
+
+
+def _check_layers(model_config: Any, folder: Path) -> None:
+    """UserError for more layers than the folder has weights for, which would take minutes to build, and for images taken from a
+    layer that is not there."""
+    vision = getattr(model_config, "vision_config", None)
+    towers = [part for part in (model_config.get_text_config(), vision) if part is not None]
+    for layers in (getattr(part, name, None) for part in towers for name in _LAYERS):
+        if isinstance(layers, int) and layers > _DEEP and 0 < (held := _count_tensors(folder)) < layers:
+            raise UserError(
+                f"model.name: wanted weights for the {layers:,} layers of {folder / 'config.json'}, got {held:,} tensors in all"
+            )
+    there, taken = (
+        getattr(vision, "num_hidden_layers", None),
+        getattr(model_config, "vision_feature_layer", None),
+    )
+    for layer in taken if isinstance(taken, list | tuple) else [taken]:
+        if isinstance(there, int) and isinstance(layer, int) and not -there - 1 <= layer <= there:
+            raise UserError(
+                f"model.name: {folder / 'config.json'}: vision_feature_layer: wanted one of {there} layers, got {layer}"
+            )
+
+
+def _count_tensors(folder: Path) -> int:
+    """How many the folder's weights hold; those of files that cannot be read, which is told when they are loaded, are left out."""
+    held = 0
+    for path in folder.glob(WEIGHTS[0]):
+        with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+            held += len(list(file.keys()))
+    return held
 
 
 def _widen_stored(model_config: Any, folder: Path, trains: bool) -> None:

@@ -142,6 +142,8 @@ def read_state(path: Path) -> dict[str, Any]:
 def _check_files(path: Path, files: dict[str, str]) -> None:
     """UserError unless the files are what was written."""
     for name, digest in files.items():
+        if (path / name).exists() and not (path / name).is_file():  # reading a pipe or device may never end
+            raise _damaged(path, f"{name} is no file")
         try:
             now = content_hash(path / name)
         except OSError as error:

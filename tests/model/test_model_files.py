@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from click.testing import CliRunner
 
 from fasttrain.cli import cli
+from fasttrain.command import _plain_weights
 from fasttrain.config import ModelConfig, config_from_dict
 from fasttrain.errors import UserError
 from fasttrain.model.folder import find_folder
@@ -33,6 +35,7 @@ DAMAGE: list[tuple[str, bytes | dict[str, Any], str]] = [
     ("config.json", {"num_attention_heads": 5}, "not a multiple of the number of attention heads"),
     ("config.json", {"num_attention_heads": 0}, "ZeroDivisionError"),
     ("config.json", {"dtype": "float9"}, "float9"),
+    ("config.json", {"num_hidden_layers": 10**9}, "got 21 tensors in all"),
     ("config.json", {"hidden_act": "nope"}, "KeyError: 'nope'"),
     ("config.json", b"[]", "model_type"),
     ("config.json", b"null", "NoneType"),
@@ -195,3 +198,39 @@ def test_weights_in_fp8_are_loaded_in_full(tiny_text: Path, tmp_path: Path) -> N
     whole = narrow.float() * scale.repeat_interleave(32, 0).repeat_interleave(32, 1)
     torch.testing.assert_close(model.get_parameter(name), whole, check_dtype=True)
     assert not hasattr(model.config, "quantization_config")  # what is saved of it is an ordinary model
+
+
+def test_images_taken_from_a_layer_that_is_not_there_are_told(tiny_llava: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_llava, tmp_path / "model")
+    spoil(folder, "config.json", {"vision_feature_layer": [-2, 4]})
+    with pytest.raises(UserError, match=r"vision_feature_layer: wanted one of 3 layers, got 4$"):
+        load_model_config(folder, ModelConfig(name=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("put", "told"),
+    [
+        (os.mkfifo, "got a pipe, socket or device"),
+        (lambda path: path.symlink_to("/dev/zero"), "got a pipe, socket or device"),
+        (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
+    ],
+)
+def test_what_would_never_be_read_to_its_end_in_a_models_folder_is_refused(
+    put: Callable[[Path], None], told: str, tiny_text: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_text, tmp_path / "model")
+    put(folder / "processor_config.json")
+    with pytest.raises(UserError, match=f"^model.name: .*{told}"):
+        find_folder(ModelConfig(name=str(folder)))
+
+
+@pytest.mark.parametrize("content", [b"null", b"7", b"[" * 100_000])
+def test_a_config_that_is_no_object_leaves_quantised_imports_alone(
+    content: bytes, tiny_text: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_text, tmp_path / "model")
+    spoil(folder, "config.json", content)
+    config = config_from_dict(
+        {"model": {"name": str(folder)}, "data": {"train": "x"}, "train": {"output": "y"}}
+    )
+    assert not _plain_weights(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,14 @@ def test_a_changed_byte_is_no_other_number(checkpoint: Path, trained: Any, name:
     content[-2] ^= 1  # within a tensor
     (checkpoint / name).write_bytes(content)
     refused(trained, checkpoint, rf"step-000002: the checkpoint is damaged \({name} .*delete that folder")
+
+
+def test_a_pipe_or_device_in_a_files_place_is_not_read(checkpoint: Path, trained: Any) -> None:
+    for name in FILES:
+        whole = (checkpoint / name).rename(checkpoint / "whole")
+        os.mkfifo(checkpoint / name)
+        refused(trained, checkpoint, rf"the checkpoint is damaged \({name} is no file\)")
+        whole.replace(checkpoint / name)
 
 
 def test_a_state_without_what_every_checkpoint_has_is_damaged(checkpoint: Path, trained: Any) -> None:
