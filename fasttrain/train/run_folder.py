@@ -38,6 +38,9 @@ def check_output(config: DPOConfig, command: str, *, resume: bool, overwrite: bo
             f"train.output: {folder} is in use; --resume goes on with it, --overwrite starts anew"
         )
     if resume:
+        for name in ("config.yaml", "environment.json", "metrics.jsonl", "pair_changes.jsonl"):
+            if (folder / name).exists() and not (folder / name).is_file():  # a pipe's reading may never end
+                raise UserError(f"--resume: {folder / name}: wanted a file, got a folder, pipe or device")
         _check_same_command(folder, command)
         _check_same_recipe(folder, config)
         for name in ("metrics.jsonl", "pair_changes.jsonl"):

@@ -84,6 +84,19 @@ def test_a_pipe_or_device_in_a_files_place_is_not_read(checkpoint: Path, trained
         whole.replace(checkpoint / name)
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "metrics.jsonl", "pair_changes.jsonl"])
+def test_a_pipe_in_the_run_folder_is_not_read(tmp_path: Path, name: str) -> None:
+    from fasttrain.config import config_from_dict
+    from fasttrain.train.run_folder import check_output
+
+    os.mkfifo(tmp_path / name)
+    raw = {"model": {"name": "x"}, "data": {"train": "y"}, "train": {"output": str(tmp_path)}}
+    with pytest.raises(
+        UserError, match=rf"^--resume: .*{name}: wanted a file, got a folder, pipe or device$"
+    ):
+        check_output(config_from_dict(raw), "dpo", resume=True, overwrite=False)
+
+
 def test_a_state_without_what_every_checkpoint_has_is_damaged(checkpoint: Path, trained: Any) -> None:
     for held in ("{}", "[]", '{"step": 2}', '{"step": "2", "optimizer": {}}', "\xff", "[" * 100_000):
         (checkpoint / "state.json").write_bytes(held.encode("latin-1"))
