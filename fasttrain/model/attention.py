@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import torch
@@ -30,10 +29,6 @@ _UNKNOWN_TO_US = ("sinks", "position_bias", "alibi")
 # Text parts of families whose image tokens see each other, which only transformers' own masks do (Gemma 3 and PaliGemma:
 # `families.py`; Gemma 4 says so in its configuration).
 _SEE_IMAGES_BOTH_WAYS = ("molmo2_text",)
-# Rates that modules apply in training mode only, besides those called dropout: Mixtral's and DBRX's router noise, drop paths.
-_NOISE = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps", "layerdrop", "drop_prob", "drop_path")
-# Routers that draw a token's experts at random in training mode.
-_DRAW_EXPERTS = ("PhimoeTopKRouter",)
 
 
 class CannotShare(RuntimeError):
@@ -135,22 +130,3 @@ def why_unshared(model: Any, longest: int) -> str | None:
     if getattr(config, "alibi", False):
         return "it uses ALiBi position biases"
     return None
-
-
-def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
-    """In place of a module's `train`: the mode it is in."""
-    return module
-
-
-def silence_dropout(model: nn.Module) -> None:
-    """Set the base model's own dropout and router noise to zero, and let batch norms keep their statistics: policy and
-    reference must be the same function at step 0, whatever shares a pack."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if type(module).__name__ in _DRAW_EXPERTS or isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-            module.train = MethodType(_stay, module)  # type: ignore[method-assign]
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or name in _NOISE):
-                setattr(module, name, 0.0)

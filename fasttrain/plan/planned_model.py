@@ -13,7 +13,6 @@ from torch import nn
 from fasttrain.config import DPOConfig, ModelConfig
 from fasttrain.errors import UserError
 from fasttrain.files import user_path
-from fasttrain.model.attention import silence_dropout
 from fasttrain.model.flops import ModelShape, measure_shape
 from fasttrain.model.folder import refuse_revision
 from fasttrain.model.fused_layers import fuse_layers
@@ -34,6 +33,7 @@ from fasttrain.model.lora import (
     refuse_in_parts,
 )
 from fasttrain.model.quantised import is_quantised, patch_embeddings
+from fasttrain.model.silence import silence_dropout
 from fasttrain.plan.known_models import known_config
 from fasttrain.plan.passes import use_planned_attention
 from fasttrain.plan.tracker import unique_parameters

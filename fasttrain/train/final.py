@@ -10,6 +10,7 @@ import torch
 
 from fasttrain.files import atomic_folder, write_json
 from fasttrain.model.no_videos import save_processor
+from fasttrain.model.silence import dropout_as_loaded
 from fasttrain.ranks import full_shape, ranks
 from fasttrain.train.engine import TrainedState
 from fasttrain.train.job import Job
@@ -45,7 +46,8 @@ def write_final(job: Job, optimizer: TrainedState, folder: Path) -> Path:
                 embeddings = getattr(job.adapted, "replaces_embeddings", False)
                 job.adapted.save_pretrained(temporary, state_dict=state, save_embedding_layers=embeddings)
             else:
-                _save_parts(job.policy.model, parts, temporary)
+                with dropout_as_loaded(job.policy.model):
+                    _save_parts(job.policy.model, parts, temporary)
             save_processor(job.processor, job.model_folder, temporary)
             (temporary / "README.md").write_text(model_card(job, folder), encoding="utf-8")
     ranks().barrier()

@@ -23,7 +23,7 @@ from fasttrain.data.prepared import PreparedData
 from fasttrain.data.tokens import ChatTokenizer
 from fasttrain.errors import UserError
 from fasttrain.files import HashMemo, cache_root, user_path
-from fasttrain.model.attention import attention_facts, check_attention, silence_dropout
+from fasttrain.model.attention import attention_facts, check_attention
 from fasttrain.model.compiled_layers import compile_layers
 from fasttrain.model.families import FamilyInputs, sees_prompts_whole
 from fasttrain.model.flops import ModelShape, measure_shape
@@ -49,6 +49,7 @@ from fasttrain.model.lora import (
     note_experts,
 )  # fmt: skip
 from fasttrain.model.policy import Policy
+from fasttrain.model.silence import silence_dropout
 from fasttrain.plan.choose import choose_filling
 from fasttrain.plan.device_memory import free_memory
 from fasttrain.plan.run_memory import RunMemory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,30 @@ def test_sharing_prompts_gives_the_losses_of_ordinary_sequences(
     for a, b in zip(shared, ordinary):
         assert a["loss"] == pytest.approx(b["loss"], rel=5e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=5e-5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(("name", "rate"), [("Falcon", "hidden_dropout"), ("Persimmon", "attention_dropout")])
+def test_dropout_that_layers_ask_the_configuration_for_is_silent_and_saved_as_it_was(
+    name: str, rate: str, build: Callable[..., Path], text_pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    from fasttrain import train_dpo
+    from fasttrain.config import config_from_dict
+
+    found = []
+    for model in (build(name, **{rate: 0.4}), build(name, **{rate: 0.0})):
+        raw = {
+            "model": {"name": str(model)},
+            "lora": None,
+            "data": {"train": str(text_pairs(tmp_path / "pairs.jsonl", 4))},
+            "train": {"output": str(tmp_path / "run"), "max_steps": 2, "pairs_per_step": 4},
+            "track": [],
+        }  # fmt: skip
+        result = train_dpo(config_from_dict(raw), overwrite=True)
+        found.append([line["loss"] for line in result.metrics])
+        saved = json.loads((result.adapter / "config.json").read_text())
+        assert saved[rate] == json.loads((model / "config.json").read_text())[rate]
+    assert found[0] == found[1]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

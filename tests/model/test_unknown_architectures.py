@@ -68,7 +68,7 @@ def test_batch_norms_keep_their_statistics_in_training() -> None:
     """What an image's features are must not depend on the images that share its pack."""
     import torch
 
-    from fasttrain.model.attention import silence_dropout
+    from fasttrain.model.silence import silence_dropout
 
     tower = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Dropout(0.5))
     silence_dropout(tower)
