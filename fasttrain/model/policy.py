@@ -16,6 +16,7 @@ from fasttrain.data.batch import PackBatch
 from fasttrain.errors import UserError
 from fasttrain.model.attention import SHARED, check_attention
 from fasttrain.model.head import LogprobHead, check_head, install_head, trunk
+from fasttrain.model.image_mistakes import image_mistakes
 from fasttrain.model.last_layer import trim_last_layer
 from fasttrain.model.lora import language_model
 from fasttrain.model.no_waiting import embed_with_images, images_are_alike, trust_placeholders
@@ -60,6 +61,7 @@ class Policy(nn.Module):
         self._images_fit = (
             False  # a pass has shown that every image makes as many features as it has placeholders
         )
+        self._images_passed = False  # the model has run on what its processor makes of images
         self.ordinary_attention = model.config.get_text_config()._attn_implementation
         self.head: LogprobHead
         object.__setattr__(self, "head", install_head(model))  # registered once, inside the model
@@ -244,22 +246,16 @@ class Policy(nn.Module):
         for name, value in inputs.items():
             extra[name] = value.to(dtype) if value.is_floating_point() else value
         self.counts.decoder_tokens += len(ids_T)
-        try:
-            with contextlib.nullcontext() if blank is None else self._blank_images(blank):
-                if ours:
-                    extra["inputs_embeds"] = embed_with_images(base, ids_T, extra.pop("pixel_values"))
-                else:
-                    extra["input_ids"] = ids_T[None]
-                out = base(use_cache=False, return_dict=True, **extra)
-        except ValueError as error:
-            if not images or "image tokens" not in str(error).lower():
-                raise
-            written = int((ids_T == self.model.config.image_token_id).sum()) // images
-            raise UserError(
-                f"model.name: the processor writes {written} tokens for an image, the model makes another number of features: "
-                "the processor's settings (vision_feature_select_strategy, patch_size, num_additional_image_tokens, image sizes) "
-                "do not fit config.json"
-            ) from None
+        with (
+            image_mistakes(self.model, ids_T, images, self._images_passed),
+            contextlib.nullcontext() if blank is None else self._blank_images(blank),
+        ):
+            if ours:
+                extra["inputs_embeds"] = embed_with_images(base, ids_T, extra.pop("pixel_values"))
+            else:
+                extra["input_ids"] = ids_T[None]
+            out = base(use_cache=False, return_dict=True, **extra)
+        self._images_passed |= bool(images)
         if alike and not self._images_fit:
             self._images_fit = True
             if self.blank is not None:

@@ -89,12 +89,29 @@ def test_a_dry_run_says_how_likely_the_model_finds_answers(
     assert float(found) == pytest.approx(mean, abs=0.006)
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"num_additional_image_tokens": 3}, "the model makes another number of features"),
+        (
+            {"size": 14},
+            r"LlavaForConditionalGeneration, .* fails on the first images: Input image size \(14\*14\)",
+        ),
+    ],
+)
 def test_a_dry_run_refuses_a_processor_that_a_first_step_would_refuse(
-    one_pair: Callable[[Path], Any], tiny_llava: Path, tmp_path: Path
+    settings: dict[str, int], told: str, one_pair: Callable[[Path], Any], tiny_llava: Path, tmp_path: Path
 ) -> None:
     model = shutil.copytree(tiny_llava, tmp_path / "model")
-    settings = json.loads((model / "processor_config.json").read_text())
-    (model / "processor_config.json").write_text(json.dumps(settings | {"num_additional_image_tokens": 3}))
+    known = json.loads((model / "processor_config.json").read_text())
+    if size := settings.get("size"):
+        known["image_processor"] |= {
+            "size": {"shortest_edge": size},
+            "crop_size": {"height": size, "width": size},
+        }
+    else:
+        known |= settings
+    (model / "processor_config.json").write_text(json.dumps(known))
     config = one_pair(model)
-    with pytest.raises(UserError, match="makes another number of features"):
+    with pytest.raises(UserError, match=told):
         dry_run(config, PairLoss(config.loss), resume=False, overwrite=False)
