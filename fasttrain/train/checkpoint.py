@@ -24,10 +24,13 @@ def checkpoint_name(step: int) -> str:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [path for path in folder.glob("step-*") if (path / "state.json").is_file()]
-    return sorted(
-        found, key=lambda path: (len(path.name), path.name)
-    )  # step-1000000 is newer than step-999999
+    return [path for path in _by_age(folder) if (path / "state.json").is_file()]
+
+
+def _by_age(folder: Path) -> list[Path]:
+    """Folders of checkpoints, whole or not, oldest first: step-1000000 is newer than step-999999."""
+    found = [path for path in folder.glob("step-*") if path.is_dir()]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
 def save_checkpoint(
@@ -164,9 +167,11 @@ def _restore_random(random: dict[str, torch.Tensor], step: int) -> None:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; leftovers of a kill are cleared away."""
+    """The newest checkpoint, UserError if it is not complete; leftovers of a kill are cleared away."""
     if not folder.exists():
         return None
     remove_leftovers(folder)
-    found = list_checkpoints(folder)
+    found = _by_age(folder)
+    if found and not (found[-1] / "state.json").is_file():
+        raise _damaged(found[-1], "state.json is missing")
     return found[-1] if found else None

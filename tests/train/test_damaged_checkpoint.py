@@ -68,6 +68,11 @@ def test_a_cut_file_is_named(checkpoint: Path, trained: Any) -> None:
     assert len(trained(checkpoint.parent.parent, 3, resume=True).metrics) == 3
 
 
+def test_a_missing_state_is_no_older_checkpoint_and_no_beginning(checkpoint: Path, trained: Any) -> None:
+    (checkpoint / "state.json").unlink()
+    refused(trained, checkpoint, r"step-000002: the checkpoint is damaged \(state\.json is missing")
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_changed_byte_is_no_other_number(checkpoint: Path, trained: Any, name: str) -> None:
     content = bytearray((checkpoint / name).read_bytes())
