@@ -135,10 +135,27 @@ class ChatTokenizer:
             )
         text = self._render([self._message(message) for message in messages], generation=True, where=where)
         self._check_placeholders(text, messages, where)
-        expanded, runs = self.placeholders.expand(text, sizes) if self.placeholders else (text, [])
+        expanded, runs = self._expand(text, sizes, where)
         ids = self._ids(expanded, runs, front=True)
         ends_alike = np.array_equal(ids[len(ids) - len(self._open) :], self._open)
         return EncodedPrompt(text, ids, expanded, tuple(runs), len(self._open) if ends_alike else 0)
+
+    def _expand(
+        self, text: str, sizes: Sequence[tuple[int, int]] | None, where: str
+    ) -> tuple[str, list[int]]:
+        if self.placeholders is None:
+            return text, []
+        try:
+            return self.placeholders.expand(text, sizes)
+        except (
+            ValueError,
+            ArithmeticError,
+            LookupError,
+        ) as error:  # Pixtral's of a thin strip: 0 pixels are left
+            pixels = ", ".join(f"{width} x {height}" for width, height in sizes or ())
+            raise BadRow(
+                where, "images", "images that the model's processor takes", f"{pixels} pixels ({error})"
+            ) from None
 
     def completion(
         self,

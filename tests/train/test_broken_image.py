@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -157,3 +158,31 @@ def test_a_short_run_opens_the_images_of_its_steps_only(
     first = list(opened)
     assert len(run().metrics) == 3
     assert len(opened) == 4 and set(first) < set(opened)  # another one in its place
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_an_image_of_which_the_processor_leaves_nothing_is_a_bad_row(
+    tiny_families: ModuleType, tiny_models: ModuleType, vision_pairs: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Pixtral's scales a strip down until no patch is left of its height."""
+    from PIL import Image
+
+    from fasttrain import train_dpo
+    from fasttrain.config import config_from_dict
+
+    pairs = vision_pairs(tmp_path / "data", 4, per_prompt=(1, 1), images=(1,))
+    Image.new("RGB", (150, 1)).save(tmp_path / "data" / "images" / "0.png")
+    raw = {
+        "model": {"name": str(tiny_families.save(tiny_models, tmp_path / "model", "Pixtral"))},
+        "lora": {"rank": 2},
+        "data": {"train": str(pairs), "workers": 0},
+        "train": {"output": str(tmp_path / "run"), "max_steps": 1, "pairs_per_step": 3},
+        "track": [],
+    }  # fmt: skip
+    with pytest.raises(
+        UserError, match=r"line 1: images: wanted images that .* processor takes, got 150 x 1"
+    ):
+        train_dpo(config_from_dict(raw))
+    (step,) = train_dpo(config_from_dict(raw, ["data.on_bad_row=skip"])).metrics
+    assert step["pairs"] == 3
+    assert "150 x 1 pixels" in (tmp_path / "run" / "skipped.jsonl").read_text()
