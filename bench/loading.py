@@ -13,8 +13,9 @@ from pathlib import Path
 import click
 
 from fasttrain.config import load_config
+from fasttrain.devices import pick_device, pick_dtype
 from fasttrain.model.folder import find_folder
-from fasttrain.model.load import load_model, load_model_config, pick_device, pick_dtype
+from fasttrain.model.load import load_model, load_model_config
 from fasttrain.ranks import leave_ranks, ranks
 from fasttrain.train.engine import join_ranks, partitioned_loading
 

@@ -151,8 +151,9 @@ def write_adapter(model: Path, folder: Path, rank: int, seed: int = 1) -> Path:
     from safetensors.torch import save_file
 
     from fasttrain.config import config_from_dict
+    from fasttrain.devices import pick_device
     from fasttrain.model.folder import find_folder
-    from fasttrain.model.load import load_model, load_model_config, pick_device
+    from fasttrain.model.load import load_model, load_model_config
     from fasttrain.model.lora import language_model
 
     config = config_from_dict(recipe(model, Path("none"), folder, rank, batch=1)).model

@@ -20,6 +20,7 @@ def collect_facts() -> dict[str, Any]:
     """What one needs to know to repeat a run or to answer a bug report. No secrets, no environment variables."""
     import torch
 
+    from fasttrain.devices import pick_dtype
     from fasttrain_kernels import (
         ATTENTION_BACKENDS,
         AttentionCase,
@@ -38,8 +39,7 @@ def collect_facts() -> dict[str, Any]:
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     head = backend_for(torch.empty(0, device=device))
     # what recipes get that leave the type to us, at the head size of most models
-    native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    case = AttentionCase(device, torch.bfloat16 if native else torch.float32, 128)
+    case = AttentionCase(device, pick_dtype("auto", device), 128)
     attention, attention_reason = choose_attention(case)
     cannot = {name: why_not_attention(name, case) for name in ATTENTION_BACKENDS}
     return {

@@ -22,6 +22,7 @@ from fasttrain.answering.run import Done, Failed
 from fasttrain.config import ModelConfig
 from fasttrain.data.bad_row import BadRow
 from fasttrain.data.tokens import ChatTokenizer
+from fasttrain.devices import pick_device, pick_dtype
 from fasttrain.errors import UserError, is_out_of_memory
 from fasttrain.files import HashMemo, cache_root
 from fasttrain.model import load as loading
@@ -53,7 +54,7 @@ class LocalModel:
     ) -> None:
         self.config, self.adapter = config, find_adapter(adapter) if adapter is not None else None
         self.rows, self.tokens = rows, tokens
-        self.device = loading.pick_device()
+        self.device = pick_device()
         self.folder = find_folder(config)
         self.model_config = loading.load_model_config(self.folder, config, trains=False)
         self.takes_images = loading.takes_images(self.model_config)
@@ -64,7 +65,7 @@ class LocalModel:
     @cached_property
     def version(self) -> str:
         """A hash of everything that decides an answer besides the question: weights, adapter, template, image settings."""
-        dtype = str(loading.pick_dtype(self.config.dtype, self.device)).removeprefix("torch.")
+        dtype = str(pick_dtype(self.config.dtype, self.device)).removeprefix("torch.")
         identity = model_identity(self.folder, self.model_config, self.config, dtype, self.adapter, self.memo)
         images = getattr(self.processor, "image_processor", None)
         settings = images.to_dict() if images is not None else None

@@ -147,11 +147,8 @@ class ChatTokenizer:
             return text, []
         try:
             return self.placeholders.expand(text, sizes)
-        except (
-            ValueError,
-            ArithmeticError,
-            LookupError,
-        ) as error:  # Pixtral's of a thin strip: 0 pixels are left
+        # as Pixtral's of a thin strip, of which 0 pixels are left
+        except (ValueError, ArithmeticError, LookupError) as error:
             pixels = ", ".join(f"{width} x {height}" for width, height in sizes or ())
             raise BadRow(
                 where, "images", "images that the model's processor takes", f"{pixels} pixels ({error})"

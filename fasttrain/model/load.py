@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fasttrain.config import DPOConfig, ModelConfig
+from fasttrain.devices import pick_dtype
 from fasttrain.errors import UserError, is_out_of_memory
 from fasttrain.model.file_layout import whole_shapes
 from fasttrain.model.folder import in_one_line
@@ -30,22 +31,6 @@ _LAYERS = (
 )  # as configurations call their number
 _DEEP = 300  # layers: fewer are built in seconds
 _WIDENED = ("fp8", "mxfp4")  # what a model's files may hold and transformers can load in full
-
-
-def pick_device() -> torch.device:
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What the recipe says; bfloat16 where it leaves the choice to a GPU that computes in it: a T4 goes through float32."""
-    if name == "auto":
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def load_model_config(folder: Path, config: ModelConfig, *, trains: bool = True) -> Any:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
+from fasttrain.devices import pick_device
 from fasttrain.errors import UserError, is_out_of_memory
-from fasttrain.model.load import pick_device
 
 _going_on: dict[int, object] = {}  # by process: a forked one has no run of its parent's
 

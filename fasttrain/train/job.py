@@ -21,6 +21,7 @@ from fasttrain.data.packs import Order
 from fasttrain.data.prepare import Preparation, tokenize_all
 from fasttrain.data.prepared import PreparedData
 from fasttrain.data.tokens import ChatTokenizer
+from fasttrain.devices import pick_device, pick_dtype
 from fasttrain.errors import UserError
 from fasttrain.files import HashMemo, cache_root, user_path
 from fasttrain.model.attention import attention_facts, check_attention
@@ -35,8 +36,6 @@ from fasttrain.model.load import (
     load_model,
     load_model_config,
     load_processor,
-    pick_device,
-    pick_dtype,
     stop_token_ids,
     takes_images,
 )  # fmt: skip

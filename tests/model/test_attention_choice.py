@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from fasttrain.devices import pick_dtype
 from fasttrain.errors import UserError
 from fasttrain.model.attention import attention_facts, check_attention
-from fasttrain.model.load import pick_dtype
 from fasttrain_kernels.shared_prefix_flash import Flash2
 
 CUDA = torch.device("cuda", 0)

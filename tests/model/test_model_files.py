@@ -17,13 +17,13 @@ from click.testing import CliRunner
 from fasttrain.cli import cli
 from fasttrain.command import _plain_weights
 from fasttrain.config import ModelConfig, config_from_dict
+from fasttrain.devices import pick_device
 from fasttrain.errors import UserError
 from fasttrain.model.folder import find_folder
 from fasttrain.model.load import (
     load_model,
     load_model_config,
     load_processor,
-    pick_device,
     stop_token_ids,
 )
 from fasttrain.plan.planned_model import build_planned_model

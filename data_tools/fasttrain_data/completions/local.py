@@ -43,6 +43,7 @@ def load_sampler(
         import fasttrain.model.load as loading
         from fasttrain.answering.local import find_adapter, load_adapter
         from fasttrain.config import ModelConfig
+        from fasttrain.devices import pick_device
         from fasttrain.errors import UserError as TrainerError
         from fasttrain.model.folder import find_folder
     except ImportError as error:
@@ -62,7 +63,7 @@ def load_sampler(
 
     def load() -> Any:
         try:
-            model = loading.load_model(folder, config, model_config, loading.pick_device())
+            model = loading.load_model(folder, config, model_config, pick_device())
             return model if adapter is None else load_adapter(model, adapter)
         except TrainerError as error:
             raise UserError(str(error).replace("model.name:", "--model:")) from None
